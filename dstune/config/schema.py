@@ -1,0 +1,258 @@
+"""The run file: every key, its type, default, unit and meaning. `dstune schema` prints it as JSON Schema."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dstune.config.units import parse_every
+
+
+class Section(BaseModel):
+    """A part of the run file: typed, frozen, no unknown keys, documented under each field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """What is tuned."""
+
+    path: str
+    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`."""
+    revision: str | None = None
+    """The hub's commit: pin it, or the same run file gives another model tomorrow."""
+    tokenizer: str | None = None
+    """A tokenizer's directory or hub id; default: the model's own."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of weights in the forward pass; masters and moments are fp32."""
+    task: Literal["auto", "causal-lm", "seq2seq-lm"] = "auto"
+    """Found from the model's config unless named."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the config, for architecture tests; builtin models are always random."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you write it here."""
+    attention: Literal["auto", "eager", "sdpa", "per-example"] = "auto"
+    """Attention kernel; `auto` takes the fastest that keeps packed examples apart on this device."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more compute, far less memory."""
+    overrides: dict[str, Any] = {}
+    """Values put over the model's config.json (`{attention_dropout: 0.0}`)."""
+
+
+class Source(Section):
+    """One place that instruction data comes from."""
+
+    path: str
+    """File, glob, directory or URL; relative to the run file. `builtin:instructions` is the quickstart's generator."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
+    """How a record becomes a conversation; `auto` looks at every record's keys and refuses when unsure."""
+    repeat: float = Field(default=1.0, gt=0)
+    """How often each example comes per epoch; a fraction is drawn by `train.seed`, the same in every epoch."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many records, from the top."""
+    columns: dict[str, str] = {}
+    """Renames, `{prompt: question, completion: answer}`: dstune's key on the left, the file's on the right."""
+    split: str | None = None
+    """A split of a `datasets` directory or of the builtin data."""
+
+
+class DataSection(Section):
+    """From raw files to packed rows."""
+
+    sources: list[Source] = []
+    """In the user's order; each a path with its settings."""
+    prepared: str | None = None
+    """An existing prepared directory; then `sources` stays empty."""
+    template: str = "auto"
+    """`auto` (the tokenizer's), a built-in name (chatml, llama3, alpaca), or a `.jinja` file."""
+    max_length: int = Field(default=4096, ge=8)
+    """Tokens in a row, and the longest example that is kept."""
+    packing: Literal["auto"] | bool = "auto"
+    """Several examples in a row. `auto`: yes for causal models, no for sequence-to-sequence ones."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are targets: every assistant answer, the last one, or everything."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """Examples above `max_length`. `error` drops and lists them up to 1% of a source, and refuses above."""
+    control_tokens: Literal["encode", "error", "allow"] = "encode"
+    """A control token spelled in content: encoded as ordinary text and counted, refused, or let through as control token."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A record that cannot be read or understood: stop, or list it in rejects.jsonl and go on."""
+    lossy_text: Literal["error", "skip", "allow"] = "error"
+    """Text that this tokenizer cannot give back (lost characters): stop, drop and list, or only count."""
+    validation: Annotated[float, Field(ge=0, lt=1)] | list[Source] = 0.0
+    """A fraction of the examples, drawn by seed, or sources of their own."""
+    num_processes: int | None = Field(default=None, ge=1)
+    """Processes that render and tokenise; default: the cores of this machine. Does not change the result."""
+    max_record_bytes: int = Field(default=64 << 20, ge=1024)
+    """A record longer than this is refused before it is parsed."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DataSection":
+        if bool(self.sources) == (self.prepared is not None):
+            raise ValueError("give either `sources` or `prepared`")
+        return self
+
+
+class TrainSection(Section):
+    """How it is tuned."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the rows; 1 when `max_steps` is not given either."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Steps to take, in place of `epochs`."""
+    global_batch_size: int = Field(default=64, ge=1)
+    """Rows per step over all workers."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Rows per forward pass and worker; does not change the loss."""
+    lr: float = Field(default=2e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up; cosine and linear end at zero."""
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of all steps that warm up linearly; 0 when `warmup_steps` is not given either."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps that warm up, in place of `warmup_ratio`."""
+    optimizer: Literal["adamw"] = "adamw"
+    """The update rule."""
+    states: Literal["fp32"] = "fp32"
+    """Precision of masters and moments."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled; on matrices only, never on biases and norms."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Clip the global gradient norm; 0: never."""
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """Seeds order, initialisation and dropout."""
+    deterministic: bool = False
+    """Deterministic kernels on GPUs (slower); on a CPU training is deterministic anyway."""
+    nonfinite_limit: int = Field(default=5, ge=1)
+    """Stop after so many steps in a row whose loss or gradient is not finite; each is skipped and named."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give either `epochs` or `max_steps`")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("give either `warmup_ratio` or `warmup_steps`")
+        return self
+
+
+class DeepspeedSection(Section):
+    """How states are partitioned and offloaded."""
+
+    preset: str = "auto"
+    """`auto`, a name in ds_configs/ (zero1, zero2, zero3, zero3-offload-optimizer, …), or a JSON file of yours."""
+    overrides: dict[str, Any] = {}
+    """Put over the preset, key by key."""
+
+
+class ClusterSection(Section):
+    """Where it runs."""
+
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[int, int] = "auto"
+    """`auto` (every GPU; without GPUs one), a number, or `[min, max]`."""
+    nodes: int | None = Field(default=None, ge=1)
+    """Number of machines; with `gpus_per_node`, in place of `workers`."""
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    """GPUs, and so workers, on each."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """Cores, and so threads, of a worker."""
+    max_failures: int = Field(default=3, ge=0)
+    """Automatic restarts after failures that made no new commit in between."""
+    address: str | None = None
+    """A Ray cluster's address; default: an embedded Ray."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "ClusterSection":
+        if self.nodes is not None and self.workers != "auto":
+            raise ValueError("give either `workers` or `nodes` and `gpus_per_node`")
+        if self.gpus_per_node is not None and self.nodes is None:
+            raise ValueError("`gpus_per_node` wants `nodes` too")
+        if isinstance(self.workers, tuple) and not 1 <= self.workers[0] <= self.workers[1]:
+            raise ValueError("`workers: [min, max]` wants 1 <= min <= max")
+        return self
+
+
+Every = Annotated[int | str, BeforeValidator(parse_every)]
+
+
+class CheckpointSection(Section):
+    """What is kept."""
+
+    every: Every = 200
+    """Steps, or a duration such as `30min`."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints that stay."""
+    best: str | None = None
+    """A metric of the validation (`loss`); its best checkpoint is kept too."""
+    dir: str | None = None
+    """Where checkpoints go; default: the run directory's `checkpoints/`."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """After a save that failed: stop (resumable from the last good one), or warn and go on."""
+
+
+class ValidateSection(Section):
+    """Loss on held-out rows."""
+
+    every: int = Field(default=200, ge=1)
+    """Steps between two evaluations; there is one at the start and one at the end too."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """At most so many rows of the validation set."""
+
+
+class ReportSection(Section):
+    """What is shown."""
+
+    console: Literal["auto", "rich", "plain"] = "auto"
+    """Progress as a live line, or a line per step; `auto` looks whether stderr is a terminal."""
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Letters, digits, `.`, `_`, `-`; names the run directory."""
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    deepspeed: DeepspeedSection = DeepspeedSection()
+    cluster: ClusterSection = ClusterSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    validate_: ValidateSection = Field(default=ValidateSection(), alias="validate")
+    report: ReportSection = ReportSection()
+    site: str | None = None
+    """A site file's name or path: what belongs to a place, not to a run."""
+    runs_dir: str = "runs"
+    """Where run directories go; relative to the run file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+
+
+class SlurmSite(Section):
+    """What `sbatch` must be told at this place."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    """`--time`, as Slurm writes it: `12:00:00`."""
+    signal_seconds: int = Field(default=180, ge=1)
+    """Seconds before the time limit at which Slurm warns; allow a minute more than a save needs."""
+    options: dict[str, str | int] = {}
+    """Further sbatch options by their long names (`{constraint: h100, mem: 0}`)."""
+
+
+class SiteConfig(Section):
+    """A site file: partitions, directories, variables of one place."""
+
+    slurm: SlurmSite = SlurmSite()
+    setup: list[str] = []
+    """Shell lines that a batch script runs first (`module load cuda`): yours, taken as written."""
+    env: dict[str, str] = {}
+    """Variables for every worker (fabric, caches). No secrets: those come from your environment."""
+    ray_address: str | None = None
+    """The Ray cluster of this place, for `--to ray` and `--address auto`."""
+    cache_dir: str | None = None
+    """`$DSTUNE_CACHE` at this place."""
