@@ -36,7 +36,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with durable_file(temporary) as file:
             file.write(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -75,14 +75,14 @@ def commit_directory(temporary: Path, final: Path) -> None:
     if final.exists():
         raise FileExistsError(f"{final} exists")
     fsync_directory(temporary)
-    os.rename(temporary, final)
+    temporary.rename(final)
     fsync_directory(final.parent)
 
 
 def remove_directory(directory: Path) -> None:
     """Delete a directory such that a crash in the middle leaves nothing under its own name."""
     doomed = directory.with_name(f".{directory.name}.{os.getpid()}.deleting")
-    os.rename(directory, doomed)
+    directory.rename(doomed)
     fsync_directory(directory.parent)
     shutil.rmtree(doomed)
 
