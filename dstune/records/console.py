@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: one live line in a terminal, a line per step elsewhere."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class StepProgress:
+    """Steps with loss, tokens/s and time left. `total` steps in all."""
+
+    def __init__(self, total: int, mode: str = "auto", stream: TextIO | None = None) -> None:
+        self._total = total
+        self._stream = stream or sys.stderr
+        self._console = Console(file=self._stream, highlight=False)
+        self._live = mode == "rich" or (mode == "auto" and self._console.is_terminal)
+        self._started = time.monotonic()
+        self._first: int | None = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def step(self, record: dict[str, Any]) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        if not self._live:
+            self._print_line(record, loss)
+            return
+        if self._progress is None:
+            self._open()
+        assert self._progress is not None and self._task is not None
+        rate = f"{record['tokens_per_second']:,.0f} tok/s"
+        self._progress.update(self._task, completed=record["step"], loss=loss, rate=rate, lr=f"{record['lr']:.2e}")
+
+    def say(self, text: str) -> None:
+        """A line of its own above the progress."""
+        (self._progress.console if self._progress else self._console).print(text, markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _open(self) -> None:
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[rate]}  left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("train", total=self._total, loss="", rate="", lr="")
+        self._progress.start()
+
+    def _print_line(self, record: dict[str, Any], loss: str) -> None:
+        step = int(record["step"])
+        if self._first is None:
+            self._first, self._started = step, time.monotonic()
+        done = step - self._first
+        left = (time.monotonic() - self._started) / done * (self._total - step) if done else None
+        tail = "" if left is None else f"  left {int(left // 60)}:{int(left % 60):02d}"
+        self._console.print(
+            f"step {step}/{self._total}  loss {loss}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s{tail}",
+            markup=False,
+        )
