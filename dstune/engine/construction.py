@@ -1,0 +1,90 @@
+"""Building a model such that its weights are partitioned from the start (ZeRO-3), and DeepSpeed's settings that dstune relies on."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dstune.errors import ConfigError, Problem
+
+DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""`model.dtype` of the run file as torch's."""
+
+REQUIRED: Mapping[str, Any] = {
+    # dstune accumulates itself: the loss is weighted over the whole global batch, so DeepSpeed must not divide again.
+    "gradient_accumulation_steps": 1,
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""What the engine cannot work without; a DeepSpeed config that says otherwise is refused."""
+
+DEFAULTS: Mapping[str, Any] = {
+    "steps_per_print": 10**9,
+    # Gradients of micro-batches and workers are summed in fp32: the loss curve does not depend on the split.
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+}
+"""What the engine adds where the DeepSpeed config is silent."""
+
+
+def stage_of(ds_config: Mapping[str, Any]) -> int:
+    """The ZeRO stage, 1 to 3. Raises ConfigError for any other."""
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(Problem("deepspeed: zero_optimization.stage", f"{stage!r}", "1, 2 or 3"))
+    return stage
+
+
+def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """`ds_config` with the precision sections for `dtype`, `REQUIRED` and `DEFAULTS` filled in.
+
+    Raises ConfigError where it contradicts them, or brings an optimizer or a scheduler (those are the run file's).
+    """
+    config = copy.deepcopy(dict(ds_config))
+    required = {
+        **REQUIRED,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "fp16": {"enabled": dtype is torch.float16},
+    }
+    problems = [
+        Problem(f"deepspeed: {key}", "is set", do="Remove it; the run file's `train` section says it.")
+        for key in ("optimizer", "scheduler")
+        if key in config
+    ]
+    _fill(config, required, problems)
+    _fill(config, DEFAULTS, None)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _fill(config: dict[str, Any], values: Mapping[str, Any], problems: list[Problem] | None, path: str = "") -> None:
+    """Add `values` to `config` where it has none; a different value is a problem where `problems` are collected."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _fill(config.setdefault(key, {}), value, problems, f"{path}{key}.")
+        elif config.setdefault(key, value) != value and problems is not None:
+            problems.append(
+                Problem(f"deepspeed: {path}{key}", f"{config[key]!r}", f"{value!r}, which dstune sets itself")
+            )
+
+
+@contextlib.contextmanager
+def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside have parameters of `dtype`; under ZeRO-3 each worker keeps only its piece of every parameter.
+
+    `world.init` must have been called. A collective: every worker builds the same modules in the same order.
+    """
+    import deepspeed
+
+    config = complete(ds_config, dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=stage_of(config) == 3):
+            yield
+    finally:
+        torch.set_default_dtype(before)
