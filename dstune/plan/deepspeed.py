@@ -1,0 +1,128 @@
+"""The DeepSpeed config of an attempt: a preset's policy, the user's overrides, and what dstune itself must fix."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstune.config.load import resolve
+from dstune.config.schema import RunConfig
+from dstune.errors import ConfigError, Problem
+from dstune.paths import shared_files
+
+AUTO_PRESET = "zero3"
+
+_POLICY_KEYS = (
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer",
+    "activation_checkpointing",
+    "aio",
+    "communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "sparse_gradients",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "steps_per_print",
+    "compile",
+    "flops_profiler",
+    "hybrid_engine",
+    "seq_parallel_communication_data_type",
+    "use_data_before_expert_parallelism",
+    "timers",
+)
+_OWN_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def preset_names() -> list[str]:
+    """The presets in ds_configs/."""
+    return sorted(path.stem for path in shared_files("ds_configs").glob("*.json"))
+
+
+def load_preset(name: str, base: Path) -> dict[str, Any]:
+    """A preset by name, or the user's own JSON file; `auto` is ZeRO-3. Raises ConfigError."""
+    own_file = resolve(name, base)
+    if name.endswith(".json"):
+        path = own_file
+    else:
+        path = shared_files("ds_configs") / f"{AUTO_PRESET if name == 'auto' else name}.json"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}, or a JSON file of yours"
+        )
+        raise ConfigError(Problem(f"deepspeed.preset {name!r}", "no such preset", do=hint))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(Problem(str(path), f"not JSON: {error}")) from None
+    if not isinstance(value, dict):
+        raise ConfigError(Problem(str(path), "no JSON object", "a DeepSpeed config"))
+    return value
+
+
+def make(config: RunConfig, base: Path, micro_batch_size: int) -> dict[str, Any]:
+    """The whole DeepSpeed config of a run. Raises ConfigError for keys that DeepSpeed would ignore or that dstune sets itself.
+
+    Accumulation is 1 in DeepSpeed's own terms: dstune's loop scales its losses by the global batch's supervised tokens
+    and marks the last micro-batch itself. Gradients accumulate in fp32, or the loss would depend on the split.
+    """
+    policy = _merged(load_preset(config.deepspeed.preset, base), config.deepspeed.overrides)
+    _refuse_foreign_keys(policy, config.deepspeed.preset)
+    policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    policy.setdefault("communication_data_type", "fp32")
+    precision = {"bf16": {"enabled": config.model.dtype == "bf16"}, "fp16": {"enabled": config.model.dtype == "fp16"}}
+    return policy | precision | {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": policy.get("zero_force_ds_cpu_optimizer", False),
+        "steps_per_print": policy.get("steps_per_print", 2**31 - 1),
+    }  # fmt: skip
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(under)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def _refuse_foreign_keys(policy: Mapping[str, Any], preset: str) -> None:
+    """DeepSpeed ignores unknown top-level keys, and takes `auto` inside a section for a default: both silently."""
+    where = f"deepspeed ({preset})"
+    problems: list[Problem] = []
+    for key in policy:
+        if key in _OWN_KEYS:
+            problems.append(Problem(where, f"{key!r} belongs to the run file", do=f"set {_OWN_KEYS[key]}"))
+        elif key not in _POLICY_KEYS:
+            near = difflib.get_close_matches(key, _POLICY_KEYS, n=1)
+            problems.append(Problem(where, f"unknown key {key!r}", do=f"did you mean {near[0]!r}?" if near else ""))
+    problems += [Problem(where, f"{path} is 'auto'", "a value") for path in _autos(policy)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _autos(value: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            found += _autos(item, f"{prefix}{key}.")
+        elif item == "auto":
+            found.append(prefix + key)
+    return found

@@ -1,0 +1,118 @@
+"""The plan of one attempt: a run's config joined with a number of workers. The launcher writes it, the workers read it."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dstune.atomic import write_json
+from dstune.config.schema import RunConfig
+from dstune.errors import FitError, Problem
+from dstune.paths import RunPaths
+
+Layout = Literal["packed", "padded", "seq2seq"]
+_AUTO_MICRO_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What the plan needs to know of a prepared directory."""
+
+    directory: Path
+    fingerprint: str
+    num_rows: int
+    total_positions: int
+    """Rows to take over the whole run, epochs and the short last batch settled."""
+    has_validation: bool
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything a worker wants to know beside config.yaml. Paths are absolute."""
+
+    attempt: int
+    world_size: int
+    micro_batch_size: int
+    """Rows per forward pass and worker."""
+    micro_batches: int
+    """Forward passes per step and worker, the same on every worker."""
+    global_batch_size: int
+    num_rows: int
+    total_positions: int
+    total_steps: int
+    layout: Layout
+    prepared: str
+    prepared_fingerprint: str
+    has_validation: bool
+    base: str
+    """What relative paths in config.yaml are relative to."""
+    checkpoints: str
+    resume_from: str | None
+    start_step: int
+    cpus_per_worker: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
+
+
+def make(
+    config: RunConfig,
+    base: Path,
+    data: DataFacts,
+    *,
+    attempt: int,
+    world_size: int,
+    checkpoints: Path,
+    resume_from: Path | None,
+    start_step: int,
+) -> Plan:
+    """Join `config` with `world_size` workers. Raises FitError where the batch has fewer rows than there are workers."""
+    batch = config.train.global_batch_size
+    if world_size > batch:
+        problem = Problem(
+            "train.global_batch_size",
+            f"{batch} rows for {world_size} workers",
+            "a row for each worker at least",
+            do="raise train.global_batch_size, or lower cluster.workers",
+        )
+        raise FitError(problem)
+    micro = micro_batch_size(config, world_size)
+    return Plan(
+        attempt=attempt,
+        world_size=world_size,
+        micro_batch_size=micro,
+        micro_batches=math.ceil(math.ceil(batch / world_size) / micro),
+        global_batch_size=batch,
+        num_rows=data.num_rows,
+        total_positions=data.total_positions,
+        total_steps=math.ceil(data.total_positions / batch),
+        layout=data.layout,
+        prepared=str(data.directory),
+        prepared_fingerprint=data.fingerprint,
+        has_validation=data.has_validation,
+        base=str(base),
+        checkpoints=str(checkpoints),
+        resume_from=str(resume_from) if resume_from else None,
+        start_step=start_step,
+        cpus_per_worker=config.cluster.cpus_per_worker,
+    )
+
+
+def micro_batch_size(config: RunConfig, world_size: int) -> int:
+    """The rows of a forward pass: as asked, else what keeps one near 8,192 tokens; never more than a worker's share."""
+    share = math.ceil(config.train.global_batch_size / world_size)
+    asked = config.train.micro_batch_size
+    if asked == "auto":
+        asked = max(1, _AUTO_MICRO_BATCH_TOKENS // config.data.max_length)
+    return min(asked, share)
+
+
+def write(plan: Plan, ds_config: dict[str, Any], paths: RunPaths) -> None:
+    """Put both files of an attempt into the run directory."""
+    paths.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
+    write_json(paths.ds_config(plan.attempt), ds_config)
+    write_json(paths.plan(plan.attempt), asdict(plan))
