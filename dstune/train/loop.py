@@ -1,0 +1,239 @@
+"""The training loop: one worker's way from the first step it must take to the last, in agreement with all others."""
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from dstune.batch import Batch, collate
+from dstune.data.shards import Prepared
+
+from dstune.config.schema import RunConfig
+from dstune.data import order
+from dstune.errors import DataError, Problem, RunFailed
+from dstune.logs import get_logger
+from dstune.plan.plan import Plan
+from dstune.protocols import Control, Engine
+from dstune.records.step import StepRecord
+from dstune.train.cadence import SaveCadence
+from dstune.train.schedule import learning_rate
+from dstune.train.seeds import forward_seed
+from dstune.train.state import TrainState
+from dstune.train.validation import ValidationRecord, Validator
+
+log = get_logger(__name__)
+
+Loss = Callable[[Any, Batch], torch.Tensor]
+"""`loss(module, batch)`: the sum of the token losses over the batch's targets, fp32."""
+
+
+class Books(Protocol):
+    """Where worker 0 writes what happened, and reads whether to stop."""
+
+    def step(self, record: StepRecord) -> None: ...
+    def validation(self, record: ValidationRecord) -> None: ...
+    def skip(self, step: int, examples: list[dict[str, Any]]) -> None: ...
+    def stop_reason(self) -> str | None:
+        """Why a stop was asked for; None: nobody asked."""
+        ...
+
+
+Save = Callable[[TrainState, Mapping[str, float]], None]
+"""`save(state, metrics)`: commit a checkpoint, on all workers together. Raises CheckpointError on all where it failed."""
+
+
+@dataclass(frozen=True)
+class LoopEnd:
+    """How the loop ended: every step done, or stopped early at an agreed, committed step."""
+
+    state: str
+    """`succeeded` or `stopped`."""
+    step: int
+    reason: str = ""
+
+
+class Loop:
+    """Trains from `state` to the plan's last step. A collective object: every worker drives one in lockstep."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        plan: Plan,
+        engine: Engine,
+        loss: Loss,
+        prepared: Prepared,
+        validator: Validator | None,
+        control: Control,
+        state: TrainState,
+        save: Save,
+        books: Books,
+        device: torch.device,
+        pad_id: int,
+    ) -> None:
+        self.config, self.plan, self.engine, self.loss = config, plan, engine, loss
+        self.prepared, self.validator, self.control = prepared, validator, control
+        self.state, self.save, self.books = state, save, books
+        self.device, self.pad_id = device, pad_id
+        self._cadence = SaveCadence(config.checkpoint.every)
+        self._saved_step = state.step
+        self._checkpoint_seconds = 0.0
+        self._metrics: dict[str, float] = {}
+
+    def run(self) -> LoopEnd:
+        """Take every step that is left. Raises RunFailed after too many non-finite steps in a row."""
+        if self.validator and self.state.step == 0:
+            self._validate()
+        while self.state.step < self.plan.total_steps:
+            reason, due = self._step()
+            done = self.state.step == self.plan.total_steps
+            if self.validator and (done or self.state.step % self.config.validate_.every == 0):
+                self._validate()
+            if due or done or reason is not None:
+                self._commit()
+            if reason is not None and not done:
+                return LoopEnd("stopped", self.state.step, reason)
+        return LoopEnd("succeeded", self.state.step)
+
+    def _step(self) -> tuple[str | None, bool]:
+        """One update; whether worker 0 was asked to stop, and whether a checkpoint is due."""
+        started = time.perf_counter()
+        step, plan = self.state.step, self.plan
+        rows = order.rows_of_step(
+            plan.num_rows, self.config.train.seed, plan.global_batch_size, plan.total_positions, step
+        )
+        supervised = int(self.prepared.rows_supervised[rows].sum())
+        scale = self.control.world_size / supervised
+        total, data_seconds, nonfinite = 0.0, 0.0, list[int]()
+        shares = order.share(rows, self.control.rank, self.control.world_size, plan.micro_batch_size)
+        for number, micro in enumerate(shares):
+            moment = time.perf_counter()
+            batch = collate(self.prepared, micro, plan.layout, self.pad_id).to(self.device)
+            data_seconds += time.perf_counter() - moment
+            torch.manual_seed(forward_seed(self.config.train.seed, step, micro[0]))
+            loss_sum = self.loss(self.engine.module, batch)
+            self.engine.backward(loss_sum * scale, last=number == len(shares) - 1)
+            value = float(loss_sum.detach())
+            total += value
+            if not math.isfinite(value):
+                nonfinite += [row for row in micro if row is not None]
+        result = self.engine.step(learning_rate(self.config.train, step, plan.total_steps))
+        mine = {
+            "loss": total if math.isfinite(total) else None,
+            "nonfinite": nonfinite,
+            "data_seconds": data_seconds,
+            "memory": _peak_memory_bytes(self.device),
+            "stop": self.books.stop_reason() if self.control.rank == 0 else None,
+            "due": self._cadence.due(step + 1),
+        }
+        everyone = self.control.gather(mine)
+        loss = _mean_loss(everyone, supervised)
+        skipped = result.skipped or loss is None
+        self.state = self.state.after(None if skipped else loss, skipped, self.engine.optimizer_steps)
+        record = self._record(rows, supervised, loss, result.grad_norm, everyone, started, skipped)
+        if self.control.rank == 0:
+            self.books.step(record)
+        if skipped:
+            self._report_skip(sorted({row for one in everyone for row in one["nonfinite"]}) or [int(r) for r in rows])
+        return everyone[0]["stop"], bool(everyone[0]["due"])
+
+    def _record(
+        self,
+        rows: np.ndarray,
+        supervised: int,
+        loss: float | None,
+        grad_norm: float,
+        everyone: list[dict[str, Any]],
+        started: float,
+        skipped: bool,
+    ) -> StepRecord:
+        seconds = time.perf_counter() - started
+        tokens = int(self.prepared.rows_tokens[rows].sum())
+        checkpoint_seconds, self._checkpoint_seconds = self._checkpoint_seconds, 0.0
+        position = min(self.state.step * self.plan.global_batch_size, self.plan.total_positions)
+        return StepRecord(
+            step=self.state.step,
+            epoch=round(position / self.plan.num_rows, 6),
+            loss=loss,
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+            lr=learning_rate(self.config.train, self.state.step - 1, self.plan.total_steps),
+            tokens=tokens,
+            supervised_tokens=supervised,
+            rows=len(rows),
+            batch_digest=order.digest(np.concatenate([self.prepared.row(int(row)) for row in rows])),
+            step_seconds=round(seconds, 6),
+            data_seconds=round(max(one["data_seconds"] for one in everyone), 6),
+            checkpoint_seconds=round(checkpoint_seconds, 6),
+            tokens_per_second=round(tokens / seconds, 3),
+            mfu=None,
+            peak_memory_bytes=max(one["memory"] for one in everyone),
+            world=self.control.world_size,
+            attempt=self.plan.attempt,
+            skipped=skipped,
+        )
+
+    def _report_skip(self, rows: list[int]) -> None:
+        """Count and name a step that updated nothing; give up after too many in a row."""
+        examples = [self._name(int(number)) for row in rows for number in self.prepared.row(row)]
+        if self.control.rank == 0:
+            self.books.skip(self.state.step, examples)
+        limit = self.config.train.nonfinite_limit
+        log.warning("step %d skipped: loss or gradient not finite (%d in a row)", *_skip_facts(self.state))
+        if self.state.nonfinite_in_a_row >= limit:
+            raise RunFailed(
+                Problem(
+                    f"step {self.state.step}",
+                    f"{limit} steps in a row had a loss or a gradient that is not finite",
+                    do="the examples are in events.jsonl; a lower train.lr or bf16 in place of fp16 often helps",
+                )
+            )
+
+    def _name(self, number: int) -> dict[str, Any]:
+        example = self.prepared.example(number)
+        source = self.prepared.manifest["sources"][example.source]["path"]
+        return {"example": number, "source": source, "line": example.line, "part": example.part}
+
+    def _validate(self) -> None:
+        assert self.validator is not None
+        record = self.validator.run(self.state.step)
+        self._metrics["loss"] = record.loss
+        if self.control.rank == 0:
+            self.books.validation(record)
+
+    def _commit(self) -> None:
+        if self._saved_step == self.state.step:
+            return
+        started = time.perf_counter()
+        self.save(self.state, dict(self._metrics))
+        self._saved_step = self.state.step
+        self._checkpoint_seconds += time.perf_counter() - started
+        self._cadence.saved()
+
+
+def require_targets(prepared: Prepared) -> None:
+    """Every row must hold a target, or a step could have none to take a mean over. Raises DataError."""
+    empty = np.flatnonzero(np.asarray(prepared.rows_supervised) == 0)
+    if len(empty):
+        raise DataError(Problem(str(prepared.root), f"row {empty[0]} has no supervised token", "at least one in each"))
+
+
+def _skip_facts(state: TrainState) -> tuple[int, int]:
+    return state.step, state.nonfinite_in_a_row
+
+
+def _mean_loss(everyone: list[dict[str, Any]], supervised: int) -> float | None:
+    """Mean over the global batch's supervised tokens, summed in rank order; None where a part is not finite."""
+    parts = [one["loss"] for one in everyone]
+    if any(part is None for part in parts):
+        return None
+    return math.fsum(parts) / supervised
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
