@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from dstune.batch import Batch, collate
-from dstune.data.shards import Prepared
 
+from dstune.batch import Batch, collate
 from dstune.config.schema import RunConfig
 from dstune.data import order
+from dstune.data.shards import Prepared
 from dstune.errors import DataError, Problem, RunFailed
 from dstune.logs import get_logger
 from dstune.plan.plan import Plan

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dstune.batch import Batch, collate
-from dstune.data.shards import Prepared
 
+from dstune.batch import Batch, collate
 from dstune.data import order
+from dstune.data.shards import Prepared
 from dstune.plan.plan import Layout
 from dstune.protocols import Control
 

@@ -1,0 +1,100 @@
+"""The `dstune` command: finds the subcommand, and turns every outcome into its exit status."""
+
+import argparse
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from dstune import __version__, logs
+from dstune.errors import EXIT_FAILED, EXIT_USAGE, DstuneError
+
+COMMANDS = {
+    "init": "write a commented starter run file from a recipe",
+    "prepare": "raw instruction files -> packed Arrow shards",
+    "preview": "look at conversations with the trained tokens coloured",
+    "plan": "what a run would do here: steps, batches, DeepSpeed config",
+    "train": "prepare if needed, plan, train",
+    "submit": "the same run as a Ray job or a Slurm batch",
+    "status": "where a run stands, wherever it was submitted",
+    "logs": "what its driver and workers said",
+    "stop": "stop at the end of the step, with a checkpoint",
+    "resume": "go on from the newest committed step, on any number of workers",
+    "checkpoint": "list and verify what is committed",
+    "export": "a Hugging Face directory from a checkpoint",
+    "evaluate": "generate and score: exact match, F1, BLEU, ROUGE and others",
+    "chat": "talk to a model",
+    "worker": "what Ray, torchrun or srun start on each rank",
+    "schema": "JSON Schema of the run file, for editors",
+}
+"""Every command a person types, with its line of help; the module of the same name in this package runs it."""
+
+_HIDDEN = ("drive",)
+_INTERRUPTED = 130
+
+_EPILOG = """\
+exit status: 0 done, 1 failed, 2 wrong command or run file, 3 data refused, 4 does not fit, 75 stopped and resumable
+start with:  dstune init my-run && dstune train my-run/run.yaml"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else EXIT_USAGE
+    if words[0] == "--version":
+        print(f"dstune {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS and name not in _HIDDEN:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; see dstune --help"
+        print(f"dstune: no command {name!r}{hint}", file=sys.stderr)
+        return EXIT_USAGE
+    return _run(name, importlib.import_module(f"dstune.cli.{name}"), words[1:])
+
+
+def _overview() -> str:
+    lines = "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: dstune COMMAND [--json] ...\n\n"
+        "Instruction-tune language models with DeepSpeed ZeRO-3 on Ray, and resume exactly whatever happened.\n\n"
+        f"{lines}\n\n`dstune COMMAND --help` says more.\n\n{_EPILOG}"
+    )
+
+
+def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"dstune {name}", description=command.__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout; logs stay on stderr")
+    parser.add_argument("--verbose", action="store_true", help="more lines on stderr")
+    command.add_arguments(parser)
+    args = parser.parse_intermixed_args(words)
+    logs.configure(verbose=args.verbose)
+    try:
+        return command.run(args)
+    except DstuneError as error:
+        return _say(args, str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _say(args, "interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_FAILED
+    except OSError as error:
+        if args.verbose:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _say(args, f"{place}{error.strerror or error}", EXIT_FAILED)
+
+
+def _say(args: argparse.Namespace, message: str, status: int) -> int:
+    print(f"dstune: {message}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": message, "exit_status": status}, ensure_ascii=False))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Run directories: made once from a run file, found again by file, name or path, never silently continued or overwritten."""
+
+import difflib
+import json
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dstune.atomic import write_json, write_text
+from dstune.config.load import LoadedRun, dump, load_run, resolve
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UsageError
+from dstune.launch.status import StatusFile
+from dstune.paths import RunPaths
+
+_PACKAGES = ("dstune", "torch", "deepspeed", "ray", "transformers", "datasets", "pyarrow", "numpy", "tokenizers")
+
+_MAY_CHANGE = (
+    "cluster",
+    "deepspeed",
+    "checkpoint",
+    "validate",
+    "report",
+    "site",
+    "train.epochs",
+    "train.max_steps",
+    "train.micro_batch_size",
+    "train.nonfinite_limit",
+    "model.activation_checkpointing",
+    "model.attention",
+    "data.num_processes",
+)
+"""Keys that a resume may change: they do not touch what has been learnt, in which order, or how."""
+
+
+def run_paths(run: LoadedRun) -> RunPaths:
+    """The directory of the run that a run file describes (whether it is there or not)."""
+    return RunPaths(resolve(run.config.runs_dir, run.base) / run.config.name)
+
+
+def checkpoints_of(config: RunConfig, base: Path, paths: RunPaths) -> Path:
+    """Where the run's checkpoints are committed."""
+    return resolve(config.checkpoint.dir, base) / config.name if config.checkpoint.dir else paths.checkpoints
+
+
+def create(run: LoadedRun) -> RunPaths:
+    """Make the run directory and write config.yaml and env.json. Raises UsageError where there is one already."""
+    paths = run_paths(run)
+    paths.root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        paths.root.mkdir()
+    except FileExistsError:
+        problem = Problem(
+            str(paths.root),
+            "this run exists already",
+            do=f"`dstune resume {run.config.name}` goes on with it; another `name:` starts a new one",
+        )
+        raise UsageError(problem) from None
+    paths.make()
+    write_text(paths.config, dump(run.config))
+    write_json(paths.env, _environment(run))
+    StatusFile(paths).write(state="planned")
+    return paths
+
+
+def note(paths: RunPaths, **facts: Any) -> None:
+    """Add facts to env.json (the prepared directory, say)."""
+    write_json(paths.env, environment(paths) | facts)
+
+
+def environment(paths: RunPaths) -> dict[str, Any]:
+    """env.json: versions, the run file's place, the prepared directory."""
+    return json.loads(paths.env.read_text(encoding="utf-8"))
+
+
+def load(paths: RunPaths) -> LoadedRun:
+    """The run as it was created (and changed by resumes): its config.yaml, relative to where its run file stood."""
+    loaded = load_run(paths.config)
+    return LoadedRun(loaded.config, Path(environment(paths)["base"]), paths.config)
+
+
+def change(paths: RunPaths, overrides: list[str]) -> LoadedRun:
+    """Put overrides into config.yaml. Raises UsageError for a key that needs a new run."""
+    before = load(paths)
+    after = load_run(paths.config, overrides).config
+    refused = [key for key in _changed_keys(before.config, after) if not key.startswith(_MAY_CHANGE)]
+    if refused:
+        problem = Problem(
+            ", ".join(refused),
+            "a resume cannot change this",
+            do=f"it may change {', '.join(_MAY_CHANGE)}; the others need a new run",
+        )
+        raise UsageError(problem)
+    if after != before.config:
+        write_text(paths.config, dump(after))
+    return LoadedRun(after, before.base, paths.config)
+
+
+def find(run: str | Path) -> RunPaths:
+    """The run directory that a run file, a run's name or a directory names. Raises UsageError with the nearest names."""
+    path = Path(run)
+    if path.is_dir() and RunPaths(path).config.is_file():
+        return RunPaths(path.absolute())
+    if path.suffix in (".yaml", ".yml"):
+        paths = run_paths(load_run(path))
+        if paths.config.is_file():
+            return paths
+        raise UsageError(
+            Problem(str(run), f"this run has not been started (no {paths.root})", do=f"dstune train {run}")
+        )
+    named = Path("runs").absolute() / str(run)
+    if RunPaths(named).config.is_file():
+        return RunPaths(named)
+    known = (
+        sorted(p.name for p in named.parent.glob("*") if RunPaths(p).config.is_file()) if named.parent.is_dir() else []
+    )
+    near = difflib.get_close_matches(str(run), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"runs in {named.parent}: {', '.join(known) or 'none'}"
+    raise UsageError(Problem(str(run), "no run of this name, and no run file or run directory", do=hint))
+
+
+def _changed_keys(before: RunConfig, after: RunConfig) -> list[str]:
+    old, new = _flat(before.model_dump(by_alias=True)), _flat(after.model_dump(by_alias=True))
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        result |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {prefix + key: item}
+    return result
+
+
+def _environment(run: LoadedRun) -> dict[str, Any]:
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "run_file": str(run.file),
+        "base": str(run.base),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
