@@ -1,6 +1,6 @@
 """dstune: instruction tuning with DeepSpeed ZeRO-3 on Ray, from packed Arrow shards, with exact resumes.
 
-Every command is a function here: `dstune.prepare(run)`, `dstune.train(run)`, … (see `dstune.api`). Nothing heavy is
+Every command is a function here: `dstune.prepare(run)`, `dstune.training(run)`, … (see `dstune.api`). Nothing heavy is
 imported before one is used.
 """
 

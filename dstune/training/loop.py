@@ -15,15 +15,15 @@ from dstune.config.schema import RunConfig
 from dstune.data import order
 from dstune.data.shards import Prepared
 from dstune.errors import DataError, Problem, RunFailed
-from dstune.logs import get_logger
-from dstune.plan.plan import Plan
+from dstune.loggers import get_logger
+from dstune.planning.plan import Plan
 from dstune.protocols import Control, Engine
 from dstune.records.step import StepRecord
-from dstune.train.cadence import SaveCadence
-from dstune.train.schedule import learning_rate
-from dstune.train.seeds import forward_seed
-from dstune.train.state import TrainState
-from dstune.train.validation import ValidationRecord, Validator
+from dstune.training.cadence import SaveCadence
+from dstune.training.schedule import learning_rate
+from dstune.training.seeds import forward_seed
+from dstune.training.state import TrainState
+from dstune.training.validation import ValidationRecord, Validator
 
 log = get_logger(__name__)
 

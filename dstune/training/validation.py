@@ -12,7 +12,7 @@ import torch
 from dstune.batch import Batch, collate
 from dstune.data import order
 from dstune.data.shards import Prepared
-from dstune.plan.plan import Layout
+from dstune.planning.plan import Layout
 from dstune.protocols import Control
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from dstune.paths import RunPaths
 from dstune.records.sinks import EventLog, JsonLines
 from dstune.records.step import StepRecord
-from dstune.train.validation import ValidationRecord
+from dstune.training.validation import ValidationRecord
 
 
 class RunBooks:
