@@ -1,0 +1,24 @@
+"""Generate answers to held-out tasks and score them."""
+
+import argparse
+
+from dstune.cli.output import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="an exported directory or a hub id")
+    parser.add_argument("tasks", help="tasks file (YAML)")
+    parser.add_argument("--out", help="directory for results.json and outputs.jsonl")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dstune import api
+
+    results = api.evaluate(args.model, args.tasks, out=args.out)
+    if args.json:
+        print_json(results)
+        return 0
+    from rich.console import Console
+
+    Console().print(api.results_table(results))
+    return 0

@@ -1,0 +1,20 @@
+"""A Hugging Face directory from a run's checkpoint: safetensors, tokenizer, template, model card."""
+
+import argparse
+
+from dstune.cli.output import add_run, emit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("out", nargs="?", help="a directory that is not there yet (default: the run's export/)")
+    parser.add_argument("--step", default="newest", help="a committed step, `best`, or `newest` (default)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the run's")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dstune import api
+
+    out = api.export(args.run, args.out, step=args.step, dtype=args.dtype)
+    emit(args, {"export": str(out)}, [f"exported: {out}", f"next: dstune chat {out}"])
+    return 0

@@ -1,0 +1,14 @@
+"""One worker of a run. Ray, torchrun or srun start it on each rank; under the latter two, worker 0 also plans the attempt."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="run file or run directory, the same on every rank")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dstune import api
+
+    return api.work(args.run, args.overrides)
