@@ -103,6 +103,10 @@ class RunPaths:
         """How the workers ended, written by worker 0 at the end of its loop; absent after a crash."""
         return self.attempt(attempt) / "outcome.json"
 
+    def workers(self, attempt: int) -> Path:
+        """Which process is which rank: a list of {"rank", "node", "pid"}, written by the executor."""
+        return self.attempt(attempt) / "workers.json"
+
     def make(self) -> None:
         """Create the directory and its folders."""
         for folder in (self.root, self.control, self.checkpoints, self.logs, self.errors, self.attempts):
@@ -188,3 +192,8 @@ def shared_files(kind: str) -> Path:
     """The directory of shipped files of `kind` (`ds_configs`, `cluster`): inside an installed wheel, or in the checkout."""
     installed = Path(__file__).parent / "_share" / kind
     return installed if installed.is_dir() else Path(__file__).parent.parent / kind
+
+
+def builtin_model(name: str) -> Path:
+    """The directory with the config.json of `builtin:NAME`; whether it exists says whether there is such a model."""
+    return Path(__file__).parent / "model" / "builtin" / name

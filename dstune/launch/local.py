@@ -1,0 +1,281 @@
+"""The executor on Ray: an embedded one on this machine, or an existing cluster. Ray itself lives in `ray_host`'s process."""
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.errors import Problem, UsageError
+from dstune.logs import get_logger
+from dstune.protocols import AttemptOutcome
+
+log = get_logger(__name__)
+
+_START_SECONDS = 120.0
+_ANSWER_SECONDS = 30.0
+_CLOSE_SECONDS = 20.0
+_LONGEST_TEMPORARY = 40
+_LARGEST_LOG_BYTES = 1 << 20
+
+_PASSED_PREFIXES = ("DSTUNE_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_NCCL_")
+_PASSED_NAMES = (
+    "TORCH_EXTENSIONS_DIR",
+    "OMP_NUM_THREADS",
+    "CUDA_DEVICE_ORDER",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "XDG_CACHE_HOME",
+)
+_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "API_KEY", "AUTH")
+
+_QUIET_RAY = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """What the process that holds Ray needs to know."""
+
+    address: str | None
+    """A cluster's address or `auto`; None: embed one."""
+    workers: int
+    """The embedded Ray has room for so many, however few cores there are."""
+    cpus_per_worker: int
+    temporary: str
+    """An embedded Ray's directory; short, for a Unix socket's path has at most 107 characters."""
+
+
+def passed_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that may reach workers through Ray, which keeps them in the open: settings, never secrets."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name.startswith(_PASSED_PREFIXES) or name in _PASSED_NAMES)
+        and not any(word in name for word in _SECRET_WORDS)
+    }
+
+
+class RayExecutor:
+    """`protocols.Executor` on Ray Train v2: one attempt, one worker group, no retries of Ray's own."""
+
+    def __init__(
+        self,
+        workers: int,
+        cpus_per_worker: int = 1,
+        address: str | None = None,
+        log_directory: Path | None = None,
+        entry: str = "dstune.worker:main",
+    ) -> None:
+        """`entry` names `module:function(run_directory, attempt)`, which every worker runs. Nothing starts before it is needed."""
+        self._workers, self._cpus, self._address = workers, cpus_per_worker, address
+        self._logs, self._entry = log_directory, entry
+        self._host: _HostProcess | None = None
+        self._starting = threading.Lock()
+
+    def available_workers(self) -> int:
+        """How many workers could be placed now; 0 where an existing cluster is away. Starts Ray where none runs."""
+        answer = self._running_host().ask("available", _ANSWER_SECONDS)
+        if answer is None:
+            self._drop_host()
+            return 0
+        return int(answer["available"])
+
+    def run(self, run_directory: str, attempt: int, world_size: int, environment: Mapping[str, str]) -> AttemptOutcome:
+        """Start the workers and block until they are gone. `environment` goes over this process's own variables."""
+        variables = passed_environment(os.environ) | dict(environment)
+        variables.setdefault("OMP_NUM_THREADS", str(self._cpus))
+        if self._address is None:
+            variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        facts = {"run_directory": run_directory, "attempt": attempt, "world_size": world_size, "entry": self._entry}
+        answer = self._running_host().ask("run", None, environment=variables, **facts)
+        if answer is None:
+            self._drop_host()
+            return AttemptOutcome("lost", "Ray went away (its process ended)")
+        if answer["kind"] == "lost":
+            self._drop_host()
+        elif answer["kind"] == "failed" and self._host is not None:
+            self._host.keep_logs()
+        return AttemptOutcome(answer["kind"], answer["message"], tuple(answer["failed_ranks"]))
+
+    def kill(self) -> None:
+        """End the attempt's workers at once."""
+        if self._host is not None:
+            self._host.tell("kill")
+
+    def close(self) -> None:
+        """End the embedded Ray, or leave the cluster."""
+        self._drop_host()
+
+    def __enter__(self) -> "RayExecutor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _running_host(self) -> "_HostProcess":
+        with self._starting:
+            if self._host is None or not self._host.alive:
+                if self._host is not None:
+                    self._host.close()
+                self._host = _HostProcess(self._address, self._workers, self._cpus, self._logs)
+            return self._host
+
+    def _drop_host(self) -> None:
+        with self._starting:
+            host, self._host = self._host, None
+        if host is not None:
+            host.close()
+
+
+class _HostProcess:
+    """The other end of `ray_host`: starts it, asks it, ends it and all that it started."""
+
+    def __init__(self, address: str | None, workers: int, cpus: int, logs: Path | None) -> None:
+        self._address, self._logs = address, logs
+        self._temporary = Path(tempfile.mkdtemp(prefix="dstune-", dir=_short_temporary()))
+        settings = HostSettings(address, workers, cpus, str(self._temporary))
+        self._channel, theirs = socket.socketpair()
+        self._answers: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {0: queue.SimpleQueue()}
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self.alive = True
+        command = [sys.executable, "-m", "dstune.launch.ray_host", json.dumps(asdict(settings)), str(theirs.fileno())]
+        with self._output() as output:
+            self._process = subprocess.Popen(
+                command,
+                env=self._environment(),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        theirs.close()
+        threading.Thread(target=self._read, name="ray-host", daemon=True).start()
+        self._await_start()
+
+    def ask(self, do: str, seconds: float | None, **facts: Any) -> dict[str, Any] | None:
+        """Send a request and wait for its answer; None where the process went away or did not answer in time."""
+        answer: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        with self._lock:
+            if not self.alive:
+                return None
+            number = next(self._numbers)
+            self._answers[number] = answer
+        if not self._send(number, do, facts):
+            return None
+        try:
+            return answer.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def tell(self, do: str) -> None:
+        """Send a request that has no answer."""
+        self._send(next(self._numbers), do, {})
+
+    def keep_logs(self) -> None:
+        """Copy what an embedded Ray's processes wrote to logs/ray, where a crash in native code left its last words."""
+        if self._logs is None:
+            return
+        for file in self._temporary.glob("session_*/logs/*"):
+            if file.is_symlink() or not file.is_file() or file.stat().st_size == 0 or file.parent.parent.is_symlink():
+                continue
+            self._logs.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as source:
+                source.seek(max(0, file.stat().st_size - _LARGEST_LOG_BYTES))
+                (self._logs / file.name).write_bytes(source.read())
+
+    def close(self) -> None:
+        """End the process, its Ray, and the temporary directory."""
+        if self.alive and self._process.poll() is None:
+            self.ask("close", _CLOSE_SECONDS)
+        self._channel.close()
+        try:
+            self._process.wait(_CLOSE_SECONDS / 4)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # a Ray that outlived its host is in the host's session
+            os.killpg(self._process.pid, signal.SIGKILL)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _await_start(self) -> None:
+        try:
+            answer = self._answers[0].get(timeout=_START_SECONDS)
+        except queue.Empty:
+            answer = {"error": f"Ray did not start within {_START_SECONDS:.0f} s"}
+        if answer is not None and answer.get("ready"):
+            return
+        said = answer["error"] if answer else "its process ended"
+        self.keep_logs()
+        self.close()
+        where = self._address or "the embedded Ray"
+        if self._address is None:
+            do = (
+                f"see {self._logs}" if self._logs else "start again with free memory and a writable temporary directory"
+            )
+        else:
+            do = "is the address right, the cluster up, and its token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH?"
+        raise UsageError(Problem(where, f"cannot reach Ray: {said}", do=do))
+
+    def _send(self, number: int, do: str, facts: dict[str, Any]) -> bool:
+        try:
+            self._channel.sendall((json.dumps({"id": number, "do": do} | facts) + "\n").encode())
+        except OSError:
+            return False
+        return True
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError), self._channel.makefile("r", encoding="utf-8") as lines:
+            for line in lines:
+                answer = json.loads(line)
+                with self._lock:
+                    waiting = self._answers.pop(answer["id"], None) if answer["id"] else self._answers[0]
+                if waiting is not None:
+                    waiting.put(answer)
+        with self._lock:
+            self.alive = False
+            for waiting in self._answers.values():
+                waiting.put(None)
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ) | _QUIET_RAY
+        if self._address is not None:
+            return environment
+        environment.pop("RAY_ADDRESS", None)
+        if "RAY_AUTH_MODE" not in environment:
+            token = self._temporary / "token"
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_hex(32), "ascii")
+            environment.pop("RAY_AUTH_TOKEN", None)
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        return environment
+
+    def _output(self) -> Any:
+        if self._logs is None:
+            return open(os.devnull, "wb")  # noqa: PTH123 - closed by the caller's `with`
+        self._logs.mkdir(parents=True, exist_ok=True)
+        return (self._logs / "driver.log").open("ab")
+
+
+def _short_temporary() -> str:
+    directory = tempfile.gettempdir()
+    return directory if len(directory) <= _LONGEST_TEMPORARY else "/tmp"

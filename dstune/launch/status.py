@@ -1,0 +1,71 @@
+"""status.json: where a run stands, written whole by its driver and read by anybody."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from dstune.atomic import write_json
+from dstune.errors import UsageError
+from dstune.paths import RunPaths
+
+ACTIVE = ("queued", "running")
+FINAL = ("succeeded", "failed", "stopped", "preempted")
+
+_LEAST_SECONDS_BETWEEN_WRITES = 1.0
+
+
+class StatusFile:
+    """Keeps status.json; changes of state are written at once, progress at most once a second."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._path = paths.status
+        self._value: dict[str, Any] = {"state": "planned", "step": 0, "committed_step": 0, "world": 0, "attempt": 0}
+        self._written = 0.0
+
+    @property
+    def step(self) -> int:
+        return int(self._value["step"])
+
+    def progress(self, **facts: Any) -> None:
+        """Note facts that may wait a moment before they reach the disk."""
+        self._value |= facts
+        if time.monotonic() - self._written >= _LEAST_SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self, **facts: Any) -> None:
+        """Note facts and write them now."""
+        self._value |= facts
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 3)}
+        write_json(self._path, self._value | here)
+        self._written = time.monotonic()
+
+
+def read_status(paths: RunPaths) -> dict[str, Any]:
+    """status.json as it stands. Raises UsageError where the run directory has none."""
+    try:
+        return json.loads(paths.status.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{paths.root}: no run here (it has no {paths.status.name})") from None
+
+
+def driver_lives(paths: RunPaths) -> bool:
+    """True while a driver holds the run's lock (on this machine, or on a file system that carries locks)."""
+    if not paths.lock.exists():
+        return False
+    with paths.lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last `count` lines of a text file; none where there is no file."""
+    if not path.exists():
+        return []
+    return path.read_text("utf-8", errors="replace").splitlines()[-count:]
