@@ -1,0 +1,253 @@
+"""A prepared directory, read: examples and rows memory-mapped from Arrow streams, sizes and counts checked at opening.
+
+Nothing is copied into memory at opening but two integers a row: a million examples open in a fraction of a second, and as many
+processes of a machine as like share one copy of the pages.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dstune.atomic import sha256_file
+from dstune.errors import DataError, Problem
+from dstune.paths import PreparedPaths
+
+FORMAT_VERSION = 1
+"""Of the directory's layout; a directory of another version is refused."""
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("length", pa.int32()),
+        ("source", pa.int32()),
+        ("line", pa.int64()),
+        ("part", pa.int32()),
+    ]
+)
+ROW_SCHEMA = pa.schema([("examples", pa.list_(pa.int32())), ("tokens", pa.int32()), ("supervised", pa.int32())])
+
+_AGAIN = "Delete this directory and run `dstune prepare` again."
+
+
+@dataclass(frozen=True)
+class StoredExample:
+    """One example of a prepared directory, and where it came from. The arrays are views of the file: read-only."""
+
+    input_ids: npt.NDArray[np.int32]
+    """[length]"""
+    loss_mask: npt.NDArray[np.bool_]
+    """[length]; True = this token is a target, not shifted."""
+    source: int
+    """Index into the manifest's `sources`."""
+    line: int
+    """Where the record stands in that file, from 1."""
+    part: int
+    """Which conversation of the record, from 0."""
+
+
+class _Stream:
+    """One Arrow stream file, memory-mapped: its record batches and where each begins."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        try:
+            with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
+                found = reader.schema.remove_metadata()
+                self.batches: list[pa.RecordBatch] = list(reader)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(Problem(str(path), f"no readable Arrow stream ({error})", do=_AGAIN)) from error
+        if not found.equals(schema):
+            raise DataError(Problem(str(path), f"columns {found}", f"{schema}", _AGAIN))
+        counts = [batch.num_rows for batch in self.batches]
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.starts[-1])
+
+    def at(self, index: int) -> tuple[pa.RecordBatch, int]:
+        """The batch that holds row `index`, and the row's place in it."""
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.batches[number], index - int(self.starts[number])
+
+    def column(self, name: str) -> npt.NDArray[np.int32]:
+        """A whole flat int32 column, copied."""
+        parts = [batch.column(name).to_numpy() for batch in self.batches]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, dtype=np.int32)
+
+
+def _list_bounds(column: Any, place: int) -> tuple[int, int]:
+    return column.offsets[place].as_py(), column.offsets[place + 1].as_py()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened prepared directory. Make it by `Prepared.open`."""
+
+    root: Path
+    manifest: Mapping[str, Any]
+    """`manifest.json` as it stands; DESIGN section 4 and `prepare.py` say what is in it."""
+    fingerprint: str
+    """SHA-256 of `manifest.json`, which holds every other file's: it names the content of the whole directory."""
+    rows_tokens: npt.NDArray[np.int32]
+    """[num_rows] tokens of each row."""
+    rows_supervised: npt.NDArray[np.int32]
+    """[num_rows] targets of each row."""
+    _shards: tuple[_Stream, ...] = field(repr=False)
+    _shard_starts: npt.NDArray[np.int64] = field(repr=False)
+    _rows: _Stream = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Prepared":
+        """Open a directory, checking every file's size and every Arrow file's row count against the manifest (not the hashes).
+
+        Raises DataError with every problem found: no manifest, another format version, a missing, cut or foreign file.
+        """
+        root = Path(path).absolute()
+        text, manifest = _read_manifest(root)
+        files = {str(file["name"]): file for file in manifest["files"]}
+        _check_sizes(root, files)
+        names = sorted(name for name in files if name.startswith("data-"))
+        shards = tuple(_Stream(root / name, EXAMPLE_SCHEMA) for name in names)
+        rows = _Stream(PreparedPaths(root).rows, ROW_SCHEMA)
+        streams = [*zip(names, shards, strict=True), (PreparedPaths(root).rows.name, rows)]
+        _check_counts(root, [(name, files[name]["rows"], stream.num_rows) for name, stream in streams])
+        starts = np.cumsum([0, *(shard.num_rows for shard in shards)], dtype=np.int64)
+        _check_counts(root, [("rows.arrow", manifest["counts"]["rows"], rows.num_rows)])
+        _check_counts(root, [("data-*", manifest["counts"]["examples"], int(starts[-1]))])
+        return cls(
+            root=root,
+            manifest=manifest,
+            fingerprint=hashlib.sha256(text).hexdigest(),
+            rows_tokens=rows.column("tokens"),
+            rows_supervised=rows.column("supervised"),
+            _shards=shards,
+            _shard_starts=starts,
+            _rows=rows,
+        )
+
+    @property
+    def num_examples(self) -> int:
+        return int(self._shard_starts[-1])
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows.num_rows
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a row holds by the settings of the preparation."""
+        return int(self.manifest["settings"]["max_length"])
+
+    def row(self, index: int) -> npt.NDArray[np.int32]:
+        """The example numbers of one row, in the order in which they lie in it. Raises IndexError outside."""
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"row {index} of {self.num_rows}")
+        batch, place = self._rows.at(index)
+        column = batch.column("examples")
+        start, stop = _list_bounds(column, place)
+        return column.values.slice(start, stop - start).to_numpy()
+
+    def example(self, index: int) -> StoredExample:
+        """One example, its tokens straight from the mapped file. Raises IndexError outside."""
+        if not 0 <= index < self.num_examples:
+            raise IndexError(f"example {index} of {self.num_examples}")
+        number = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
+        batch, place = self._shards[number].at(index - int(self._shard_starts[number]))
+        start, stop = _list_bounds(batch.column("input_ids"), place)
+        mask_start, mask_stop = _list_bounds(batch.column("loss_mask"), place)
+        mask = batch.column("loss_mask").values.slice(mask_start, mask_stop - mask_start)
+        return StoredExample(
+            input_ids=batch.column("input_ids").values.slice(start, stop - start).to_numpy(),
+            loss_mask=mask.to_numpy(zero_copy_only=False),
+            source=batch.column("source")[place].as_py(),
+            line=batch.column("line")[place].as_py(),
+            part=batch.column("part")[place].as_py(),
+        )
+
+    def origin(self, index: int) -> str:
+        """`file:line` (and the part, where it is not the first) of example `index`, the path as the run file wrote it."""
+        example = self.example(index)
+        text = f"{self.manifest['sources'][example.source]['path']}:{example.line}"
+        return f"{text} part {example.part}" if example.part else text
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Every record batch of examples, in order."""
+        for shard in self._shards:
+            yield from shard.batches
+
+    def validation(self) -> "Prepared | None":
+        """The held-out examples, opened and checked the same way; None where none were asked for."""
+        if self.manifest["validation"] is None:
+            return None
+        return Prepared.open(PreparedPaths(self.root).validation)
+
+    def verify(self) -> None:
+        """Read every byte and compare its SHA-256 with the manifest, the validation set's included.
+
+        Raises DataError naming each file that differs.
+        """
+        problems = [
+            Problem(str(self.root / file["name"]), "the content differs from the manifest's hash", do=_AGAIN)
+            for file in self.manifest["files"]
+            if sha256_file(self.root / file["name"]) != file["sha256"]
+        ]
+        if problems:
+            raise DataError(problems)
+        held_out = self.validation()
+        if held_out is not None:
+            held_out.verify()
+
+
+def _read_manifest(root: Path) -> tuple[bytes, dict[str, Any]]:
+    path = PreparedPaths(root).manifest
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        problem = Problem(
+            str(root),
+            f"no prepared directory ({path.name}: {error.strerror})",
+            do="Make one: `dstune prepare RUN.yaml`.",
+        )
+        raise DataError(problem) from error
+    try:
+        manifest = json.loads(text)
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(Problem(str(path), "a damaged manifest", do=_AGAIN)) from error
+    if version != FORMAT_VERSION:
+        raise DataError(Problem(str(path), f"format version {version}", str(FORMAT_VERSION), _AGAIN))
+    return text, manifest
+
+
+def _check_sizes(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    problems: list[Problem] = []
+    for name, file in files.items():
+        try:
+            size = (root / name).stat().st_size
+        except OSError as error:
+            problems.append(
+                Problem(str(root / name), error.strerror or "not readable", "a file of the manifest", _AGAIN)
+            )
+            continue
+        if size != file["bytes"]:
+            problems.append(Problem(str(root / name), f"{size} bytes", f"{file['bytes']}", _AGAIN))
+    if problems:
+        raise DataError(problems)
+
+
+def _check_counts(root: Path, counts: list[tuple[str, int, int]]) -> None:
+    problems = [
+        Problem(str(root / name), f"{found} rows", f"{expected}", _AGAIN)
+        for name, expected, found in counts
+        if found != expected
+    ]
+    if problems:
+        raise DataError(problems)
