@@ -1,0 +1,104 @@
+"""JSON as the standard has it: what Python's own reader lets through (NaN, duplicate keys, lone surrogates, bombs) is refused."""
+
+import json
+import math
+import re
+from typing import Any
+
+from dstune.data.conversation import Refused
+
+MAX_DEPTH = 100
+"""Brackets within brackets. Real tool schemas stay below 20; Python's reader overflows its stack at some thousands."""
+
+_WHITESPACE = b" \t\r\n"
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse(raw: bytes) -> Any:
+    """The value that `raw` spells in UTF-8 JSON. Raises Refused with what is wrong and at which byte or column."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused("invalid_utf8", f"byte {error.start + 1} of the record (0x{raw[error.start]:02x})") from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(raw)
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise Refused("invalid_json", f"{error.msg}, character {error.pos + 1} of the record") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused("invalid_json", str(error)) from None
+    if _SURROGATE_ESCAPE.search(text):
+        _check_surrogates(value)
+    return value
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """`parse`, for a record: anything but an object is refused."""
+    value = parse(raw)
+    if not isinstance(value, dict):
+        raise Refused("not_an_object", f"a record is an object {{…}}; here stands {kind(value)}")
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a person calls this value: for messages."""
+    names = {
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _check_depth(raw: bytes) -> None:
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(raw):
+        first = raw[match.start()]
+        if first in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise Refused("too_deep", f"more than {MAX_DEPTH} brackets within each other")
+        elif first in b"]}":
+            depth -= 1
+
+
+def _check_surrogates(value: Any) -> None:
+    if isinstance(value, str):
+        if found := _SURROGATE.search(value):
+            raise Refused("lone_surrogate", f"\\u{ord(found.group()):04x} is half a character")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_surrogates(key)
+            _check_surrogates(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_surrogates(item)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise Refused("duplicate_key", f"{twice[:80]!r} stands twice in one object")
+    return value
+
+
+def _constant(name: str) -> Any:
+    raise Refused("not_a_number", f"{name} is not JSON")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise Refused("not_a_number", f"{digits[:40]} is beyond what a number can hold")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
