@@ -192,15 +192,19 @@ def test_damage_is_named(tmp_path, small_shards):
 
 
 _OPEN_A_MILLION = """
-import resource, sys, time
+import sys, time
+from pathlib import Path
 from dstune.data.shards import Prepared
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def own_kib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+before = own_kib()
 start = time.perf_counter()
 prepared = Prepared.open(sys.argv[1])
 seconds = time.perf_counter() - start
 assert prepared.num_examples == 1_000_000
 assert "torch" not in sys.modules
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(seconds, own_kib() - before)
 """
 
 
@@ -215,4 +219,4 @@ def test_a_million_examples_open_fast_and_small(tmp_path):
     command = [sys.executable, "-c", _OPEN_A_MILLION, str(tmp_path / "p")]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in runs) < 0.5
-    assert min(int(kib) for _, kib in runs) < 60_000  # of 417 MB of files
+    assert min(int(kib) for _, kib in runs) < 10_000  # of 417 MB of files; pages of the files are shared and can be dropped
