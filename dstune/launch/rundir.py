@@ -46,6 +46,23 @@ def checkpoints_of(config: RunConfig, base: Path, paths: RunPaths) -> Path:
     return resolve(config.checkpoint.dir, base) / config.name if config.checkpoint.dir else paths.checkpoints
 
 
+def refuse_existing(run: LoadedRun) -> None:
+    """Raises UsageError where the run's directory is there already."""
+    paths = run_paths(run)
+    if paths.root.exists():
+        problem = Problem(
+            str(paths.root),
+            "this run exists already",
+            do=f"`dstune resume {paths.root}` goes on with it; another `name:` starts a new one",
+        )
+        raise UsageError(problem)
+
+
+def exists(run_file: str | Path) -> bool:
+    """Whether the run that a run file describes has been started."""
+    return run_paths(load_run(run_file)).config.is_file()
+
+
 def create(run: LoadedRun) -> RunPaths:
     """Make the run directory and write config.yaml and env.json. Raises UsageError where there is one already."""
     paths = run_paths(run)
@@ -53,12 +70,8 @@ def create(run: LoadedRun) -> RunPaths:
     try:
         paths.root.mkdir()
     except FileExistsError:
-        problem = Problem(
-            str(paths.root),
-            "this run exists already",
-            do=f"`dstune resume {run.config.name}` goes on with it; another `name:` starts a new one",
-        )
-        raise UsageError(problem) from None
+        refuse_existing(run)
+        raise
     paths.make()
     write_text(paths.config, dump(run.config))
     write_json(paths.env, _environment(run))

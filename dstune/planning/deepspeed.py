@@ -74,7 +74,7 @@ def load_preset(name: str, base: Path) -> dict[str, Any]:
     return value
 
 
-def make(config: RunConfig, base: Path, micro_batch_size: int) -> dict[str, Any]:
+def make(config: RunConfig, base: Path) -> dict[str, Any]:
     """The whole DeepSpeed config of a run. Raises ConfigError for keys that DeepSpeed would ignore or that dstune sets itself.
 
     Accumulation is 1 in DeepSpeed's own terms: dstune's loop scales its losses by the global batch's supervised tokens
@@ -86,7 +86,8 @@ def make(config: RunConfig, base: Path, micro_batch_size: int) -> dict[str, Any]
     policy.setdefault("communication_data_type", "fp32")
     precision = {"bf16": {"enabled": config.model.dtype == "bf16"}, "fp16": {"enabled": config.model.dtype == "fp16"}}
     return policy | precision | {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
+        # The loop feeds the engine forward passes of its own size and weighs them itself (plan.json has the sizes).
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.max_grad_norm,
         "zero_allow_untested_optimizer": True,

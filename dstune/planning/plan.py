@@ -72,14 +72,7 @@ def make(
 ) -> Plan:
     """Join `config` with `world_size` workers. Raises FitError where the batch has fewer rows than there are workers."""
     batch = config.train.global_batch_size
-    if world_size > batch:
-        problem = Problem(
-            "train.global_batch_size",
-            f"{batch} rows for {world_size} workers",
-            "a row for each worker at least",
-            do="raise train.global_batch_size, or lower cluster.workers",
-        )
-        raise FitError(problem)
+    require_rows(config, world_size)
     micro = micro_batch_size(config, world_size)
     return Plan(
         attempt=attempt,
@@ -100,6 +93,19 @@ def make(
         start_step=start_step,
         cpus_per_worker=config.cluster.cpus_per_worker,
     )
+
+
+def require_rows(config: RunConfig, world_size: int) -> None:
+    """Raises FitError where the global batch has fewer rows than there are workers."""
+    batch = config.train.global_batch_size
+    if world_size > batch:
+        problem = Problem(
+            "train.global_batch_size",
+            f"{batch} rows for {world_size} workers",
+            "a row for each worker at least",
+            do="raise train.global_batch_size, or lower cluster.workers",
+        )
+        raise FitError(problem)
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:

@@ -1,0 +1,323 @@
+"""Every command as a typed function, for notebooks and pipelines. `import dstune; dstune.train("run.yaml")`.
+
+`RUN` is a run file, a run's name or its directory; a `LoadedRun` serves where a run file does. Hooks receive records (plain
+dictionaries, as the run directory's logs have them), never the trainer. Functions raise `dstune.errors.DstuneError`s.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.load import LoadedRun, load_run
+from dstune.errors import EXIT_DONE, Problem, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from dstune.data.shards import Prepared
+    from dstune.launch.driver import DriveEnd
+    from dstune.paths import RunPaths
+
+RunFile = str | Path | LoadedRun
+Hook = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    name: str
+    directory: str
+    state: str
+    """`succeeded`, `failed`, `stopped` or `preempted`."""
+    step: int
+    """The last step done, or the committed one that a resume goes on from."""
+    exit_status: int
+    message: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def schema(site: bool = False) -> dict[str, Any]:
+    """JSON Schema of the run file (or the site file)."""
+    from dstune.config.schema import RunConfig, SiteConfig
+
+    return (SiteConfig if site else RunConfig).model_json_schema(by_alias=True)
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that `init` knows, each with a line on what it is for."""
+    from dstune.config import recipes as known
+
+    return {name: known.summary(name) for name in known.names()}
+
+
+def init(directory: str | Path = ".", recipe: str = "quickstart") -> Path:
+    """Write a commented run file from a recipe; its path. Raises UsageError rather than overwrite one."""
+    from dstune.config import recipes as known
+
+    return known.write(Path(directory), recipe)
+
+
+def prepare(run: RunFile, overrides: Sequence[str] = ()) -> "Prepared":
+    """The run's data as a prepared directory; a finished one is reused. Raises DataError, ConfigError."""
+    from dstune.data import prepare as room
+
+    loaded = _loaded(run, overrides)
+    return room.prepare(loaded.config, loaded.base)
+
+
+def preview(
+    run: RunFile, overrides: Sequence[str] = (), *, count: int = 5, seed: int = 0
+) -> Iterable["RenderableType"]:
+    """What `dstune preview` prints, for rich; `run` may be a prepared directory."""
+    from dstune.data import preview as room
+
+    prepared, tokenizer = _previewed(run, overrides)
+    return room.preview(prepared, tokenizer, count, seed)
+
+
+def preview_json(run: RunFile, overrides: Sequence[str] = (), *, count: int = 5, seed: int = 0) -> dict[str, Any]:
+    """The same facts as plain values."""
+    from dstune.data import preview as room
+
+    prepared, tokenizer = _previewed(run, overrides)
+    return room.preview_json(prepared, tokenizer, count, seed)
+
+
+def plan(run: RunFile, overrides: Sequence[str] = (), *, workers: int | None = None) -> dict[str, Any]:
+    """What a run would do: steps, batches, tokens, DeepSpeed config. Prepares the data where it is not yet."""
+    from dstune.launch import start
+
+    loaded = _loaded(run, overrides)
+    start.check(loaded)
+    return dict(start.preview_plan(loaded, prepare(loaded), workers))
+
+
+def train(
+    run: RunFile,
+    overrides: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    progress: bool = False,
+    on_step: Hook | None = None,
+    on_evaluate: Hook | None = None,
+    on_commit: Hook | None = None,
+) -> RunResult:
+    """Start a new run and drive it to its end. Raises UsageError where its directory exists already."""
+    from dstune.launch import rundir
+
+    loaded = _loaded(run, overrides)
+    paths = _create(loaded)
+    return _drive(rundir.load(paths), paths, address, progress, (on_step, on_evaluate, on_commit))
+
+
+def resume(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    progress: bool = False,
+    on_step: Hook | None = None,
+    on_evaluate: Hook | None = None,
+    on_commit: Hook | None = None,
+) -> RunResult:
+    """Go on from the newest committed step, with overrides that do not touch the data order (see `rundir.change`)."""
+    from dstune.launch import control, rundir
+    from dstune.launch.driver import driver_lock
+
+    paths = rundir.find(run)
+    with driver_lock(paths):
+        loaded = rundir.change(paths, list(overrides))
+        control.clear(paths)
+    return _drive(loaded, paths, address, progress, (on_step, on_evaluate, on_commit))
+
+
+def drive(run_directory: str | Path, *, address: str | None = None, progress: bool = False) -> RunResult:
+    """Start or continue a run directory as it stands: what Slurm batches and Ray jobs execute."""
+    from dstune.launch import rundir
+
+    paths = rundir.find(run_directory)
+    return _drive(rundir.load(paths), paths, address, progress, (None, None, None))
+
+
+def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
+    """This process's part of a run that torchrun or srun started; worker 0 plans the attempt first. The exit status."""
+    from dstune.launch import bare
+
+    return bare.work(run, overrides)
+
+
+def status(run: str | Path) -> dict[str, Any]:
+    """Where a run stands, wherever it was submitted."""
+    from dstune.launch import rundir, submission
+
+    return submission.status(rundir.find(run))
+
+
+def logs(run: str | Path, *, follow: bool = False, rank: int | None = None) -> Iterator[str]:
+    """What the driver (or the worker of `rank`) wrote; `follow` goes on until the run ends."""
+    from dstune.launch import rundir, submission
+
+    return submission.logs(rundir.find(run), follow=follow, rank=rank)
+
+
+def stop(run: str | Path, *, wait: bool = False) -> dict[str, Any]:
+    """Ask for a checkpoint and a stop at the end of the step; the status then."""
+    from dstune.launch import rundir, submission
+
+    return submission.stop(rundir.find(run), wait=wait)
+
+
+def submit(
+    run: RunFile,
+    to: str,
+    overrides: Sequence[str] = (),
+    *,
+    site: str | None = None,
+    address: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Prepare the data, make the run directory and hand the run to Ray Jobs or Slurm; where it went (or what would be sent)."""
+    from dstune.launch import rundir, start, submission
+
+    loaded = _loaded(run, overrides)
+    start.check(loaded)
+    where = start.site_of(loaded, site)
+    if dry_run:
+        return {"would_send": submission.describe(rundir.run_paths(loaded), loaded.config, to, where, address)}
+    paths = _create(loaded)
+    return submission.submit(paths, loaded.config, to, where, address)
+
+
+def resubmit(
+    run: str | Path, to: str, overrides: Sequence[str] = (), *, site: str | None = None, address: str | None = None
+) -> dict[str, Any]:
+    """`resume`, but as a Ray job or a Slurm batch."""
+    from dstune.launch import control, rundir, start, submission
+    from dstune.launch.driver import driver_lock
+
+    paths = rundir.find(run)
+    with driver_lock(paths):
+        loaded = rundir.change(paths, list(overrides))
+        control.clear(paths)
+    return submission.submit(paths, loaded.config, to, start.site_of(loaded, site), address)
+
+
+def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
+    """What is committed, oldest first; `verify` reads every byte of it."""
+    from dstune.checkpoint import resolve
+
+    found = resolve.committed(_checkpoints(run))
+    rows: list[dict[str, Any]] = []
+    for one in sorted(found, key=lambda checkpoint: checkpoint.step):
+        problems = resolve.verify(one) if verify else []
+        verdict = ("whole" if not problems else "; ".join(problems)) if verify else "committed"
+        rows.append({"step": one.step, **one.facts(), "problems": problems, "verdict": verdict})
+    return rows
+
+
+def export(
+    run: str | Path, out: str | Path | None = None, *, step: str | int = "newest", dtype: str | None = None
+) -> Path:
+    """Write a committed checkpoint as a Hugging Face directory. Raises UsageError where `out` exists, CheckpointError."""
+    from dstune.checkpoint import resolve
+    from dstune.exporting import huggingface
+    from dstune.launch import rundir
+
+    paths = rundir.find(run)
+    loaded = rundir.load(paths)
+    target = Path(out).absolute() if out is not None else paths.export
+    checkpoint = resolve.choose(_checkpoints(run), str(step), loaded.config.checkpoint.best)
+    prepared = rundir.environment(paths).get("prepared")
+    huggingface.export(
+        checkpoint.directory,
+        target,
+        loaded.config,
+        loaded.base,
+        dtype=dtype or loaded.config.model.dtype,
+        prepared=Path(prepared["directory"]) if prepared else None,
+    )
+    return target
+
+
+def evaluate(model: str | Path, tasks: str | Path, *, out: str | Path | None = None) -> dict[str, Any]:
+    """Generate answers for every task of a tasks file and score them; results, and files in `out`."""
+    from dstune.evaluation.evaluate import evaluate as run_tasks
+
+    return run_tasks(str(model), Path(tasks), Path(out) if out is not None else None)
+
+
+def results_table(results: dict[str, Any]) -> "RenderableType":
+    """Evaluation results as a table for rich."""
+    from dstune.evaluation.evaluate import table
+
+    return table(results)
+
+
+def chat(model: str | Path, *, system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0) -> int:
+    """Talk to a model in this terminal; the exit status."""
+    from dstune.dialogue import chat as talk
+
+    talk(str(model), system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    return EXIT_DONE
+
+
+def _loaded(run: RunFile, overrides: Sequence[str]) -> LoadedRun:
+    if isinstance(run, LoadedRun):
+        if overrides:
+            raise UsageError("overrides go with a run file, not with a run that is loaded already")
+        return run
+    return load_run(run, overrides)
+
+
+def _create(loaded: LoadedRun) -> "RunPaths":
+    """Everything that can be wrong is found before the run directory is made; the data is ready when it is there."""
+    from dstune.launch import rundir, start
+
+    rundir.refuse_existing(loaded)
+    start.check(loaded)
+    prepared = prepare(loaded)
+    paths = rundir.create(loaded)
+    rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
+    return paths
+
+
+def _drive(
+    loaded: LoadedRun, paths: "RunPaths", address: str | None, progress: bool, hooks: Sequence[Hook | None]
+) -> RunResult:
+    from dstune.launch import start
+    from dstune.launch.observers import Watcher
+
+    prepared = start.open_prepared(loaded, paths)
+    total = -(-start.data_facts(loaded.config, prepared).total_positions // loaded.config.train.global_batch_size)
+    with Watcher(total, loaded.config.report.console if progress else None, *hooks) as observe:
+        end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
+    return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message)
+
+
+def _checkpoints(run: str | Path) -> Path:
+    from dstune.launch import rundir
+
+    paths = rundir.find(run)
+    loaded = rundir.load(paths)
+    return rundir.checkpoints_of(loaded.config, loaded.base, paths)
+
+
+def _previewed(run: RunFile, overrides: Sequence[str]) -> tuple["Prepared", Any]:
+    """The prepared data of a run file, or an existing prepared directory, with its tokenizer."""
+    from dstune.config.schema import ModelSection
+    from dstune.data.shards import Prepared
+    from dstune.data.tokenize import load_tokenizer
+
+    if not isinstance(run, LoadedRun) and Path(run).is_dir():
+        prepared = Prepared.open(run)
+        named = prepared.manifest["tokenizer"]["path"]
+        if not Path(named).is_dir() and not named.startswith("builtin:"):
+            problem = Problem(str(run), f"its tokenizer ({named}) is not here", do="preview the run file instead")
+            raise UsageError(problem)
+        return prepared, load_tokenizer(ModelSection(path=named), Path.cwd())
+    loaded = _loaded(run, overrides)
+    return prepare(loaded), load_tokenizer(loaded.config.model, loaded.base)

@@ -1,0 +1,165 @@
+"""From a run file to a driven run: the data prepared and checked, the directory made, each attempt planned, the driver started."""
+
+import glob
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.config.load import LoadedRun, load_site
+from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
+from dstune.data import order
+from dstune.data.prepare import prepare
+from dstune.data.shards import Prepared
+from dstune.errors import DataError
+from dstune.launch import rundir
+from dstune.launch.attempts import DriveLimits
+from dstune.launch.driver import DriveEnd, Observer, drive
+from dstune.launch.local import RayExecutor
+from dstune.loggers import get_logger
+from dstune.paths import RunPaths
+from dstune.planning import deepspeed, plan
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Writes the plan of each attempt of one run (`driver.MakePlan`)."""
+
+    run: LoadedRun
+    paths: RunPaths
+    data: plan.DataFacts
+
+    def __call__(self, attempt: int, world_size: int, resume_from: Path | None, start_step: int) -> plan.Plan:
+        config, base = self.run.config, self.run.base
+        made = plan.make(
+            config,
+            base,
+            self.data,
+            attempt=attempt,
+            world_size=world_size,
+            checkpoints=rundir.checkpoints_of(config, base, self.paths),
+            resume_from=resume_from,
+            start_step=start_step,
+        )
+        plan.write(made, deepspeed.make(config, base), self.paths)
+        return made
+
+
+def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
+    """What a plan needs to know of the data."""
+    settings = prepared.manifest["settings"]
+    layout: plan.Layout = "seq2seq" if settings["seq2seq"] else "packed" if settings["packing"] else "padded"
+    positions = order.total_positions(
+        prepared.num_rows, config.train.epochs, config.train.max_steps, config.train.global_batch_size
+    )
+    return plan.DataFacts(
+        directory=prepared.root,
+        fingerprint=prepared.fingerprint,
+        num_rows=prepared.num_rows,
+        total_positions=positions,
+        has_validation=prepared.manifest["validation"] is not None,
+        layout=layout,
+    )
+
+
+def check(run: LoadedRun) -> None:
+    """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
+    deepspeed.make(run.config, run.base)
+    plan.require_rows(run.config, workers_range(run.config.cluster, 1)[0])
+
+
+def open_prepared(run: LoadedRun, paths: RunPaths) -> Prepared:
+    """The data of a run that exists, every hash checked; prepared again where its directory is gone (the same, byte for byte)."""
+    noted = rundir.environment(paths).get("prepared")
+    if noted is None or not Path(noted["directory"]).is_dir():
+        prepared = prepare(run.config, run.base)
+        if noted is not None and prepared.fingerprint != noted["fingerprint"]:
+            came = f"{prepared.root} is not what the run was started with ({noted['directory']}, which is gone)"
+            raise DataError(f"{came}\n    the sources, the tokenizer or the settings have changed since")
+    else:
+        prepared = Prepared.open(noted["directory"])
+    prepared.verify()
+    rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
+    return prepared
+
+
+def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | None, observe: Observer) -> DriveEnd:
+    """Drive the run until it ends, on an embedded Ray or the cluster at `address`."""
+    config = run.config
+    site = site_of(run)
+    address = address or config.cluster.address
+    least, most = workers_range(config.cluster, local_gpus() or 1)
+    executor = RayExecutor(
+        workers=most, cpus_per_worker=config.cluster.cpus_per_worker, address=address, log_directory=paths.logs / "ray"
+    )
+    with executor:
+        if address is not None and config.cluster.workers == "auto" and config.cluster.nodes is None:
+            least, most = 1, max(1, executor.available_workers())
+        return drive(
+            paths,
+            executor,
+            Planner(run, paths, data_facts(config, prepared)),
+            DriveLimits(workers_wanted=most, workers_min=least, max_failures=config.cluster.max_failures),
+            observe,
+            checkpoints=rundir.checkpoints_of(config, run.base, paths),
+            environment=site.env,
+        )
+
+
+def site_of(run: LoadedRun, name: str | None = None) -> SiteConfig:
+    """The site file that the run, or the command line, names; an empty one where neither does."""
+    chosen = name or run.config.site
+    return load_site(chosen, run.base) if chosen else SiteConfig()
+
+
+def workers_range(cluster: ClusterSection, auto: int) -> tuple[int, int]:
+    """The least and the most workers that the run file allows; `auto` where it leaves the number open."""
+    if cluster.nodes is not None:
+        fixed = cluster.nodes * (cluster.gpus_per_node or 1)
+        return fixed, fixed
+    if cluster.workers == "auto":
+        return auto, auto
+    if isinstance(cluster.workers, int):
+        return cluster.workers, cluster.workers
+    return cluster.workers
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs of this machine, found without importing torch."""
+    return len([path for path in glob.glob("/dev/nvidia[0-9]*") if path.removeprefix("/dev/nvidia").isdigit()])  # noqa: PTH207
+
+
+def preview_plan(run: LoadedRun, prepared: Prepared, workers: int | None) -> Mapping[str, Any]:
+    """What `dstune plan` shows: the plan of a first attempt, the size of the data, the DeepSpeed config."""
+    config = run.config
+    world = workers or workers_range(config.cluster, local_gpus() or 1)[1]
+    paths = rundir.run_paths(run)
+    made = plan.make(
+        config,
+        run.base,
+        data_facts(config, prepared),
+        attempt=1,
+        world_size=world,
+        checkpoints=rundir.checkpoints_of(config, run.base, paths),
+        resume_from=None,
+        start_step=0,
+    )
+    tokens = int(prepared.rows_tokens.sum())
+    share = config.train.global_batch_size / prepared.num_rows
+    return {
+        "workers": made.world_size,
+        "micro_batch_size": made.micro_batch_size,
+        "micro_batches": made.micro_batches,
+        "global_batch_size": made.global_batch_size,
+        "rows": made.num_rows,
+        "examples": prepared.num_examples,
+        "examples_per_step": round(prepared.num_examples * share, 1),
+        "tokens": tokens,
+        "tokens_per_step": round(tokens * share, 1),
+        "steps": made.total_steps,
+        "layout": made.layout,
+        "prepared": made.prepared,
+        "deepspeed": deepspeed.make(config, run.base),
+    }

@@ -1,0 +1,230 @@
+"""One worker of one attempt: the room that knows every other, and joins them. It reads config.yaml and the attempt's plan,
+nothing else; it raises on failure, after leaving its error where the driver finds it.
+"""
+
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstune import loggers
+from dstune.atomic import write_json, write_text
+from dstune.batch import Batch
+from dstune.checkpoint import commit, resolve, retention
+from dstune.checkpoint.reader import Reader
+from dstune.config.load import load_run
+from dstune.config.schema import RunConfig
+from dstune.data.shards import Prepared
+from dstune.data.tokenize import load_tokenizer
+from dstune.engine.construction import DTYPES
+from dstune.engine.world import World
+from dstune.engine.zero import ZeroEngine
+from dstune.errors import CheckpointError, DstuneError, Problem
+from dstune.model import attention, isolation, names
+from dstune.model.build import build
+from dstune.model.config import load_config
+from dstune.model.loss import summed_token_loss
+from dstune.paths import CheckpointPaths, RunPaths
+from dstune.planning.plan import Plan
+from dstune.protocols import Control
+from dstune.training.books import RunBooks
+from dstune.training.loop import Loop, LoopEnd, require_targets
+from dstune.training.state import TrainState
+from dstune.training.validation import Validator
+
+log = loggers.get_logger(__name__)
+
+_COLLATERAL_MARKS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "NCCL")
+"""What a worker says whose neighbour is gone: never the root of a failure."""
+
+
+def main(run_directory: str | Path, attempt: int) -> None:
+    """Run this process's part of `attempt`; the world comes from the environment. Raises what went wrong."""
+    paths = RunPaths(Path(run_directory))
+    world = World.from_environment()
+    loggers.configure(file=paths.rank_log(world.rank))
+    try:
+        _work(paths, attempt, world)
+    except BaseException as error:
+        leave_failure(paths, attempt, world.rank, error)
+        raise
+    finally:
+        world.close()
+
+
+def leave_failure(paths: RunPaths, attempt: int, rank: int, error: BaseException) -> None:
+    """Write the traceback for a person, and the facts for the driver (the earliest non-collateral failure is the cause)."""
+    text = "".join(traceback.format_exception(error))
+    log.error("%s", text)
+    write_text(paths.rank_error(rank), text)
+    facts = {
+        "time": time.time(),
+        "rank": rank,
+        "node": socket.gethostname(),
+        "kind": type(error).__name__,
+        "message": str(error),
+        "collateral": _is_collateral(error),
+        "exit_status": error.exit_status if isinstance(error, DstuneError) else None,
+    }
+    write_json(paths.rank_failure(attempt, rank), facts)
+
+
+def _is_collateral(error: BaseException) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _COLLATERAL_MARKS)
+
+
+def _work(paths: RunPaths, attempt: int, world: World) -> None:
+    run = load_run(paths.config)
+    config, plan = run.config, Plan.read(paths.plan(attempt))
+    if world.world_size != plan.world_size:
+        came = f"{world.world_size} workers were started"
+        raise DstuneError(Problem(str(paths.plan(attempt)), came, f"{plan.world_size}, as planned"))
+    torch.set_num_threads(plan.cpus_per_worker)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    world.init()
+    control = world.control()
+    _say_where(paths, plan, control)
+    end = _train(config, plan, paths, world, control)
+    if world.rank == 0:
+        write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})
+    control.barrier()
+
+
+def _say_where(paths: RunPaths, plan: Plan, control: Control) -> None:
+    """Put every worker's node and process into the events: who has to be killed, or looked at."""
+    workers = control.gather({"rank": control.rank, "node": socket.gethostname(), "pid": os.getpid()})
+    if control.rank == 0:
+        RunBooks(paths).events.event("workers", attempt=plan.attempt, workers=workers)
+
+
+def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control: Control) -> LoopEnd:
+    base = Path(plan.base)
+    ds_config = json.loads(paths.ds_config(plan.attempt).read_text(encoding="utf-8"))
+    prepared = Prepared.open(plan.prepared)
+    require_targets(prepared)
+    model_config = load_config(config.model, base)
+    kernel = attention.choose(config.model, model_config, plan.layout)
+    if plan.layout == "packed":
+        isolation.prove(model_config, kernel)
+    log.info("attention %s, layout %s", kernel, plan.layout)
+    module = build(config.model, base, kernel, config.train.seed, ds_config)
+    engine = ZeroEngine(
+        module,
+        lr=config.train.lr,
+        betas=config.train.betas,
+        eps=config.train.eps,
+        weight_decay=config.train.weight_decay,
+        ds_config=ds_config,
+        dtype=DTYPES[config.model.dtype],
+        world=world,
+        names=names.saved_names(module),
+    )
+    pad_id = load_tokenizer(config.model, base).pad_token_id or 0
+    validator = _validator(config, plan, engine, prepared, control, world, pad_id)
+    loop = Loop(
+        config=config,
+        plan=plan,
+        engine=engine,
+        loss=_loss,
+        prepared=prepared,
+        validator=validator,
+        control=control,
+        state=_initial_state(config, plan, engine),
+        save=Saver(config, plan, paths, engine, control),
+        books=RunBooks(paths),
+        device=world.device,
+        pad_id=pad_id,
+    )
+    return loop.run()
+
+
+def _loss(module: Any, batch: Batch) -> torch.Tensor:
+    return summed_token_loss(module, batch)[0]
+
+
+def _validator(
+    config: RunConfig,
+    plan: Plan,
+    engine: ZeroEngine,
+    prepared: Prepared,
+    control: Control,
+    world: World,
+    pad_id: int,
+) -> Validator | None:
+    held_out = prepared.validation() if plan.has_validation else None
+    if held_out is None:
+        return None
+    return Validator(
+        module=engine.module,
+        loss=_loss,
+        prepared=held_out,
+        max_rows=config.validate_.max_rows,
+        micro_batch_size=plan.micro_batch_size,
+        layout=plan.layout,
+        pad_id=pad_id,
+        control=control,
+        device=world.device,
+    )
+
+
+def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainState:
+    """Step 0, or the checkpoint that the plan names, loaded into the engine."""
+    state = TrainState(
+        prepared_fingerprint=plan.prepared_fingerprint,
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        total_steps=plan.total_steps,
+    )
+    if plan.resume_from is None:
+        return state
+    reader = Reader(Path(plan.resume_from))
+    state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
+    engine.load(reader.fill, state.optimizer_steps)
+    engine.load_extra_state(state.engine)
+    log.info("loaded %s (written by %d workers)", plan.resume_from, reader.world_size)
+    return state
+
+
+class Saver:
+    """Commits checkpoints of one run, tells the events, and lets old ones go."""
+
+    def __init__(self, config: RunConfig, plan: Plan, paths: RunPaths, engine: ZeroEngine, control: Control) -> None:
+        self._config, self._plan, self._engine, self._control = config, plan, engine, control
+        self._events = RunBooks(paths).events
+        self._checkpoints = Path(plan.checkpoints)
+
+    def __call__(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Raises CheckpointError on every worker where the save failed and `checkpoint.on_error` is `stop`."""
+        try:
+            self._commit(state, metrics)
+        except CheckpointError as error:
+            if self._control.rank == 0:
+                self._events.event("commit_failed", step=state.step, message=str(error))
+            if self._config.checkpoint.on_error == "stop":
+                raise
+            log.warning("step %d was not committed: %s", state.step, error)
+
+    def _commit(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        value = state.to_json() | {"engine": self._engine.extra_state(), "metrics": dict(metrics)}
+        fingerprints = {
+            "run": self._config.name,
+            "model": self._config.model.path,
+            "prepared": state.prepared_fingerprint,
+        }
+        record = commit.save(self._checkpoints, state.step, self._engine.slices(), value, self._control, fingerprints)
+        if self._control.rank == 0:
+            self._events.event("commit", step=state.step, **record.as_dict())
+            removed = retention.apply(self._checkpoints, self._config.checkpoint.keep, self._config.checkpoint.best)
+            if removed:
+                self._events.event("removed", steps=removed)
+
+
+__all__ = ["leave_failure", "main", "resolve"]
