@@ -1,0 +1,177 @@
+"""Micro-batches of tensors from prepared rows: packed (many examples in one row), padded, or source and target."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+IGNORED = -100
+"""A target that is no target (`model.loss` agrees)."""
+
+Layout = Literal["packed", "padded", "seq2seq"]
+
+
+class StoredExample(Protocol):
+    """What is read of one stored example."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+
+
+class Examples(Protocol):
+    """What is read of a prepared directory (`data.shards.Prepared`)."""
+
+    def row(self, index: int, /) -> np.ndarray: ...
+    def example(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one worker."""
+
+    inputs: dict[str, Any]
+    """The keyword arguments of the model's forward pass."""
+    targets: torch.Tensor
+    """int64 [rows, length]: at each position the token to predict there (shifted within its example), or -100."""
+    examples: np.ndarray
+    """int32: the example numbers, padding rows left out."""
+    lengths: tuple[int, ...]
+    """Tokens of each example (source + target), in the order of `examples`."""
+    supervised: int
+    """Targets in this micro-batch."""
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens: no padding."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        moved = {
+            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in self.inputs.items()
+        }
+        return replace(self, inputs=moved, targets=self.targets.to(device, non_blocking=True))
+
+
+def collate(
+    prepared: Examples,
+    rows: Sequence[int | None],
+    layout: Layout,
+    pad_id: int,
+    decoder_start_id: int | None = None,
+) -> Batch:
+    """The micro-batch of `rows` (numbers of `rows.arrow`; None: a padding row of weight zero, which has no targets).
+
+    `packed`: one row [1, tokens], all examples end to end. `padded`: [examples, longest]. `seq2seq`: sources to the encoder,
+    targets to the decoder, which begins with `decoder_start_id`. A batch of padding rows alone is still a valid forward pass.
+    """
+    numbers = [int(number) for row in rows if row is not None for number in prepared.row(row)]
+    examples = [prepared.example(number) for number in numbers]
+    if layout == "packed":
+        inputs, targets = _packed(examples, pad_id)
+    elif layout == "padded":
+        inputs, targets = _padded(examples, _height(rows, examples), pad_id)
+    else:
+        assert decoder_start_id is not None, "a sequence-to-sequence batch begins with decoder_start_id"
+        inputs, targets = _seq2seq(examples, _height(rows, examples), pad_id, decoder_start_id)
+    return Batch(
+        inputs=inputs,
+        targets=targets,
+        examples=np.asarray(numbers, np.int32),
+        lengths=tuple(len(example.input_ids) for example in examples),
+        supervised=int((targets != IGNORED).sum()),
+    )
+
+
+def _height(rows: Sequence[int | None], examples: Sequence[StoredExample]) -> int:
+    """Rows of the tensor: one an example, and one a padding row, so that every worker's share is alike."""
+    return len(examples) + sum(row is None for row in rows)
+
+
+def _shifted(example: StoredExample) -> np.ndarray:
+    """[length]: at position t the token t + 1 where that is supervised. The last position predicts nothing.
+
+    For ids [7, 8, 9] with the mask [0, 0, 1] it is [-100, 9, -100]: an example never predicts the next one's first token.
+    """
+    targets = np.full(len(example.input_ids), IGNORED, np.int64)
+    supervised = np.asarray(example.loss_mask[1:], bool)
+    targets[:-1][supervised] = example.input_ids[1:][supervised]
+    return targets
+
+
+def _packed(examples: Sequence[StoredExample], pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Positions restart at every example; `cu_seq_lens_*` says where examples begin: [0, 3, 5] for lengths 3 and 2."""
+    ids = [np.asarray(example.input_ids, np.int64) for example in examples] or [np.array([pad_id], np.int64)]
+    targets = [_shifted(example) for example in examples] or [np.array([IGNORED], np.int64)]
+    lengths = [len(piece) for piece in ids]
+    starts = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+    inputs: dict[str, Any] = {
+        "input_ids": _row(ids),
+        "position_ids": _row([np.arange(length, dtype=np.int64) for length in lengths]),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    return inputs, _row(targets)
+
+
+def _padded(examples: Sequence[StoredExample], height: int, pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
+    ids, mask = _grid([np.asarray(example.input_ids) for example in examples], height, pad_id)
+    targets, _ = _grid([_shifted(example) for example in examples], height, IGNORED)
+    return {"input_ids": ids, "attention_mask": mask}, targets
+
+
+def _seq2seq(
+    examples: Sequence[StoredExample], height: int, pad_id: int, start_id: int
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """`input_ids` = source + target; the mask marks the target. For target [5, 6] the decoder reads [start, 5], predicts [5, 6]."""
+    sources: list[np.ndarray] = []
+    decoder_inputs: list[np.ndarray] = []
+    decoder_targets: list[np.ndarray] = []
+    for example in examples:
+        ids = np.asarray(example.input_ids, np.int64)
+        mask = np.asarray(example.loss_mask, bool)
+        border = int(mask.argmax()) if mask.any() else len(ids)
+        target = ids[border:]
+        sources.append(ids[:border])
+        decoder_inputs.append(np.concatenate([[start_id], target[:-1]]) if len(target) else np.array([start_id]))
+        decoder_targets.append(np.where(mask[border:], target, IGNORED) if len(target) else np.array([IGNORED]))
+    source_ids, source_mask = _grid(sources, height, pad_id)
+    decoder_ids, decoder_mask = _grid(decoder_inputs, height, pad_id)
+    targets, _ = _grid(decoder_targets, height, IGNORED)
+    inputs = {
+        "input_ids": source_ids,
+        "attention_mask": source_mask,
+        "decoder_input_ids": decoder_ids,
+        "decoder_attention_mask": decoder_mask,
+    }
+    return inputs, targets
+
+
+def _row(pieces: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))[None]
+
+
+def _grid(pieces: Sequence[np.ndarray], height: int, fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pieces` on the left of [height, longest], the rest `fill`; and the mask of what is real.
+
+    NOTE: every row has at least one unmasked position, or its softmax would be NaN.
+    """
+    width = max([1, *(len(piece) for piece in pieces)])
+    grid = np.full((height, width), fill, np.int64)
+    mask = np.zeros((height, width), np.int64)
+    for index, piece in enumerate(pieces):
+        grid[index, : len(piece)] = piece
+        mask[index, : len(piece)] = 1
+    mask[:, 0] = 1
+    return torch.from_numpy(grid), torch.from_numpy(mask)

@@ -1,0 +1,67 @@
+"""Where this worker's piece of a parameter is while a model is built: all of it, or (ZeRO-3) a slice of the flattened tensor."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dstune.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class LocalPiece:
+    """The elements `start` to `stop` of a flattened parameter, as this worker holds them."""
+
+    start: int
+    stop: int
+    tensor: torch.Tensor
+    """One-dimensional view of `stop - start` elements; writing to it sets the weights."""
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """The whole parameter's shape, however it is partitioned."""
+    return tuple(parameter.ds_shape) if _is_partitioned(parameter) else tuple(parameter.shape)
+
+
+def local_piece(parameter: Any) -> LocalPiece:
+    """This worker's piece. Only before the engine is made: it takes its own copies of the weights.
+
+    ZeRO-3 cuts a parameter of n elements into ceil(n / W) each; the last workers' pieces may be short or empty.
+    """
+    if not _is_partitioned(parameter):
+        return LocalPiece(0, parameter.numel(), parameter.detach().view(-1))
+    piece = parameter.ds_tensor
+    if piece.numel() == 0 and parameter.ds_numel > 0:
+        raise ConfigError(
+            Problem("deepspeed: zero_optimization.offload_param", "weights start on NVMe", "device: cpu, or none")
+        )
+    start = min(dist.get_rank(parameter.ds_process_group) * piece.numel(), parameter.ds_numel)
+    stop = min(start + piece.numel(), parameter.ds_numel)
+    return LocalPiece(start, stop, piece.detach().view(-1)[: stop - start])
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, every partitioned parameter is an uninitialised full tensor on the CPU; afterwards each worker keeps its piece.
+
+    No communication: what is written must be the same on every worker. Parameters that are whole already stay as they are.
+    """
+    partitioned = [parameter for parameter in parameters if _is_partitioned(parameter)]
+    before = [parameter.data for parameter in partitioned]
+    try:
+        for parameter in partitioned:
+            parameter.data = torch.empty(full_shape(parameter), dtype=parameter.dtype, device="cpu")
+        yield
+        for parameter in partitioned:
+            piece = local_piece(parameter)
+            piece.tensor.copy_(parameter.data.view(-1)[piece.start : piece.stop])
+    finally:
+        for parameter, data in zip(partitioned, before, strict=True):
+            parameter.data = data
+
+
+def _is_partitioned(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "ds_tensor")

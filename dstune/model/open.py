@@ -1,0 +1,196 @@
+"""A finished model opened to be used: weights in full on one device, tokenizer, chat template, where a turn ends."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from dstune.config.schema import ModelSection
+from dstune.data.conversation import Conversation, Message, Refused
+from dstune.data.tokenize import Encoder, load_tokenizer
+from dstune.errors import ConfigError, Problem, RunFailed, UsageError
+from dstune.model.build import initialise
+from dstune.model.config import is_builtin, load_config, model_directory, task_of
+from dstune.paths import RunPaths
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_INITIAL_SEED = 42
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What generation and scoring need of a model."""
+
+    name: str
+    module: PreTrainedModel
+    tokenizer: Any
+    encoder: Encoder
+    """Renders and tokenises conversations as in training; the last answer alone is the target."""
+    seq2seq: bool
+    device: torch.device
+    dtype: str
+    stop_ids: frozenset[int]
+    """Tokens that end a turn: the tokenizer's and the generation config's, and the template's own."""
+    pad_id: int
+    context: int | None
+    """The longest sequence in tokens; None where positions have no end (relative ones)."""
+
+
+def open_model(
+    model: str,
+    *,
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    device: str = "auto",
+    template: str = "auto",
+    base: Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """The model of an exported directory, a hub id, a run directory with an export, or a builtin one (random weights).
+
+    `base`: what a template's relative path is relative to, default here. Raises UsageError where there is no such model,
+    RunFailed where its files do not make a whole one, ConfigError for a template.
+    """
+    section = ModelSection(path=_place(model), revision=revision, trust_remote_code=trust_remote_code)
+    base = base or Path.cwd()
+    try:
+        directory = model_directory(section, base)
+        config = load_config(section, base)
+    except ConfigError as error:
+        raise UsageError([Problem(model, p.came, p.expected, p.do) for p in error.problems] or str(error)) from None
+    seq2seq = task_of(section, config) == "seq2seq-lm"
+    tokenizer = load_tokenizer(section, base)
+    encoder = Encoder(tokenizer, template, train_on="last", seq2seq=seq2seq)
+    place = _device(device)
+    module = _module(section, directory, config, seq2seq, dtype).to(place).eval()
+    stop_ids = _stop_ids(tokenizer, module, encoder)
+    _plain_generation(module)
+    pad = tokenizer.pad_token_id
+    return OpenedModel(
+        name=model,
+        module=module,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        seq2seq=seq2seq,
+        device=place,
+        dtype=_dtype_name(module.dtype),
+        stop_ids=stop_ids,
+        pad_id=pad if pad is not None else min(stop_ids, default=0),
+        context=_context(config),
+    )
+
+
+def _place(model: str) -> str:
+    """The directory to open: an export inside a run directory, else `model` itself. Raises UsageError."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return model
+    if (path / "config.json").is_file():
+        return str(path.absolute())
+    run = RunPaths(path)
+    if (run.export / "config.json").is_file():
+        return str(run.export.absolute())
+    if run.config.is_file():
+        raise UsageError(Problem(model, "is a run without an export", do=f"dstune export {model} {run.export}"))
+    raise UsageError(Problem(model, "has no config.json", "an exported model's directory, or a hub id"))
+
+
+def _device(written: str) -> torch.device:
+    if written == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(written)
+    except RuntimeError:
+        raise UsageError(Problem("device", repr(written), "auto, cpu, cuda or cuda:N")) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(Problem("device", f"{written} is not here: {torch.cuda.device_count()} GPUs are visible"))
+    return device
+
+
+def _module(
+    section: ModelSection, directory: Path, config: PretrainedConfig, seq2seq: bool, dtype: str
+) -> PreTrainedModel:
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    if is_builtin(section):
+        module = kind.from_config(config, dtype=_DTYPES["bf16" if dtype == "auto" else dtype])
+        initialise(module, _INITIAL_SEED)
+        return module
+    try:
+        module, report = kind.from_pretrained(
+            directory,
+            config=config,
+            dtype="auto" if dtype == "auto" else _DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise RunFailed(Problem(str(directory), f"cannot be loaded: {text[:600]}")) from None
+    # transformers only warns of these, and fills the holes with random numbers.
+    for what in ("missing_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report[what]):
+            raise RunFailed(
+                Problem(str(directory), f"{len(names)} weights have {what.replace('_', ' ')}: {', '.join(names[:3])} …")
+            )
+    return module
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
+def _stop_ids(tokenizer: Any, module: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
+    """Every token after which the assistant has nothing more to say."""
+    generation = module.generation_config.eos_token_id if module.generation_config is not None else None
+    found = {tokenizer.eos_token_id, *_listed(generation), *_listed(module.config.eos_token_id)}
+    return frozenset(token for token in found if token is not None) | _end_of_turn(tokenizer, encoder)
+
+
+def _listed(token: int | Iterable[int] | None) -> list[int]:
+    if token is None:
+        return []
+    return [token] if isinstance(token, int) else list(token)
+
+
+def _end_of_turn(tokenizer: Any, encoder: Encoder) -> set[int]:
+    """The control token behind an answer, as the template writes it: the first one among the answer's targets.
+
+    `<|im_start|>assistant\\nyes<|im_end|>\\n` trains on `yes`, `<|im_end|>`: the second is it.
+    """
+    probe = Conversation((Message("user", "Is it?"), Message("assistant", "yes")))
+    try:
+        example = encoder.encode(probe)
+    except Refused:
+        return set()
+    special = set(tokenizer.all_special_ids)
+    targets = example.input_ids[example.loss_mask].tolist()
+    return set([token for token in targets if token in special][:1])
+
+
+def _plain_generation(module: PreTrainedModel) -> None:
+    """Keep of the model's generation config only what its decoding needs.
+
+    transformers fills every setting that a call leaves open from it: a model's own sampling or penalty would creep in.
+    """
+    before = module.generation_config or GenerationConfig()
+    module.generation_config = GenerationConfig(
+        bos_token_id=before.bos_token_id,
+        decoder_start_token_id=before.decoder_start_token_id,
+        forced_bos_token_id=before.forced_bos_token_id,
+        forced_eos_token_id=before.forced_eos_token_id,
+    )
+
+
+def _context(config: PretrainedConfig) -> int | None:
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,0 +1,88 @@
+"""Micro-batches: what the model reads and what it should predict, position by position."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from dstune.batch import IGNORED, collate
+
+
+@dataclass
+class Stored:
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+class Prepared:
+    """Three examples in two rows, in memory."""
+
+    def __init__(self) -> None:
+        pairs = [([10, 11, 12], [0, 0, 1]), ([20, 21], [0, 1]), ([30, 31, 32, 33], [0, 1, 0, 1])]
+        self.examples = [Stored(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in pairs]
+        self.rows = [np.array([2, 0], np.int32), np.array([1], np.int32)]
+
+    def row(self, index: int) -> np.ndarray:
+        return self.rows[index]
+
+    def example(self, index: int) -> Stored:
+        return self.examples[index]
+
+
+def test_packed_rows_restart_positions_and_never_predict_across_examples():
+    batch = collate(Prepared(), [0, 1], "packed", pad_id=0)
+    assert batch.inputs["input_ids"].tolist() == [[30, 31, 32, 33, 10, 11, 12, 20, 21]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1]]
+    assert batch.targets.tolist() == [[31, IGNORED, 33, IGNORED, IGNORED, 12, IGNORED, 21, IGNORED]]
+    assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 4, 7, 9]
+    assert batch.inputs["cu_seq_lens_q"].dtype == torch.int32
+    assert batch.inputs["max_length_q"] == 4
+    assert batch.examples.tolist() == [2, 0, 1]
+    assert (batch.num_examples, batch.num_tokens, batch.supervised, batch.lengths) == (3, 9, 4, (4, 3, 2))
+
+
+def test_padded_rows_have_one_example_each_and_a_mask():
+    batch = collate(Prepared(), [0, 1], "padded", pad_id=9)
+    assert batch.inputs["input_ids"].tolist() == [[30, 31, 32, 33], [10, 11, 12, 9], [20, 21, 9, 9]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
+    assert batch.targets.tolist() == [
+        [31, IGNORED, 33, IGNORED],
+        [IGNORED, 12, IGNORED, IGNORED],
+        [21, IGNORED, IGNORED, IGNORED],
+    ]
+
+
+def test_source_and_target_go_to_encoder_and_decoder():
+    batch = collate(Prepared(), [1], "seq2seq", pad_id=0, decoder_start_id=7)
+    assert batch.inputs["input_ids"].tolist() == [[20]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[7]]
+    assert batch.targets.tolist() == [[21]]
+    pair = collate(Prepared(), [0], "seq2seq", pad_id=0, decoder_start_id=7)
+    # The first example's mask has a gap: 32 is read by the decoder and not predicted.
+    assert pair.inputs["input_ids"].tolist() == [[30, 0], [10, 11]]
+    assert pair.inputs["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert pair.inputs["decoder_input_ids"].tolist() == [[7, 31, 32], [7, 0, 0]]
+    assert pair.inputs["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert pair.targets.tolist() == [[31, IGNORED, 33], [12, IGNORED, IGNORED]]
+    assert pair.supervised == 3
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "seq2seq"])
+def test_padding_rows_have_no_targets(layout):
+    alone = collate(Prepared(), [None, None], layout, pad_id=3, decoder_start_id=3)
+    assert alone.supervised == 0
+    assert alone.num_tokens == 0 and alone.num_examples == 0
+    assert alone.inputs["input_ids"].numel() >= 1
+    assert (alone.targets == IGNORED).all()
+    mixed = collate(Prepared(), [1, None], layout, pad_id=3, decoder_start_id=3)
+    assert mixed.supervised == collate(Prepared(), [1], layout, pad_id=3, decoder_start_id=3).supervised == 1
+    if layout != "packed":
+        assert mixed.inputs["input_ids"].shape[0] == 2
+        assert mixed.inputs["attention_mask"][1].sum() == 1
+
+
+def test_to_moves_every_tensor():
+    batch = collate(Prepared(), [0], "packed", pad_id=0).to(torch.device("meta"))
+    assert all(value.device.type == "meta" for value in batch.inputs.values() if isinstance(value, torch.Tensor))
+    assert batch.targets.device.type == "meta"
