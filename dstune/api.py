@@ -144,10 +144,25 @@ def drive(run_directory: str | Path, *, address: str | None = None, progress: bo
 
 
 def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
-    """This process's part of a run that torchrun or srun started; worker 0 plans the attempt first. The exit status."""
-    from dstune.launch import bare
+    """This process's part of a run that torchrun or srun started; worker 0's process drives it too. The exit status.
 
-    return bare.work(run, overrides)
+    A run file starts a new run; a run directory (or a restart by torchrun or Slurm itself) goes on with one.
+    """
+    from dstune import worker
+    from dstune.launch import bare, rundir, start
+    from dstune.launch.driver import DriveLimits
+    from dstune.launch.observers import Watcher
+
+    world = worker.joining_world()
+    if world.rank != 0:
+        return worker.follow(world)
+    paths = rundir.find(run) if bare.exists(run) else _create(_loaded(run, overrides))
+    loaded = rundir.load(paths)
+    prepared = start.open_prepared(loaded, paths)
+    executor = bare.JoinedExecutor(world.world_size, lambda directory, attempt: worker.lead(world, directory, attempt))
+    limits = DriveLimits(workers_wanted=world.world_size, workers_min=world.world_size, max_failures=0)
+    with Watcher(_total_steps(loaded, prepared), loaded.config.report.console) as observe:
+        return start.drive_with(loaded, paths, prepared, executor, limits, observe).exit_status
 
 
 def status(run: str | Path) -> dict[str, Any]:
@@ -292,10 +307,15 @@ def _drive(
     from dstune.launch.observers import Watcher
 
     prepared = start.open_prepared(loaded, paths)
-    total = -(-start.data_facts(loaded.config, prepared).total_positions // loaded.config.train.global_batch_size)
-    with Watcher(total, loaded.config.report.console if progress else None, *hooks) as observe:
+    with Watcher(_total_steps(loaded, prepared), loaded.config.report.console if progress else None, *hooks) as observe:
         end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
     return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message)
+
+
+def _total_steps(loaded: LoadedRun, prepared: "Prepared") -> int:
+    from dstune.launch import start
+
+    return -(-start.data_facts(loaded.config, prepared).total_positions // loaded.config.train.global_batch_size)
 
 
 def _checkpoints(run: str | Path) -> Path:

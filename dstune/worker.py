@@ -2,12 +2,14 @@
 nothing else; it raises on failure, after leaving its error where the driver finds it.
 """
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,15 @@ import torch
 from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
-from dstune.checkpoint import commit, resolve, retention
+from dstune.checkpoint import commit, retention
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
-from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
-from dstune.errors import CheckpointError, DstuneError, Problem
+from dstune.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DstuneError, Problem
 from dstune.model import attention, isolation, names
 from dstune.model.build import build
 from dstune.model.config import load_config
@@ -40,17 +41,56 @@ from dstune.training.validation import Validator
 
 log = loggers.get_logger(__name__)
 
+_RENDEZVOUS_SECONDS = 1800.0
+"""Workers wait so long for worker 0 to prepare the data, where nobody did so before."""
+
 _COLLATERAL_MARKS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "NCCL")
 """What a worker says whose neighbour is gone: never the root of a failure."""
 
 
 def main(run_directory: str | Path, attempt: int) -> None:
     """Run this process's part of `attempt`; the world comes from the environment. Raises what went wrong."""
-    paths = RunPaths(Path(run_directory))
     world = World.from_environment()
+    with _accounted(RunPaths(Path(run_directory)), attempt, world):
+        world.init()
+        _work(RunPaths(Path(run_directory)), attempt, world, world.control())
+
+
+def joining_world() -> World:
+    """The world of workers that torchrun or srun started. All but worker 0 ignore signals: it decides for all."""
+    world = World.from_environment()
+    if world.rank != 0:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    return world
+
+
+def lead(world: World, run_directory: str, attempt: int) -> None:
+    """Worker 0's part where torchrun or srun started the workers: tell them what was planned, then work."""
+    with _accounted(RunPaths(Path(run_directory)), attempt, world):
+        world.init(_RENDEZVOUS_SECONDS)
+        control = world.control()
+        control.broadcast([str(Path(run_directory).absolute()), attempt])
+        _work(RunPaths(Path(run_directory)), attempt, world, control)
+
+
+def follow(world: World) -> int:
+    """The other workers' part: hear from worker 0 what to work on. The exit status."""
+    world.init(_RENDEZVOUS_SECONDS)
+    control = world.control()
+    run_directory, attempt = control.broadcast(["", 0])
+    paths = RunPaths(Path(str(run_directory)))
+    with _accounted(paths, int(attempt), world):
+        end = _work(paths, int(attempt), world, control)
+    return EXIT_DONE if end.state == "succeeded" else EXIT_STOPPED
+
+
+@contextlib.contextmanager
+def _accounted(paths: RunPaths, attempt: int, world: World) -> Iterator[None]:
+    """Log to this rank's file; leave a failure where the driver and a person find it."""
     loggers.configure(file=paths.rank_log(world.rank))
     try:
-        _work(paths, attempt, world)
+        yield
     except BaseException as error:
         leave_failure(paths, attempt, world.rank, error)
         raise
@@ -81,7 +121,7 @@ def _is_collateral(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _COLLATERAL_MARKS)
 
 
-def _work(paths: RunPaths, attempt: int, world: World) -> None:
+def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> LoopEnd:
     run = load_run(paths.config)
     config, plan = run.config, Plan.read(paths.plan(attempt))
     if world.world_size != plan.world_size:
@@ -89,13 +129,12 @@ def _work(paths: RunPaths, attempt: int, world: World) -> None:
         raise DstuneError(Problem(str(paths.plan(attempt)), came, f"{plan.world_size}, as planned"))
     torch.set_num_threads(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
-    world.init()
-    control = world.control()
     _say_where(paths, plan, control)
     end = _train(config, plan, paths, world, control)
     if world.rank == 0:
         write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})
     control.barrier()
+    return end
 
 
 def _say_where(paths: RunPaths, plan: Plan, control: Control) -> None:
@@ -123,7 +162,6 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
         ds_config=ds_config,
-        dtype=DTYPES[config.model.dtype],
         world=world,
         names=names.saved_names(module),
     )
@@ -225,6 +263,3 @@ class Saver:
             removed = retention.apply(self._checkpoints, self._config.checkpoint.keep, self._config.checkpoint.best)
             if removed:
                 self._events.event("removed", steps=removed)
-
-
-__all__ = ["leave_failure", "main", "resolve"]

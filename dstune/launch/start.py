@@ -19,6 +19,7 @@ from dstune.launch.local import RayExecutor
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
 from dstune.planning import deepspeed, plan
+from dstune.protocols import Executor
 
 log = get_logger(__name__)
 
@@ -87,25 +88,32 @@ def open_prepared(run: LoadedRun, paths: RunPaths) -> Prepared:
 
 def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | None, observe: Observer) -> DriveEnd:
     """Drive the run until it ends, on an embedded Ray or the cluster at `address`."""
-    config = run.config
-    site = site_of(run)
-    address = address or config.cluster.address
-    least, most = workers_range(config.cluster, local_gpus() or 1)
+    cluster = run.config.cluster
+    address = address or cluster.address
+    least, most = workers_range(cluster, local_gpus() or 1)
     executor = RayExecutor(
-        workers=most, cpus_per_worker=config.cluster.cpus_per_worker, address=address, log_directory=paths.logs / "ray"
+        workers=most, cpus_per_worker=cluster.cpus_per_worker, address=address, log_directory=paths.logs / "ray"
     )
     with executor:
-        if address is not None and config.cluster.workers == "auto" and config.cluster.nodes is None:
+        if address is not None and cluster.workers == "auto" and cluster.nodes is None:
             least, most = 1, max(1, executor.available_workers())
-        return drive(
-            paths,
-            executor,
-            Planner(run, paths, data_facts(config, prepared)),
-            DriveLimits(workers_wanted=most, workers_min=least, max_failures=config.cluster.max_failures),
-            observe,
-            checkpoints=rundir.checkpoints_of(config, run.base, paths),
-            environment=site.env,
-        )
+        limits = DriveLimits(workers_wanted=most, workers_min=least, max_failures=cluster.max_failures)
+        return drive_with(run, paths, prepared, executor, limits, observe)
+
+
+def drive_with(
+    run: LoadedRun, paths: RunPaths, prepared: Prepared, executor: Executor, limits: DriveLimits, observe: Observer
+) -> DriveEnd:
+    """Drive the run until it ends, on workers that `executor` places."""
+    return drive(
+        paths,
+        executor,
+        Planner(run, paths, data_facts(run.config, prepared)),
+        limits,
+        observe,
+        checkpoints=rundir.checkpoints_of(run.config, run.base, paths),
+        environment=site_of(run).env,
+    )
 
 
 def site_of(run: LoadedRun, name: str | None = None) -> SiteConfig:
