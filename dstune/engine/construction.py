@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,19 +16,27 @@ DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float
 REQUIRED: Mapping[str, Any] = {
     # dstune accumulates itself: the loss is weighted over the whole global batch, so DeepSpeed must not divide again.
     "gradient_accumulation_steps": 1,
-    "train_micro_batch_size_per_gpu": 1,
     "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
 }
 """What the engine cannot work without; a DeepSpeed config that says otherwise is refused."""
 
 DEFAULTS: Mapping[str, Any] = {
-    "steps_per_print": 10**9,
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_force_ds_cpu_optimizer": False,
+    "steps_per_print": 2**31 - 1,
     # Gradients of micro-batches and workers are summed in fp32: the loss curve does not depend on the split.
     "data_types": {"grad_accum_dtype": "fp32"},
     "communication_data_type": "fp32",
 }
 """What the engine adds where the DeepSpeed config is silent."""
+
+_UNREACHABLE: Mapping[str, str] = {
+    "zenflow": "keeps its states in another process",
+    "super_offload": "keeps its states in another process",
+    "zero_hpz_partition_size": "partitions parameters over a part of the workers",
+    "mics_shard_size": "partitions parameters over a part of the workers",
+}
+"""ZeRO settings whose states this engine cannot cut into slices."""
 
 
 def stage_of(ds_config: Mapping[str, Any]) -> int:
@@ -54,11 +63,27 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
         for key in ("optimizer", "scheduler")
         if key in config
     ]
+    problems += _unreachable(config.get("zero_optimization", {}))
     _fill(config, required, problems)
     _fill(config, DEFAULTS, None)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _unreachable(zero: Mapping[str, Any]) -> list[Problem]:
+    """Settings under which the training state could not be checkpointed."""
+    where = "deepspeed: zero_optimization."
+    problems = [
+        Problem(where + key, f"{zero[key]!r}", "off", f"It {why}: no checkpoint could be made.")
+        for key, why in _UNREACHABLE.items()
+        if zero.get(key) and not (key == "zero_hpz_partition_size" and zero[key] == 1) and zero[key] != -1
+    ]
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            problems.append(Problem(f"{where}{key}.device", f"{device!r}", "cpu or none"))
+    return problems
 
 
 def _fill(config: dict[str, Any], values: Mapping[str, Any], problems: list[Problem] | None, path: str = "") -> None:
@@ -79,6 +104,9 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
     `world.init` must have been called. A collective: every worker builds the same modules in the same order.
     """
     import deepspeed
+
+    # NOTE: zero.Init replaces torch's constructors while it is open, and torch._dynamo cannot be imported then.
+    importlib.import_module("torch._dynamo")
 
     config = complete(ds_config, dtype)
     before = torch.get_default_dtype()

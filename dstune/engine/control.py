@@ -2,7 +2,7 @@
 
 import json
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ class ControlGroup:
     """`protocols.Control` over a gloo group on the CPU. Values travel as JSON: no pickle, tuples arrive as lists."""
 
     def __init__(self, timeout: timedelta) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
@@ -49,5 +49,5 @@ def _encode(value: object) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode("utf-8")), dtype=torch.uint8)
 
 
-def _decode(content: torch.Tensor) -> T:
+def _decode(content: torch.Tensor) -> Any:
     return json.loads(content.numpy().tobytes())

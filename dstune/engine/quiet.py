@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 
 
@@ -13,9 +14,15 @@ def prepare_environment(device_type: str) -> None:
 
 def start_deepspeed(backend: str, timeout: timedelta) -> None:
     """Let DeepSpeed take over the group that torch.distributed has already."""
+    # DeepSpeed still calls collectives by the names that torch renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible_ops
 
     # NOTE: the shared-memory collective is compiled wherever a compiler is found, and busy-waits for ever on a dead peer.
     compatible_ops["deepspeed_shm_comm"] = False
+    # DeepSpeed writes to stdout, which belongs to `--json`: its lines go where everybody's go.
+    chatter = logging.getLogger("DeepSpeed")
+    chatter.handlers.clear()
+    chatter.propagate = True
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

@@ -1,5 +1,6 @@
 """How many workers there are and which one this is: read from torchrun's, srun's or no environment at all."""
 
+import atexit
 import os
 import re
 from collections.abc import Mapping
@@ -73,6 +74,8 @@ class World:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             self._join(timedelta(seconds=timeout_seconds))
+            # NOTE: a process that exits with the group's threads alive is now and then aborted by the C++ runtime.
+            atexit.register(self.close)
         if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
             found = f"rank {dist.get_rank()} of {dist.get_world_size()}"
             raise UsageError(

@@ -1,0 +1,120 @@
+"""Where DeepSpeed keeps this worker's fp32 masters and moments, parameter by parameter, on ZeRO-3 and on ZeRO-1 and 2."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one parameter that this worker owns, and where they stand in a flat fp32 tensor."""
+
+    parameter: torch.nn.Parameter
+    shape: tuple[int, ...]
+    """The whole parameter's shape."""
+    offset: int
+    """First element, in the flattened parameter."""
+    length: int
+    flat: torch.Tensor
+    """The fp32 tensor that the optimizer updates; its key in the optimizer's state."""
+    start: int
+    """First element, in `flat`."""
+
+
+class Partitions(Protocol):
+    """What differs between the stages."""
+
+    def flats(self) -> list[torch.Tensor]:
+        """The fp32 tensors that the optimizer updates, in its order."""
+        ...
+
+    def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
+        """This worker's elements of `parameter`, padding left out; None where it has none."""
+        ...
+
+    def refresh(self) -> None:
+        """Make the forward weights follow the fp32 tensors. A collective call; only before the first forward pass."""
+        ...
+
+
+def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The whole parameter's shape, also where `zero.Init` left only a piece of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class Stage3Partitions:
+    """ZeRO-3: every flattened parameter is cut into `world_size` equal pieces, the last ones padded.
+
+    A parameter of 10 elements on 3 workers: pieces of 4, at 0, 4 and 8; worker 2 holds 2 elements and 2 of padding.
+    """
+
+    def __init__(self, optimizer: Any, rank: int) -> None:
+        self._optimizer = optimizer
+        self._rank = rank
+
+    def flats(self) -> list[torch.Tensor]:
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
+        optimizer: Any = self._optimizer
+        partitioned: Any = parameter
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        offset = min(self._rank * size, partitioned.ds_numel)
+        length = min(size, partitioned.ds_numel - offset)
+        if length == 0:
+            return None
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        return Piece(parameter, full_shape(parameter), offset, length, flat, start)
+
+    def refresh(self) -> None:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        optimizer = self._optimizer
+        # NOTE: a parameter gathered by a forward pass (the small ones stay so) would keep its old value, without a word.
+        parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
+        assert all(parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE for parameter in parameters), "engine not fresh"
+        pairs = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+        for group, (forward, master) in enumerate(pairs):
+            forward.data.copy_(master.data)
+            optimizer._unflatten_partitioned_parameters(group)
+
+
+class FlatGroupPartitions:
+    """ZeRO-1 and 2: the parameters of a group are laid end to end and that tensor is cut: a cut may fall inside a parameter."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        # DeepSpeed has a class of its own for ZeRO-1 in bf16 with fp32 accumulation.
+        is_bf16_class = type(optimizer).__name__ == "BF16_Optimizer"
+        self._flats: list[torch.Tensor] = (
+            optimizer.fp32_groups_flat_partition if is_bf16_class else optimizer.single_partition_of_fp32_groups
+        )
+
+    def flats(self) -> list[torch.Tensor]:
+        return list(self._flats)
+
+    def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
+        linked: Any = parameter
+        mapping = linked._hp_mapping
+        if mapping is None:
+            return None
+        address = mapping.hp_fragment_address
+        flat = self._flats[mapping.param_group_index]
+        offset = mapping.lp_fragment_address.start
+        return Piece(parameter, tuple(parameter.shape), offset, address.numel, flat, address.start)
+
+    def refresh(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+def pieces(partitions: Partitions, module: torch.nn.Module) -> Iterator[tuple[str, Piece]]:
+    """This worker's pieces with their parameters' run-time names, in the order of the flat tensors (group by group)."""
+    found: list[tuple[int, int, str, Piece]] = []
+    position = {id(flat): number for number, flat in enumerate(partitions.flats())}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and (piece := partitions.piece(parameter)):
+            found.append((position[id(piece.flat)], piece.start, name, piece))
+    for _, _, name, piece in sorted(found, key=lambda item: item[:2]):
+        yield name, piece

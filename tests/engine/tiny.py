@@ -1,0 +1,81 @@
+"""A tiny Llama and its engine, and a few steps on fixed random rows: what the tests of floors 3 and 4 train."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstune.engine.construction import DTYPES, construction
+from dstune.engine.world import World
+from dstune.engine.zero import ZeroEngine
+
+VOCABULARY = 256
+ROWS = 8
+LENGTH = 33
+
+
+def ds_config(stage: int, **extra: Any) -> dict[str, Any]:
+    zero = {"stage": stage, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 50_000}
+    if extra.pop("offload", False):
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {"zero_optimization": zero, "gradient_clipping": 1.0} | extra
+
+
+def build(tied: bool = False, dtype: str = "bf16") -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.05,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
+
+
+def engine(world: World, stage: int, tied: bool = False, dtype: str = "bf16", **extra: Any) -> ZeroEngine:
+    config = ds_config(stage, **extra)
+    with construction(config, DTYPES[dtype]):
+        module = build(tied, dtype)
+    return ZeroEngine(
+        module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ds_config=config, world=world
+    )  # fmt: skip
+
+
+_SUCCESSOR = torch.randint(0, VOCABULARY, (VOCABULARY,), generator=torch.Generator().manual_seed(7))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The global batch of a step, [8, 33] ids that can be learnt, and its mask of targets: few or many in a row."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    for position in range(1, LENGTH):
+        known = torch.rand(ROWS, generator=generator) < 0.8
+        ids[:, position] = torch.where(known, _SUCCESSOR[ids[:, position - 1]], ids[:, position])
+    lengths = torch.randint(3, LENGTH, (ROWS,), generator=generator)
+    return ids, torch.arange(1, LENGTH) <= lengths[:, None]
+
+
+def train(engine: ZeroEngine, world: World, steps: range, micro_batch: int = 2, lr: float = 1e-3) -> list[float]:
+    """The global loss of each step; rows go round-robin over the workers, short ones get rows of weight zero."""
+    losses: list[float] = []
+    control_sum = torch.zeros(())
+    for step in steps:
+        ids, mask = batch(step)
+        count = mask.sum()
+        mine = list(range(world.rank, ROWS, world.world_size))
+        num_micro_batches = -(-ROWS // (world.world_size * micro_batch))
+        control_sum = torch.zeros(())
+        for number in range(num_micro_batches):
+            rows = mine[number * micro_batch : (number + 1) * micro_batch]
+            weight = torch.tensor([1.0] * len(rows) + [0.0] * (micro_batch - len(rows)))
+            rows += [0] * (micro_batch - len(rows))
+            logits = engine.module(input_ids=ids[rows], use_cache=False).logits[:, :-1].float()
+            each = nn.functional.cross_entropy(logits.flatten(0, 1), ids[rows, 1:].flatten(), reduction="none")
+            loss = (each.view(len(rows), -1) * mask[rows] * weight[:, None]).sum()
+            engine.backward(loss * world.world_size / count, last=number == num_micro_batches - 1)
+            control_sum += loss.detach() / count
+        if world.world_size > 1:
+            torch.distributed.all_reduce(control_sum)
+        engine.step(lr)
+        losses.append(control_sum.item())
+    return losses
