@@ -1,0 +1,90 @@
+"""Whether a model turns one sequence into another, found from its config.json without torch or transformers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dstune.config.load import resolve
+from dstune.config.schema import ModelSection
+from dstune.errors import ConfigError, Problem
+from dstune.paths import builtin_model
+
+_BUILTIN = "builtin:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SEQ2SEQ_TYPES = (
+    *(
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "led",
+        "longt5",
+        "m2m_100",
+        "marian",
+        "mbart",
+        "mt5",
+    ),
+    *(
+        "mvp",
+        "nllb-moe",
+        "pegasus",
+        "pegasus_x",
+        "plbart",
+        "prophetnet",
+        "switch_transformers",
+        "t5",
+        "t5gemma",
+        "umt5",
+    ),
+)
+"""For a config.json that leaves `is_encoder_decoder` to its class."""
+
+
+def is_seq2seq(model: ModelSection, base: Path) -> bool:
+    """True for encoder-decoder models. `model.task` decides where it is given, else the model's config.json.
+
+    Raises ConfigError for a model that is not there, or whose config.json cannot be read.
+    """
+    if model.task != "auto":
+        return model.task == "seq2seq-lm"
+    path = _config_file(model, base)
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(Problem("model.path", f"{path}: {error.strerror}", "a model's config.json")) from None
+    except ValueError as error:
+        raise ConfigError(Problem(str(path), f"no valid JSON ({error})", "a model's config.json")) from None
+    if not isinstance(config, dict):
+        raise ConfigError(Problem(str(path), "no JSON object", "a model's config.json"))
+    if "is_encoder_decoder" in config:
+        return bool(config["is_encoder_decoder"])
+    return config.get("model_type") in _SEQ2SEQ_TYPES
+
+
+def _config_file(model: ModelSection, base: Path) -> Path:
+    if model.path.startswith(_BUILTIN):
+        path = builtin_model(model.path.removeprefix(_BUILTIN)) / "config.json"
+        if not path.is_file():
+            known = sorted(_BUILTIN + folder.name for folder in builtin_model("x").parent.iterdir() if folder.is_dir())
+            raise ConfigError(Problem("model.path", f"{model.path!r} is not builtin", " or ".join(known)))
+        return path
+    directory = resolve(model.path, base)
+    if directory.is_dir():
+        return directory / "config.json"
+    if directory.exists() or not _HUB_ID.fullmatch(model.path):
+        came = "is a file" if directory.exists() else "does not exist"
+        raise ConfigError(Problem("model.path", f"{directory} {came}", "a model's directory or a hub id"))
+    return _from_hub(model, directory)
+
+
+def _from_hub(model: ModelSection, tried: Path) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model.path, "config.json", revision=model.revision))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        came = f"{model.path!r} is no directory here ({tried}), and the hub gave: {reason}"
+        do = "Without a network: fetch it where there is one, and name the directory."
+        raise ConfigError(Problem("model.path", came, "a model's directory or a hub id", do)) from None
