@@ -1,0 +1,64 @@
+"""Every DeepSpeed preset: policy only, in keys that the installed DeepSpeed knows, and the stage that its name says."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from dstune.config.schema import RunConfig
+from dstune.paths import shared_files
+from dstune.planning import deepspeed as planning
+
+NAMES = planning.preset_names()
+
+
+def config(preset: str) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "x",
+            "model": {"path": "builtin:tiny-llama"},
+            "data": {"sources": [{"path": "builtin:instructions"}]},
+            "deepspeed": {"preset": preset},
+        }
+    )
+
+
+def values(node: Any) -> Iterator[Any]:
+    for item in node.values() if isinstance(node, dict) else node:
+        yield item
+        if isinstance(item, dict | list):
+            yield from values(item)
+
+
+def test_the_presets_are_all_there() -> None:
+    assert set(NAMES) == {"zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_policy_only(name: str) -> None:
+    preset = json.loads((shared_files("ds_configs") / f"{name}.json").read_text())
+    assert set(preset) == {"zero_optimization"}
+    assert "auto" not in list(values(preset))
+    assert preset["zero_optimization"]["stage"] == int(name[4])
+    assert ("offload_optimizer" in preset["zero_optimization"]) == ("offload" in name)
+    assert ("offload_param" in preset["zero_optimization"]) == name.endswith("-all")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepspeed_knows_every_key(name: str) -> None:
+    settings = planning.load_preset(name, shared_files("ds_configs"))["zero_optimization"]
+    known = DeepSpeedZeroConfig.model_fields
+    assert settings.keys() <= {*known, *(field.alias for field in known.values())}
+    made = DeepSpeedZeroConfig(**settings)
+    assert made.stage == settings["stage"]
+    if "stage3_prefetch_bucket_size" in settings:
+        assert made.prefetch_bucket_size == settings["stage3_prefetch_bucket_size"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_makes_a_whole_config(name: str) -> None:
+    made = planning.make(config(name), shared_files("ds_configs"))
+    assert made["zero_optimization"]["stage"] == int(name[4])
+    assert made["bf16"] == {"enabled": True}
