@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from dstune import __version__, logs
+from dstune import __version__, loggers
 from dstune.errors import EXIT_FAILED, EXIT_USAGE, DstuneError
 
 COMMANDS = {
@@ -72,7 +72,7 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
     parser.add_argument("--verbose", action="store_true", help="more lines on stderr")
     command.add_arguments(parser)
     args = parser.parse_intermixed_args(words)
-    logs.configure(verbose=args.verbose)
+    loggers.configure(verbose=args.verbose)
     try:
         return command.run(args)
     except DstuneError as error:

@@ -1,0 +1,154 @@
+"""Run files: every problem at once, each with its line, its nearest key, and what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from dstune.config.load import dump, load_run, load_site, read_yaml, resolve
+from dstune.config.units import duration_seconds
+from dstune.errors import ConfigError, UsageError
+
+GOOD = """\
+name: tiny
+model: {path: builtin:tiny-llama}
+data:
+  sources:
+    - {path: data.jsonl}
+train: {lr: 1e-5}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_yaml_1_2_numbers_and_words(tmp_path: Path) -> None:
+    run = load_run(write(tmp_path, GOOD + "validate: {every: 7}\n"))
+    assert run.config.train.lr == 1e-5
+    assert run.config.validate_.every == 7
+    assert run.base == tmp_path
+    # YAML 1.1 would read this name as the boolean false.
+    assert load_run(write(tmp_path, GOOD.replace("tiny\n", "no\n"))).config.name == "no"
+
+
+def test_every_problem_of_the_file_comes_at_once_with_its_line(tmp_path: Path) -> None:
+    text = """\
+name: x
+model: {path: a, dtypo: bf16}
+data:
+  sources:
+    - {path: b, fromat: alpaca}
+  max_lenght: 4
+train:
+  global_batch_size: lots
+cluster: {workers: many}
+checkpoint: {every: 3 fortnights}
+"""
+    with pytest.raises(ConfigError) as caught:
+        load_run(write(tmp_path, text))
+    message = str(caught.value)
+    for line, words in [
+        (2, "did you mean 'dtype'?"),
+        (5, "did you mean 'format'?"),
+        (6, "did you mean 'max_length'?"),
+        (8, "train.global_batch_size is 'lots'"),
+        (9, "cluster.workers is 'many'"),
+        (10, "'3 fortnights' is no duration"),
+    ]:
+        assert f"run.yaml:{line}" in message
+        assert words in message
+    assert len(caught.value.problems) == 6
+
+
+def test_overrides_go_over_the_file_and_are_named_in_errors(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    run = load_run(path, ["train.epochs=2.5", "cluster.workers=[1, 4]", "data.sources.0.repeat=0.5", "train.lr=3e-4"])
+    assert run.config.train.epochs == 2.5
+    assert run.config.cluster.workers == (1, 4)
+    assert run.config.data.sources[0].repeat == 0.5
+    assert run.config.train.lr == 3e-4
+    with pytest.raises(ConfigError, match=r"override 'train\.seed=abc'"):
+        load_run(path, ["train.seed=abc"])
+    with pytest.raises(ConfigError, match="did you mean 'lr'"):
+        load_run(path, ["train.lrr=1"])
+    for nonsense in ("train.lr", "=3", "data.sources.7.path=x", "name.first=x"):
+        with pytest.raises(UsageError, match="override"):
+            load_run(path, [nonsense])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1\n- 2\n", "expected a mapping"),
+        ("", "holds nothing"),
+        ("name: x\nname: y\n", "run.yaml:2: not YAML: found duplicate key"),
+        ("a: !!python/object/apply:os.system ['true']\n", "is missing"),
+        ("name: x\n", "'model' is missing"),
+        (GOOD + "train: {lr: 1}\n", "duplicate key"),
+        (GOOD.replace("tiny\n", "../../etc\n"), "name is '../../etc'"),
+        (GOOD.replace("{lr: 1e-5}", "{epochs: 1, max_steps: 2}"), "either `epochs` or `max_steps`"),
+        (GOOD.replace("    - {path: data.jsonl}", "    []"), "either `sources` or `prepared`"),
+    ],
+)
+def test_broken_files_are_refused_in_words(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(write(tmp_path, text))
+    assert words in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        load_run(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="is a directory"):
+        load_run(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_run(tmp_path / "bytes.yaml")
+
+
+def test_an_alias_bomb_costs_nothing(tmp_path: Path) -> None:
+    levels = "\n".join(f"l{n + 1}: &l{n + 1} [{', '.join([f'*l{n}'] * 9)}]" for n in range(8))
+    path = write(tmp_path, f"l0: &l0 [x, x]\n{levels}\n")
+    with pytest.raises(ConfigError):
+        load_run(path)
+
+
+def test_what_is_dumped_loads_as_the_same(tmp_path: Path) -> None:
+    config = load_run(write(tmp_path, GOOD)).config
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config), encoding="utf-8")
+    assert load_run(again).config == config
+
+
+def test_sites_are_looked_up_beside_the_run_file_and_in_the_users_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "config/dstune").mkdir(parents=True)
+    (tmp_path / "config/dstune/hpc.yaml").write_text("slurm: {partition: gpu, time: '12:00:00'}\n")
+    assert load_site("hpc", tmp_path).slurm.partition == "gpu"
+    (tmp_path / "hpc.yaml").write_text("slurm: {partition: near}\n")
+    assert load_site("hpc", tmp_path).slurm.partition == "near"
+    with pytest.raises(UsageError, match="no such site file"):
+        load_site("moon", tmp_path)
+
+
+def test_relative_paths_are_relative_to_the_file() -> None:
+    assert resolve("a/b", Path("/x")) == Path("/x/a/b")
+    assert resolve("/a/b", Path("/x")) == Path("/a/b")
+
+
+def test_durations() -> None:
+    assert duration_seconds("30min") == 1800
+    assert duration_seconds("1.5h") == 5400
+    for wrong in ("", "min", "3 weeks", "-1h", "0s", "1e3s"):
+        with pytest.raises(ValueError):
+            duration_seconds(wrong)
+
+
+def test_plain_reading_keeps_lines(tmp_path: Path) -> None:
+    assert read_yaml(write(tmp_path, GOOD))["name"] == "tiny"

@@ -1,0 +1,97 @@
+"""Plans: pure arithmetic from a config, the data's facts and a number of workers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dstune.config.schema import RunConfig
+from dstune.errors import ConfigError, FitError
+from dstune.paths import RunPaths
+from dstune.planning import deepspeed, plan
+
+
+def config(**sections: object) -> RunConfig:
+    value = {"name": "x", "model": {"path": "builtin:tiny-llama"}, "data": {"sources": [{"path": "a"}]}}
+    return RunConfig.model_validate(value | sections)
+
+
+FACTS = plan.DataFacts(
+    directory=Path("/prepared"),
+    fingerprint="f",
+    num_rows=100,
+    total_positions=250,
+    has_validation=False,
+    layout="packed",
+)
+
+
+def made(run: RunConfig, world_size: int) -> plan.Plan:
+    return plan.make(
+        run, Path("/"), FACTS, attempt=1, world_size=world_size, checkpoints=Path("/c"), resume_from=None, start_step=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "asked", "micro", "micro_batches"),
+    [
+        (8, 1, 8, 8, 1),
+        (8, 2, 4, 4, 1),
+        (8, 1, 4, 4, 2),
+        (8, 3, 2, 2, 2),
+        (7, 2, 8, 4, 1),
+        (8, 8, 4, 1, 1),
+        (10, 3, 1, 1, 4),
+    ],
+)
+def test_the_global_batch_is_shared_in_equal_numbers_of_micro_batches(
+    batch: int, world: int, asked: int, micro: int, micro_batches: int
+) -> None:
+    result = made(config(train={"global_batch_size": batch, "micro_batch_size": asked}), world)
+    assert (result.micro_batch_size, result.micro_batches) == (micro, micro_batches)
+    assert result.micro_batch_size * result.micro_batches * world >= batch
+    assert result.total_steps == -(-250 // batch)
+
+
+def test_more_workers_than_rows_do_not_fit() -> None:
+    with pytest.raises(FitError, match="4 rows for 5 workers"):
+        made(config(train={"global_batch_size": 4}), 5)
+
+
+def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    one = made(config(train={"global_batch_size": 4}), 2)
+    plan.write(one, {"zero_optimization": {"stage": 3}}, paths)
+    assert plan.Plan.read(paths.plan(1)) == one
+    assert json.loads(paths.ds_config(1).read_text())["zero_optimization"]["stage"] == 3
+
+
+def test_presets_and_overrides_become_a_whole_deepspeed_config() -> None:
+    value = deepspeed.make(
+        config(deepspeed={"preset": "zero2", "overrides": {"zero_optimization": {"overlap_comm": False}}}), Path("/")
+    )
+    assert value["zero_optimization"]["stage"] == 2
+    assert value["zero_optimization"]["overlap_comm"] is False
+    assert value["bf16"] == {"enabled": True}
+    assert value["gradient_clipping"] == 1.0
+    assert deepspeed.make(config(), Path("/"))["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"preset": "zeroo3"}, "did you mean 'zero3'"),
+        ({"preset": "none.json"}, "no such preset"),
+        ({"overrides": {"zero_optimisation": {}}}, "did you mean 'zero_optimization'"),
+        ({"overrides": {"train_batch_size": 8}}, "set train.global_batch_size"),
+        ({"overrides": {"optimizer": {"type": "Adam"}}}, "set train.optimizer"),
+        (
+            {"overrides": {"zero_optimization": {"reduce_bucket_size": "auto"}}},
+            "zero_optimization.reduce_bucket_size is 'auto'",
+        ),
+    ],
+)
+def test_what_deepspeed_would_ignore_silently_is_refused(section: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        deepspeed.make(config(deepspeed=section), Path("/"))
+    assert words in str(caught.value)
