@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.errors import Problem, UsageError
-from dstune.logs import get_logger
+from dstune.loggers import get_logger
 from dstune.protocols import AttemptOutcome
 
 log = get_logger(__name__)
@@ -261,6 +261,7 @@ class _HostProcess:
         if self._address is not None:
             return environment
         environment.pop("RAY_ADDRESS", None)
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's way to say: one node, on the loopback address
         if "RAY_AUTH_MODE" not in environment:
             token = self._temporary / "token"
             token.touch(mode=0o600)

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 from ray._private.state import available_resources_per_node
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -223,7 +225,11 @@ class Host:
 
 def _failed(error: WorkerGroupError, seats: list[dict[str, Any]]) -> dict[str, Any]:
     """The workers that died without raising, by rank, and where they were."""
-    dead = {rank: e for rank, e in error.worker_failures.items() if isinstance(e, RayActorError | OutOfMemoryError)}
+    dead = {
+        rank: failure.health_check_failure
+        for rank, failure in error.worker_failures.items()
+        if isinstance(failure, WorkerHealthCheckFailedError)
+    }
     said = [
         f"worker {rank} on node {seats[rank]['node']} (process {seats[rank]['pid']}) died: {_why_dead(dead[rank])}"
         for rank in sorted(dead)

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from dstune.atomic import write_json
@@ -29,6 +28,10 @@ class StatusFile:
     @property
     def step(self) -> int:
         return int(self._value["step"])
+
+    def adopt(self, value: dict[str, Any]) -> None:
+        """Go on from what an earlier writer left."""
+        self._value |= value
 
     def progress(self, **facts: Any) -> None:
         """Note facts that may wait a moment before they reach the disk."""
@@ -62,10 +65,3 @@ def driver_lives(paths: RunPaths) -> bool:
         except BlockingIOError:
             return True
         return False
-
-
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a text file; none where there is no file."""
-    if not path.exists():
-        return []
-    return path.read_text("utf-8", errors="replace").splitlines()[-count:]

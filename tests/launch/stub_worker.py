@@ -1,0 +1,74 @@
+"""A worker without a model: it keeps the files that a real one would, one step every few milliseconds, by the run's stub.json.
+
+stub.json: {"steps": N, "commit_every": n, "seconds": s, "fail": {"rank", "step", "kind", "attempts"}, "die": {"rank", "step", "attempts"}}.
+Ranks go on by themselves except for the end: rank 0 alone keeps the books.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from dstune.atomic import append_line, write_json
+from dstune.launch import control
+from dstune.paths import RunPaths, step_directory
+from dstune.records.sinks import EventLog
+
+
+def main(run_directory: Path, attempt: int) -> None:
+    paths = RunPaths(run_directory)
+    rank = int(os.environ["RANK"])
+    stub = json.loads((run_directory / "stub.json").read_text())
+    plan = json.loads(paths.plan(attempt).read_text())
+    pause = threading.Event()
+    try:
+        for step in range(plan["start_step"] + 1, stub["steps"] + 1):
+            pause.wait(stub.get("seconds", 0.01))
+            _mishaps(stub, rank, step, attempt)
+            if rank == 0 and _keep_books(paths, stub, plan, attempt, step):
+                return
+        if rank == 0:
+            commit(paths, stub["steps"])
+            write_json(paths.outcome(attempt), {"state": "succeeded", "step": stub["steps"], "reason": "done"})
+    except Exception as error:
+        paths.rank_error(rank).write_text(f"Traceback of rank {rank}\n{error}")
+        record = {"time": time.time(), "rank": rank, "node": socket.gethostname(), "collateral": False}
+        write_json(paths.rank_failure(attempt, rank), record | {"kind": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _keep_books(paths: RunPaths, stub: dict[str, Any], plan: dict[str, Any], attempt: int, step: int) -> bool:
+    record = {"step": step, "loss": 1.0 / step, "world": int(os.environ["WORLD_SIZE"]), "attempt": attempt}
+    append_line(paths.metrics, json.dumps(record | {"lr": 0.1, "tokens_per_second": 1.0}))
+    request = control.stop_requested(paths)
+    if request is not None:
+        commit(paths, step)
+        write_json(paths.outcome(attempt), {"state": "stopped", "step": step, "reason": request["reason"]})
+        return True
+    if step % stub.get("commit_every", 5) == 0:
+        commit(paths, step)
+    return False
+
+
+def commit(paths: RunPaths, step: int) -> None:
+    directory = step_directory(paths.checkpoints, step)
+    if directory.exists():
+        return
+    directory.mkdir()
+    (directory / "stub").write_text(str(step))
+    EventLog(paths.events).event("commit", step=step)
+
+
+def _mishaps(stub: dict[str, Any], rank: int, step: int, attempt: int) -> None:
+    for what in ("fail", "die"):
+        mishap = stub.get(what)
+        if mishap and mishap["rank"] == rank and step == mishap["step"] and attempt in mishap["attempts"]:
+            if what == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"ValueError": ValueError, "DataError": __import__("dstune.errors").errors.DataError}[mishap["kind"]](
+                "bad luck"
+            )
