@@ -1,12 +1,225 @@
-"""Pretrained weights into a model whose parameters are partitioned: each worker reads just its own slices."""
+"""Pretrained weights into a model whose parameters are partitioned: each worker reads just its own slices of the files."""
 
+import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+
+from dstune.engine.parameters import full_shape, local_piece
+from dstune.errors import ConfigError, Problem
+from dstune.loggers import get_logger
+from dstune.model.names import Conversion, canonical_names, loading_plan
+
+log = get_logger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_MOST_NAMES = 5
+
+
+class WeightFiles:
+    """The safetensors files of a model directory, opened when they are first read."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ConfigError where there are none, or where the index names what is not there."""
+        self.directory = directory
+        self._file_of = _file_of_each_tensor(directory)
+        self._open: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU."""
+        return self._slice(name)[...]
+
+    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements `start` to `stop` of the flattened tensor [stop - start]; only the rows around them are read."""
+        piece = self._slice(name)
+        shape = piece.get_shape()
+        if not shape:
+            return piece[...].reshape(1)[start:stop]
+        columns = max(1, _product(shape[1:]))
+        first = start // columns
+        rows = piece[first : -(-stop // columns)]
+        return rows.reshape(-1)[start - first * columns : stop - first * columns]
+
+    def _slice(self, name: str) -> Any:
+        file = self._file_of[name]
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(str(self.directory / file), framework="pt")
+            return self._open[file].get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(Problem(str(self.directory / file), f"cannot be read: {error}")) from None
 
 
 def load_weights(module: PreTrainedModel, directory: Path) -> None:
     """Fill `module`'s parameters and persistent buffers from the safetensors files of `directory`.
 
-    Raises ConfigError where weights are missing, of another shape, or only there as pickle.
+    Tensors that are only renamed are read slice by slice; joined ones (a layer's experts) whole, one at a time.
+    Raises ConfigError where weights are missing, of another shape, quantised, or only there as pickle.
     """
+    if getattr(module.config, "quantization_config", None) is not None:
+        raise ConfigError(
+            Problem(
+                "model.path", f"{directory} holds quantised weights", "bf16, fp16 or fp32 ones, to tune them in full"
+            )
+        )
+    files = WeightFiles(directory)
+    state = _Destination(module)
+    unused: list[str] = []
+    for conversion in loading_plan(module, files.names()):
+        if conversion.is_renaming:
+            if not _load_renamed(conversion, files, state):
+                unused.append(conversion.sources[0])
+        else:
+            _load_converted(conversion, files, state, module)
+    _finish(module, state, unused, directory)
+
+
+class _Destination:
+    """The tensors of a model by name, and which of them are filled."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        buffers = set(module.state_dict().keys())
+        self._canonical = canonical_names(module)
+        self._tensors: dict[str, torch.Tensor] = dict(module.named_parameters())
+        self._tensors |= {name: buffer for name, buffer in module.named_buffers() if name in buffers}
+        self.filled: dict[str, str] = {}
+
+    def find(self, name: str) -> torch.Tensor | None:
+        canonical = self._canonical.get(name)
+        return None if canonical is None else self._tensors[canonical]
+
+    def wants(self, name: str) -> bool:
+        """Whether `name` should still be read: of a tied tensor's names in the files, its first one counts."""
+        canonical = self._canonical[name]
+        return canonical not in self.filled or name == canonical
+
+    def mark(self, name: str) -> None:
+        self.filled[self._canonical[name]] = name
+
+    def missing(self) -> list[str]:
+        """Parameters without weights. Buffers have the values that the architecture itself gave them."""
+        return [
+            name
+            for name, tensor in self._tensors.items()
+            if name not in self.filled and isinstance(tensor, torch.nn.Parameter)
+        ]
+
+
+def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destination) -> bool:
+    source, name = conversion.sources[0], conversion.target
+    tensor = state.find(name)
+    if tensor is None:
+        return False
+    if state.wants(name):
+        _check_shape(name, files.shape(source), full_shape(tensor), files.directory)
+        piece = local_piece(tensor)
+        if piece.stop > piece.start:
+            piece.tensor.copy_(files.read_range(source, piece.start, piece.stop))
+        state.mark(name)
+    return True
+
+
+def _load_converted(conversion: Conversion, files: WeightFiles, state: _Destination, module: PreTrainedModel) -> None:
+    try:
+        made = conversion.run(files.read, module)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise ConfigError(
+            Problem(str(files.directory), f"{conversion.target} cannot be made of what the files hold: {error}")
+        ) from None
+    for name, value in made.items():
+        tensor = state.find(name)
+        if tensor is not None:
+            _check_shape(name, tuple(value.shape), full_shape(tensor), files.directory)
+            piece = local_piece(tensor)
+            piece.tensor.copy_(value.reshape(-1)[piece.start : piece.stop])
+            state.mark(name)
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], directory: Path) -> None:
+    if found != wanted:
+        raise ConfigError(
+            Problem(
+                f"{directory}",
+                f"{name} has the shape {list(found)}",
+                f"{list(wanted)}, as the config says",
+                "Do the files and config.json belong together, and does `model.overrides` change a size?",
+            )
+        )
+
+
+def _finish(module: PreTrainedModel, state: _Destination, unused: list[str], directory: Path) -> None:
+    missing = state.missing()
+    if missing:
+        raise ConfigError(
+            Problem(
+                str(directory),
+                f"has no weights for {_some(missing)} of {type(module).__name__}",
+                do="A base model without its head cannot be tuned; take the checkpoint that has all weights.",
+            )
+        )
+    internals: Any = module
+    known = [*(internals._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    unused = [name for name in unused if not any(re.search(pattern, name) for pattern in known)]
+    if unused:
+        log.warning("%s: %s are not part of %s and were left out", directory, _some(unused), type(module).__name__)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def _product(numbers: Iterable[int]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+def _file_of_each_tensor(directory: Path) -> dict[str, str]:
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    if index.is_file():
+        return _read_index(index)
+    if single.is_file():
+        try:
+            with safe_open(str(single), framework="pt") as file:
+                return {name: SINGLE_FILE for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(Problem(str(single), f"cannot be read: {error}")) from None
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        raise ConfigError(
+            Problem(
+                str(directory),
+                "has its weights only as pickle files, which can run any code when they are read",
+                "safetensors",
+                "Take the model's safetensors revision, or convert it where you trust it: "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+            )
+        )
+    raise ConfigError(
+        Problem(str(directory), "has no weights", f"{SINGLE_FILE} or {INDEX_FILE}", "or set `model.init: random`")
+    )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(Problem(str(index), f"is no index of safetensors files: {error}")) from None
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not (index.parent / file).is_file():
+            raise ConfigError(Problem(str(index), f"names {file!r}, which is not beside it"))
+    return files
