@@ -1,11 +1,12 @@
 """`dstune chat`: a conversation with a model in the terminal, or with lines from a pipe."""
 
 import contextlib
+import importlib
 import io
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 from dstune.data.conversation import Conversation, Message, Refused
@@ -29,7 +30,7 @@ class Talk:
     system: str | None = None
     history: list[Message] = field(default_factory=list)
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> Generator[str]:
         """The answer in pieces. What was said becomes history, an answer that was broken off too; an unanswered question not.
 
         Raises DataError where the conversation no longer fits into the model, or the template refuses it.
@@ -70,7 +71,7 @@ class Talk:
         if context is None or self.model.seq2seq:
             return self.settings
         room = context - len(self._tokens(messages))
-        return Settings(**{**vars(self.settings), "max_new_tokens": min(self.settings.max_new_tokens, room)})
+        return replace(self.settings, max_new_tokens=min(self.settings.max_new_tokens, room))
 
 
 def chat(
@@ -105,7 +106,7 @@ def chat(
 
 def _interactive(talk: Talk, says: TextIO, shows: TextIO) -> None:
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing and history
+        importlib.import_module("readline")  # gives input() its line editing and history
 
     print(f"{printable(talk.model.name)} on {talk.model.device}, {talk.model.dtype}. {_HELP}", file=shows)
     while True:

@@ -6,7 +6,7 @@ mask, with positions counted from the first real token. Sampled ones do not eith
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def stream(model: OpenedModel, prompt: Sequence[int], settings: Settings) -> Iterator[str]:
+def stream(model: OpenedModel, prompt: Sequence[int], settings: Settings) -> Generator[str]:
     """The answer to one prompt in pieces of text, as soon as each is certain. Closing the iterator stops the model."""
     cancel = threading.Event()
     pieces = _TokenQueue()
@@ -208,7 +208,7 @@ class _StopTexts(StoppingCriteria):
         # A token holds at least a byte of text; a few more in case of empty ones.
         self._tail = max(len(text.encode()) for text in stop) + 8
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         tails = input_ids[:, max(self._start, input_ids.shape[1] - self._tail) :].tolist()
         ended = [any(text in _decode(self._tokenizer, tail) for text in self._stop) for tail in tails]
         return torch.tensor(ended, device=input_ids.device)
@@ -218,7 +218,7 @@ class _Cancelled(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self._event = event
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
 
 

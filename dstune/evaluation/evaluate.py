@@ -43,7 +43,12 @@ def evaluate(
     tasks = load_model(file, TasksFile)
     directory = _directory(out, model, file, overwrite)
     questions = [read_questions(task, file.parent) for task in tasks.tasks]
-    settings = {"dtype": tasks.dtype, "device": tasks.device, "template": tasks.template, "base": file.parent}
+    settings: dict[str, Any] = {
+        "dtype": tasks.dtype,
+        "device": tasks.device,
+        "template": tasks.template,
+        "base": file.parent,
+    }
     opened = open_model(model, **{**settings, **opening})
     results: list[TaskResult] = []
     lines: list[str] = []

@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     GenerationConfig,
     PretrainedConfig,
-    PreTrainedModel,
 )
 
 from dstune.config.schema import ModelSection
@@ -31,7 +30,8 @@ class OpenedModel:
     """What generation and scoring need of a model."""
 
     name: str
-    module: PreTrainedModel
+    module: Any
+    """The transformers model, whole, in evaluation mode."""
     tokenizer: Any
     encoder: Encoder
     """Renders and tokenises conversations as in training; the last answer alone is the target."""
@@ -116,10 +116,8 @@ def _device(written: str) -> torch.device:
     return device
 
 
-def _module(
-    section: ModelSection, directory: Path, config: PretrainedConfig, seq2seq: bool, dtype: str
-) -> PreTrainedModel:
-    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+def _module(section: ModelSection, directory: Path, config: PretrainedConfig, seq2seq: bool, dtype: str) -> Any:
+    kind: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     if is_builtin(section):
         module = kind.from_config(config, dtype=_DTYPES["bf16" if dtype == "auto" else dtype])
         initialise(module, _INITIAL_SEED)
@@ -149,7 +147,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
-def _stop_ids(tokenizer: Any, module: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
+def _stop_ids(tokenizer: Any, module: Any, encoder: Encoder) -> frozenset[int]:
     """Every token after which the assistant has nothing more to say."""
     generation = module.generation_config.eos_token_id if module.generation_config is not None else None
     found = {tokenizer.eos_token_id, *_listed(generation), *_listed(module.config.eos_token_id)}
@@ -177,7 +175,7 @@ def _end_of_turn(tokenizer: Any, encoder: Encoder) -> set[int]:
     return set([token for token in targets if token in special][:1])
 
 
-def _plain_generation(module: PreTrainedModel) -> None:
+def _plain_generation(module: Any) -> None:
     """Keep of the model's generation config only what its decoding needs.
 
     transformers fills every setting that a call leaves open from it: a model's own sampling or penalty would creep in.

@@ -39,7 +39,8 @@ class RowMetric(evaluate.Metric):
             features=datasets.Features(dict(self.columns)),
         )
 
-    def _compute(self, *, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        assert not kwargs, kwargs
         self.rows = np.asarray(self.statistics(predictions, references), dtype=np.float64).reshape(len(predictions), -1)
         return dict(self.finish(self.rows.sum(axis=0)))
 

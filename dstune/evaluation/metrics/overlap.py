@@ -28,7 +28,7 @@ class Bleu(RowMetric):
         if self._tokenize == "auto":
             self._bleu = BLEU(tokenize=bleu_tokenizer(references), lowercase=self._lowercase)
         # The per-segment counts that sacrebleu's own bootstrap resamples; a test holds their sum to `corpus_score`.
-        return self._bleu._extract_corpus_statistics(list(predictions), [list(references)])
+        return self._bleu._extract_corpus_statistics(list(predictions), [list(references)])  # pyright: ignore[reportPrivateUsage]
 
     def finish(self, total: np.ndarray) -> dict[str, float]:
         return {"bleu": self._score(total, effective_order=False)}
@@ -64,10 +64,11 @@ class Chrf(RowMetric):
         self._chrf = CHRF(word_order=word_order)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Any:
-        return self._chrf._extract_corpus_statistics(list(predictions), [list(references)])
+        return self._chrf._extract_corpus_statistics(list(predictions), [list(references)])  # pyright: ignore[reportPrivateUsage]
 
     def finish(self, total: np.ndarray) -> dict[str, float]:
-        return {self._figure: float(self._chrf._compute_score_from_stats([int(number) for number in total]).score)}
+        counts = [int(number) for number in total]
+        return {self._figure: float(self._chrf._compute_score_from_stats(counts).score)}  # pyright: ignore[reportPrivateUsage]
 
     def details(self) -> dict[str, Any]:
         return {"signature": str(self._chrf.get_signature())}
