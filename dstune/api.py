@@ -224,13 +224,21 @@ def resubmit(
 def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
     """What is committed, oldest first; `verify` reads every byte of it."""
     from dstune.checkpoint import resolve
+    from dstune.checkpoint.layout import load_manifest
 
     found = resolve.committed(_checkpoints(run))
     rows: list[dict[str, Any]] = []
     for one in sorted(found, key=lambda checkpoint: checkpoint.step):
         problems = resolve.verify(one) if verify else []
         verdict = ("whole" if not problems else "; ".join(problems)) if verify else "committed"
-        rows.append({"step": one.step, **one.facts(), "problems": problems, "verdict": verdict})
+        rows.append({"step": one.step, "directory": str(one.directory), "problems": problems, "verdict": verdict})
+        if not problems:
+            manifest = load_manifest(one.directory)
+            rows[-1] |= {
+                "bytes": manifest.total_bytes,
+                "world_size": manifest.world_size,
+                "metrics": dict(manifest.metrics),
+            }
     return rows
 
 

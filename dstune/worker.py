@@ -251,15 +251,18 @@ class Saver:
             log.warning("step %d was not committed: %s", state.step, error)
 
     def _commit(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        value = state.to_json() | {"engine": self._engine.extra_state(), "metrics": dict(metrics)}
+        value = state.to_json() | {"engine": self._engine.extra_state()}
         fingerprints = {
             "run": self._config.name,
             "model": self._config.model.path,
             "prepared": state.prepared_fingerprint,
         }
-        record = commit.save(self._checkpoints, state.step, self._engine.slices(), value, self._control, fingerprints)
+        record = commit.save(
+            self._checkpoints, state.step, self._engine.slices(), value, self._control, fingerprints, metrics
+        )
         if self._control.rank == 0:
-            self._events.event("commit", step=state.step, **record.as_dict())
-            removed = retention.apply(self._checkpoints, self._config.checkpoint.keep, self._config.checkpoint.best)
-            if removed:
-                self._events.event("removed", steps=removed)
+            self._events.event("commit", step=state.step, bytes=record.bytes, seconds=round(record.seconds, 3))
+        keep = self._config.checkpoint
+        removed = retention.prune(self._checkpoints, keep.keep, self._control, keep.best)
+        if removed and self._control.rank == 0:
+            self._events.event("removed", steps=removed)

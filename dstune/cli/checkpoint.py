@@ -1,6 +1,7 @@
 """What is committed (list), and whether every byte is right (verify)."""
 
 import argparse
+from typing import Any
 
 from dstune.cli.output import add_run, emit
 
@@ -14,9 +15,11 @@ def run(args: argparse.Namespace) -> int:
     from dstune import api
 
     found = api.checkpoints(args.run, verify=args.action == "verify")
-    lines = [
-        f"step {one['step']:>8}  {one['bytes'] / 1e6:>10.1f} MB  world {one['world_size']:<4} {one['verdict']}"
-        for one in found
-    ]
+    lines = [_line(one) for one in found]
     emit(args, {"checkpoints": found}, lines or ["nothing is committed"])
     return 1 if any(one["problems"] for one in found) else 0
+
+
+def _line(one: dict[str, Any]) -> str:
+    size = f"{one['bytes'] / 1e6:>10.1f} MB  world {one['world_size']:<4}" if "bytes" in one else " " * 25
+    return f"step {one['step']:>8}  {size} {one['verdict']}"
