@@ -1,0 +1,135 @@
+"""The step of dstune's loop beside a bare DeepSpeed loop: same model, same rows, same DeepSpeed config, alternating.
+
+Two workers over gloo, one thread each. Both sides live in the same processes and take turns, step by step, so that whatever else
+the machine does hits both. The bare loop calls nothing but `engine(...)`, `engine.backward`, `engine.step` on batches that are
+tensors already; its loss is the sum over the targets scaled as dstune's is, so the losses of both sides must be equal.
+The physical limit of the ratio is 1: dstune's loop does the bare loop's work, and data, agreement and records beside it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tools/bench step", description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20, help="counted steps of each side")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--micro-batches", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run_directory = _make_run(Path(folder), args)
+        _spawn(run_directory, args)
+        print(json.dumps(json.loads((Path(folder) / "result.json").read_text()), indent=2))
+    return 0
+
+
+def _make_run(folder: Path, args: argparse.Namespace) -> Path:
+    """A planned attempt, as the launcher would write it."""
+    from ruamel.yaml import YAML
+
+    from dstune import api
+    from dstune.config.load import load_run
+    from dstune.launch import rundir, start
+
+    heads = args.hidden // 64
+    document = {
+        "name": "bench",
+        "model": {
+            "path": "builtin:tiny-llama",
+            "overrides": {
+                "hidden_size": args.hidden,
+                "intermediate_size": args.hidden * 8 // 3 // 16 * 16,
+                "num_hidden_layers": args.layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads,
+                "head_dim": 64,
+            },
+        },
+        "data": {"sources": [{"path": "builtin:instructions"}], "max_length": args.max_length, "num_processes": 2},
+        "train": {
+            "global_batch_size": args.workers * args.micro_batch_size * args.micro_batches,
+            "micro_batch_size": args.micro_batch_size,
+            "max_steps": args.steps + args.warmup,
+        },
+        "cluster": {"workers": args.workers},
+    }
+    path = folder / "bench.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(document, file)
+    os.environ["DSTUNE_CACHE"] = str(folder / "cache")
+    run = load_run(path)
+    prepared = api.prepare(run)
+    paths = rundir.create(run)
+    start.Planner(run, paths, start.data_facts(run.config, prepared))(1, args.workers, None, 0)
+    return paths.root
+
+
+def _spawn(run_directory: Path, args: argparse.Namespace) -> None:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    root = str(Path(__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tools.benchmarks.step_worker",
+                str(run_directory),
+                str(args.steps),
+                str(args.warmup),
+            ],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(args.workers),
+                "LOCAL_WORLD_SIZE": str(args.workers),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": root,
+            },
+            cwd=root,
+        )
+        for rank in range(args.workers)
+    ]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise SystemExit(f"workers ended with {codes}")
+
+
+def summary(
+    ours: list[float], bare: list[float], losses: tuple[list[float], list[float]], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Medians, the ratio step by step, and how far the two sides' losses are apart."""
+    ratios = sorted(a / b for a, b in zip(ours, bare, strict=True))
+    return facts | {
+        "dstune_step_seconds": round(statistics.median(ours), 4),
+        "bare_step_seconds": round(statistics.median(bare), 4),
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(ratios[len(ratios) // 4], 4), round(ratios[-1 - len(ratios) // 4], 4)],
+        "ratio_of_sums": round(sum(ours) / sum(bare), 4),
+        "target": 1.05,
+        "largest_relative_loss_difference": max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True)),
+        "measured": time.strftime("%Y-%m-%d"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
