@@ -1,53 +1,38 @@
-"""Attention within each example of a packed row, with no mask over the whole row."""
+"""Which attention a run uses: as its file says, or the fastest that is shown to keep packed examples apart."""
 
-from typing import Any
+from typing import Literal
 
-import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PretrainedConfig
 
-PER_EXAMPLE = "per-example"
-"""The name under which transformers knows this attention."""
+from dstune.config.schema import ModelSection
+from dstune.errors import ConfigError
+from dstune.loggers import get_logger
+from dstune.model.isolation import find_model_class, prove
+from dstune.model.per_example import PER_EXAMPLE
 
+log = get_logger(__name__)
 
-def register() -> None:
-    """Make `per-example` known to transformers; again does no harm."""
-    AttentionInterface.register(PER_EXAMPLE, per_example_attention)
-    AttentionMaskInterface.register(PER_EXAMPLE, _no_mask_for_packed_rows)
+_FASTEST_FIRST = (PER_EXAMPLE, "sdpa", "eager")
 
 
-def _no_mask_for_packed_rows(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+def choose(model: ModelSection, config: PretrainedConfig, layout: Literal["packed", "padded", "seq2seq"]) -> str:
+    """`model.attention`, or for `auto` the fastest kernel that works: on packed rows the first that `isolation.prove` passes.
 
-
-def per_example_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of a packed row, one call per example. `query` [1, heads, tokens, size]; `key` and `value` may have fewer heads.
-
-    `cu_seq_lens_q` [examples + 1] is where each example begins, and the end. Without it: transformers' own sdpa.
+    Raises ConfigError where none keeps packed examples apart.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-            sliding_window=sliding_window, **kwargs,
-        )  # fmt: skip
-    lengths = cu_seq_lens_q.diff().tolist()
-    pieces = [
-        scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
+    if model.attention != "auto":
+        return model.attention
+    if layout != "packed":
+        kind = find_model_class(config)
+        return "sdpa" if kind is None or kind._supports_sdpa else "eager"
+    refused: ConfigError | None = None
+    for kernel in _FASTEST_FIRST:
+        try:
+            prove(config, kernel)
+        except ConfigError as error:
+            log.info("attention %s is out: %s", kernel, error)
+            refused = error
+        else:
+            return kernel
+    assert refused is not None
+    raise refused

@@ -13,7 +13,7 @@ from dstune.config.schema import ModelSection
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
-from dstune.model import attention as attention_kernels
+from dstune.model import per_example
 from dstune.model.config import is_builtin, load_config, model_directory, task_of
 from dstune.model.weights import load_weights
 
@@ -49,7 +49,7 @@ def construct(
 
 def skeleton(config: PretrainedConfig, model: ModelSection, attention: str = "eager") -> PreTrainedModel:
     """The model without storage (torch's `meta` device): names, shapes, types. Raises ConfigError as `construct`."""
-    attention_kernels.register()
+    per_example.register()
     try:
         with no_init_weights(), torch.device("meta"):
             module = _instance(copy.deepcopy(config), model, attention)

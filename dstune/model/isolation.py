@@ -1,0 +1,250 @@
+"""Packed examples never see each other: shown for the architecture at hand, on a tiny random model of its class."""
+
+import copy
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from dstune.errors import ConfigError, Problem
+from dstune.model import per_example
+
+TOLERANCE = 1e-4
+"""Largest difference that is taken for rounding, relative to the largest output, in fp32."""
+_POWER = 10.0
+"""How many times the tolerance a row that is one long example must differ by, or the experiment shows nothing."""
+_LENGTHS = (13, 7, 11)
+_VOCABULARY = 128
+_MOST_LAYERS = 16
+_MOST_PARAMETERS = 200_000_000
+
+# What makes a model small without changing what its layers do.
+_SIZES: dict[str, int] = {
+    "hidden_size": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "word_embed_proj_dim": 64,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "d_ff": 96,
+    "n_inner": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "vocab_size": _VOCABULARY,
+    "vocab_size_per_layer_input": _VOCABULARY,
+}
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+# Shorter than the examples, so that windows and chunks matter in the experiment.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+# Layer lists and periods: how many layers show every kind once.
+_LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
+_PERIODS = (
+    "full_attention_interval",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "attn_layer_period",
+    "expert_layer_period",
+    "decoder_sparse_step",
+    "interleave_moe_layer_step",
+    "moe_layer_freq",
+    "no_rope_layer_interval",
+)
+_OFFSETS = ("first_k_dense_replace", "attn_layer_offset", "expert_layer_offset", "moe_layer_start_index")
+_FAILURES = (
+    ValueError, RuntimeError, TypeError, NotImplementedError, KeyError, IndexError, AttributeError, ImportError, AssertionError,
+    StrictDataclassError,
+)  # fmt: skip
+
+
+def prove(config: PretrainedConfig, attention: str) -> None:
+    """Show that `attention` keeps packed examples apart in `config`'s architecture, or raise ConfigError with the reason.
+
+    A tiny random fp32 model of the same class, every distinct kind of layer kept: a packed row of three examples gives what each
+    example alone gives with transformers' plain attention; one long example of the same tokens gives something else.
+    """
+    reason = _disproof(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), attention)
+    if reason is not None:
+        raise ConfigError(
+            Problem(
+                "data.packing",
+                f"{config.model_type} with {attention} attention: {reason}",
+                "packed examples that do not see each other",
+                "Set `data.packing: false`.",
+            )
+        )
+
+
+@lru_cache(maxsize=32)
+def _disproof(kind: type[PretrainedConfig], config: str, attention: str) -> str | None:
+    """Why packing is refused; None where it is shown to be right."""
+    if find_model_class(kind()) is None and kind.__module__.startswith("transformers."):
+        return "transformers has no causal model of this kind"
+    plain = kind.from_dict(json.loads(config))
+    small = _smallest_that_builds(plain)
+    if small is None:
+        return "no small model of this class can be built, so nothing is shown"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        ids = [torch.randint(1, small.get_text_config().vocab_size, (1, length)) for length in _LENGTHS]
+        model = _instance(small, "eager")
+        try:
+            alone = torch.cat([model(input_ids=piece, use_cache=False).logits for piece in ids], 1)
+            joined = model(input_ids=torch.cat(ids, 1), use_cache=False).logits
+        except _FAILURES as error:
+            return f"its small model fails on a plain example ({_first_line(error)})"
+        try:
+            model.set_attn_implementation(attention)
+            packed = model(**packed_inputs(ids), use_cache=False).logits
+        except _FAILURES as error:
+            return f"it fails on packed rows ({_first_line(error)})"
+    return _verdict(alone, packed, joined)
+
+
+def _verdict(alone: torch.Tensor, packed: torch.Tensor, joined: torch.Tensor) -> str | None:
+    scale = alone.abs().max().clamp_min(1e-12)
+    starts = [sum(_LENGTHS[:number]) for number in range(len(_LENGTHS) + 1)]
+    if not bool(torch.isfinite(alone).all() and torch.isfinite(packed).all()):
+        return "its small model gives values that are not finite, so nothing is shown"
+    if float((alone - joined).abs().max() / scale) < _POWER * TOLERANCE:
+        return "its small model does not look back at all, so nothing is shown"
+    for number, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        difference = float((alone - packed)[:, start:stop].abs().max() / scale)
+        if difference > TOLERANCE:
+            return (
+                f"example {number + 1} of {len(_LENGTHS)} in a packed row differs from itself alone by {difference:.1e} "
+                f"(tolerance {TOLERANCE:.0e}): something carries over from one example to the next"
+            )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def packed_inputs(examples: Iterable[torch.Tensor]) -> dict[str, Any]:
+    """A forward pass's arguments for examples [1, length] laid end to end, as `dstune.batch` makes them."""
+    pieces = list(examples)
+    lengths = [piece.shape[1] for piece in pieces]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {
+        "input_ids": torch.cat(pieces, 1),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def find_model_class(config: PretrainedConfig) -> Any | None:
+    """transformers' own class for training this architecture; None where it comes as remote code."""
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    found = auto._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _instance(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    per_example.register()
+    own_code = not type(config).__module__.startswith("transformers.")
+    # The config of foreign code only exists where the run file trusts it.
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=own_code
+    )
+    return model.eval()
+
+
+def _smallest_that_builds(config: PretrainedConfig) -> PretrainedConfig | None:
+    """`config` with few layers and small sizes; else with few layers alone, where that is small enough."""
+    for sizes in (True, False):
+        try:
+            small = shrunk(config, sizes)
+            with torch.device("meta"):
+                count = sum(parameter.numel() for parameter in _instance(small, "eager").parameters())
+        except _FAILURES:
+            continue
+        if count <= _MOST_PARAMETERS:
+            return small
+    return None
+
+
+def shrunk(config: PretrainedConfig, sizes: bool) -> PretrainedConfig:
+    """A copy of `config` with as few layers as show every distinct kind, and (`sizes`) small widths."""
+    values = config.to_dict()
+    _shrink(values, sizes)
+    text = config.get_text_config()
+    if text is not config:
+        for name in config.sub_configs:
+            if getattr(config, name) is text and isinstance(values.get(name), dict):
+                _shrink(values[name], sizes)
+    values.pop("quantization_config", None)
+    # Their ids lie beyond the small vocabulary.
+    values.update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
+    return type(config).from_dict(values)
+
+
+def _shrink(values: dict[str, Any], sizes: bool) -> None:
+    _shrink_depth(values)
+    values.update({key: 4 for key in _WINDOWS if isinstance(values.get(key), int)})
+    values["vocab_size"] = _VOCABULARY
+    if sizes:
+        _shrink_width(values)
+
+
+def _shrink_depth(values: dict[str, Any]) -> None:
+    key = next((key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in values), None)
+    if key is None:
+        return
+    depth = values[key]
+    lists = [values[name] for name in _LAYER_LISTS if isinstance(values.get(name), list)]
+    wanted = max([2, *(_prefix(kinds) for kinds in lists)])
+    wanted = max([wanted, *(values[name] for name in _PERIODS if isinstance(values.get(name), int))])
+    wanted = max([wanted, *(values[name] + 1 for name in _OFFSETS if isinstance(values.get(name), int))])
+    wanted = min(wanted, depth, _MOST_LAYERS)
+    values[key] = wanted
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == depth:
+            values[name] = value[:wanted]
+
+
+def _prefix(kinds: list[Any]) -> int:
+    """The shortest beginning that holds every distinct kind: 4 for [a, a, a, b, a, a, a, b]."""
+    seen: list[Any] = []
+    last = 0
+    for index, kind in enumerate(kinds):
+        if kind not in seen:
+            seen.append(kind)
+            last = index + 1
+    return last
+
+
+def _shrink_width(values: dict[str, Any]) -> None:
+    """Smaller sizes, of which the heads still divide the width; grouped heads stay grouped."""
+    for key, size in _SIZES.items():
+        if isinstance(values.get(key), int) and not isinstance(values[key], bool):
+            values[key] = min(values[key], size)
+    head_key = next((key for key in _HEADS if isinstance(values.get(key), int)), None)
+    if head_key is None:
+        return
+    heads, grouped = values[head_key], values.get("num_key_value_heads")
+    values[head_key] = min(heads, 4)
+    if isinstance(grouped, int):
+        values["num_key_value_heads"] = values[head_key] if grouped == heads else min(grouped, 2)
+    if isinstance(values.get("head_dim"), int):
+        values["head_dim"] = 16

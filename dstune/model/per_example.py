@@ -1,0 +1,145 @@
+"""Attention within each example of a packed row, with no mask over the whole row: registered with transformers by name.
+
+Where a row's examples begin travels with the call: transformers hands a forward pass's `cu_seq_lens_q` and `max_length_q` through
+to the attention of every layer.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PER_EXAMPLE = "per-example"
+"""The name under which transformers knows this attention."""
+
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
+"""Arguments of other kernels that change the result, and that this one does not have."""
+
+
+def register() -> None:
+    """Make `per-example` known to transformers; again does no harm."""
+    AttentionInterface.register(PER_EXAMPLE, per_example_attention)
+    AttentionMaskInterface.register(PER_EXAMPLE, _no_mask_for_packed_rows)
+
+
+def _no_mask_for_packed_rows(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """None where nothing is padded: each example's own call is causal. Padded batches get the mask that sdpa gets."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def per_example_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of a packed row within each example: [1, tokens, heads, size].
+
+    `query` [1, heads, tokens, size]; `key` and `value` may have fewer heads. `cu_seq_lens_q` [examples + 1] is where each example
+    begins, and the end; without it this is transformers' own sdpa. Raises ValueError for attention that it cannot do
+    (soft caps, sinks, biases, both directions).
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **kwargs,
+        )  # fmt: skip
+    _refuse_unknown(query, attention_mask, kwargs)
+    if dropout == 0.0 and max_length_q is not None and _has_varlen(query, value):
+        return _varlen(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    pieces = [
+        _causal(q, k, v, dropout, scaling, sliding_window)
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if kwargs.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if unknown:
+        raise ValueError(f"per-example attention has no {', '.join(unknown)}")
+    if query.shape[0] != 1:
+        raise ValueError(f"per-example attention takes one flattened row, not {query.shape[0]}")
+
+
+def _causal(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One example alone. A window only matters where the example is longer than it."""
+    length = query.shape[2]
+    mask = _band(length, window, query.device) if window is not None and length > window else None
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: each position sees itself and the `window - 1` before it."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril().triu(1 - window)
+
+
+def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's own flash attention over `cu_seq_lens` runs here: 16 bits, heads of equal size up to 256, Ampere or newer."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    starts: torch.Tensor,
+    longest: int,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    flat = [tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    # A window of n here is the position itself and n before it.
+    left = -1 if window is None else window - 1
+    result = varlen_attn(
+        *flat,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(result, torch.Tensor)
+    return result[None]
