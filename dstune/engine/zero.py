@@ -91,10 +91,13 @@ class ZeroEngine:
 
     def slices(self) -> Iterator[Slice]:
         """Views of this worker's fp32 masters and moments: for each flat tensor, state by state, parameter by parameter."""
-        for state in STATES:
-            for name, piece in self._pieces:
-                tensor = self._state(state, piece.flat).narrow(0, piece.start, piece.length)
-                yield Slice(state, self._names.get(name, name), piece.shape, piece.offset, tensor)
+        for flat in self._partitions.flats():
+            for state in STATES:
+                values = self._state(state, flat)
+                for name, piece in self._pieces:
+                    if piece.flat is flat:
+                        tensor = values.narrow(0, piece.start, piece.length)
+                        yield Slice(state, self._names.get(name, name), piece.shape, piece.offset, tensor)
 
     def load(self, fill: Callable[[Slice], None], optimizer_steps: int) -> None:
         """Have `fill` write every slice, then refresh the forward weights. Only before the first forward pass.

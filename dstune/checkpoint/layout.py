@@ -1,0 +1,128 @@
+"""What a checkpoint is on disk: its manifest, and the rule that its slices tile every parameter exactly."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.atomic import dump_json
+from dstune.errors import CheckpointError, Problem
+from dstune.paths import CheckpointPaths
+
+FORMAT = "dstune-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SliceEntry:
+    """One stored slice: elements `offset` to `offset + length` of the flattened parameter `name` of `shape`."""
+
+    state: str
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`, written last. Holds nothing about ZeRO: any layout reads it."""
+
+    step: int
+    world_size: int
+    """Workers that wrote it, and so the number of shards."""
+    time: str
+    """UTC, ISO 8601."""
+    files: Mapping[str, FileRecord]
+    """Every file but the manifest itself, by name."""
+    tensors: Mapping[str, Mapping[str, tuple[int, ...]]]
+    """For each state, every parameter's whole shape."""
+    fingerprints: Mapping[str, Any]
+    """What the run, model and data were (the caller's words)."""
+    metrics: Mapping[str, float]
+    """Measured at this step (`loss`, …), for `checkpoint.best`."""
+
+    def dump(self) -> str:
+        """The file's text. Its last field is a hash of all the others, so that a flipped bit shows here too."""
+        content = {"format": FORMAT, "version": VERSION} | asdict(self)
+        return dump_json(content | {"sha256": _digest(content)})
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(record.bytes for record in self.files.values())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or of another version."""
+    path = CheckpointPaths(directory).manifest
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(Problem(str(path), "is missing")) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(Problem(str(path), "is no manifest of a dstune checkpoint"))
+    if content.get("version") != VERSION:
+        raise CheckpointError(Problem(str(path), f"version {content.get('version')!r}", f"version {VERSION}"))
+    stated = content.pop("sha256", None)
+    if stated != _digest(content) or text != dump_json(content | {"sha256": stated}):
+        raise CheckpointError(Problem(str(path), "its content does not match its own hash: it is damaged"))
+    return _parse(content)
+
+
+def _parse(content: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        step=content["step"],
+        world_size=content["world_size"],
+        time=content["time"],
+        files={name: FileRecord(**record) for name, record in content["files"].items()},
+        tensors={
+            state: {name: tuple(shape) for name, shape in shapes.items()}
+            for state, shapes in content["tensors"].items()
+        },
+        fingerprints=content["fingerprints"],
+        metrics=content["metrics"],
+    )
+
+
+def tile(entries: Iterable[SliceEntry]) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
+    """The whole shapes by state and name, and what keeps the slices from covering each parameter exactly once.
+
+    [0, 4) and [4, 10) tile a parameter of 10 elements; [0, 4) and [5, 10) leave a gap at 4; [0, 5) and [4, 10) overlap.
+    """
+    by_tensor: dict[tuple[str, str], list[SliceEntry]] = {}
+    for entry in entries:
+        by_tensor.setdefault((entry.state, entry.name), []).append(entry)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    problems: list[str] = []
+    for (state, name), parts in by_tensor.items():
+        shapes.setdefault(state, {})[name] = parts[0].shape
+        if any(part.shape != parts[0].shape for part in parts):
+            problems.append(f"{state}/{name}: shards disagree about its shape")
+            continue
+        reached = 0
+        for part in sorted(parts, key=lambda part: part.offset):
+            if part.offset != reached:
+                word = "is missing" if part.offset > reached else "is there twice"
+                problems.append(f"{state}/{name}: element {min(part.offset, reached)} {word}")
+            reached = max(reached, part.offset + part.length)
+        if reached != math.prod(parts[0].shape):
+            problems.append(f"{state}/{name}: {reached} of {math.prod(parts[0].shape)} elements")
+    return shapes, problems

@@ -1,0 +1,99 @@
+"""Reading a committed checkpoint for any world: just the elements that are asked for, whichever shards hold them."""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstune.checkpoint.layout import Manifest, load_manifest
+from dstune.checkpoint.shards import MappedShard, StoredSlice, read_header
+from dstune.errors import CheckpointError, Problem
+from dstune.paths import CheckpointPaths
+from dstune.protocols import Slice
+
+
+class Reader:
+    """One checkpoint, memory-mapped. Hashes are not looked at here: `resolve` verified them before it named this directory.
+
+    Raises CheckpointError where manifest and files do not fit together.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest: Manifest = load_manifest(directory)
+        self._paths = CheckpointPaths(directory)
+        self._maps: dict[Path, MappedShard] = {}
+        self._index: dict[tuple[str, str], list[tuple[Path, StoredSlice]]] = {}
+        for rank in range(self.manifest.world_size):
+            self._index_shard(self._paths.shard(rank, self.manifest.world_size))
+        for parts in self._index.values():
+            parts.sort(key=lambda part: part[1].entry.offset)
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """`state.json`: everything that is no tensor."""
+        return json.loads(self._paths.state.read_text(encoding="utf-8"))
+
+    def tensors(self, state: str) -> Mapping[str, tuple[int, ...]]:
+        """Every parameter's name and whole shape in `state` (`fp32`, `exp_avg`, …). Raises CheckpointError for no such state."""
+        if state not in self.manifest.tensors:
+            raise self._missing(state, f"holds {', '.join(self.manifest.tensors)}")
+        return self.manifest.tensors[state]
+
+    def read(self, state: str, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements `start` to `stop` (default: all) of a flattened parameter: a 1-D CPU tensor of the stored dtype."""
+        parts = self._parts(state, name)
+        stop = math.prod(self.tensors(state)[name]) if stop is None else stop
+        out = torch.empty(stop - start, dtype=parts[0][1].dtype)
+        self.read_into(state, name, start, out)
+        return out
+
+    def read_into(self, state: str, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D tensor `out` from element `start` of the flattened parameter on. Raises CheckpointError for a gap."""
+        stop = start + out.numel()
+        reached = start
+        for path, piece in self._parts(state, name):
+            first = max(reached, piece.entry.offset)
+            last = min(stop, piece.entry.offset + piece.entry.length)
+            if first != reached or first >= last:
+                continue
+            self._mapped(path).copy(piece, first - piece.entry.offset, out[first - start : last - start])
+            reached = last
+        if reached != stop:
+            raise self._missing(f"{state}/{name}", f"element {reached} is in no shard")
+
+    def fill(self, piece: Slice) -> None:
+        """Write a slice of the engine (`Engine.load` calls this for each). Raises CheckpointError where the model differs."""
+        shape = self.tensors(piece.state).get(piece.name)
+        if shape != tuple(piece.shape):
+            came = "is not there" if shape is None else f"has shape {list(shape)}"
+            raise self._missing(f"{piece.state}/{piece.name}", came, f"shape {list(piece.shape)}, as the model has")
+        self.read_into(piece.state, piece.name, piece.offset, piece.tensor)
+
+    def _index_shard(self, path: Path) -> None:
+        record = self.manifest.files.get(path.name)
+        if record is None or not path.is_file() or path.stat().st_size != record.bytes:
+            raise CheckpointError(Problem(str(path), "is missing or not as long as the manifest says"))
+        for piece in read_header(path):
+            self._index.setdefault((piece.entry.state, piece.entry.name), []).append((path, piece))
+
+    def _parts(self, state: str, name: str) -> list[tuple[Path, StoredSlice]]:
+        if (state, name) not in self._index:
+            raise self._missing(f"{state}/{name}", "is not there")
+        return self._index[state, name]
+
+    def _mapped(self, path: Path) -> MappedShard:
+        if path not in self._maps:
+            self._maps[path] = MappedShard(path)
+        return self._maps[path]
+
+    def _missing(self, what: str, came: str, expected: str = "") -> CheckpointError:
+        return CheckpointError(Problem(f"{self.directory}: {what}", came, expected))
