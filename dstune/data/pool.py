@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -38,7 +38,7 @@ _CHILD = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from dstu
 
 def map_in_order(
     setup: Callable[[S], Callable[[T], R]], argument: S, chunks: Iterable[T], num_processes: int
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """`setup(argument)` gives the work, in each process anew; yields its result for each of `chunks`, in their order.
 
     `setup` is a function of a module, and what goes in and out can be pickled. With one process, or a few chunks, all happens

@@ -1,7 +1,9 @@
 """Writing the Arrow files of a prepared directory: the same examples give the same bytes, hashed on their way to the disk."""
 
+import contextlib
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +50,7 @@ class HashedFile(io.RawIOBase):
         self.path = path
         self.num_bytes = 0
         self._digest = hashlib.sha256()
-        self._context = atomic.durable_file(path)
-        self._file: BinaryIO = self._context.__enter__()
+        self._file: BinaryIO = path.open("wb")
 
     def writable(self) -> bool:
         return True
@@ -64,7 +65,16 @@ class HashedFile(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             super().close()
-            self._context.__exit__(None, None, None)
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def discard(self) -> None:
+        """Let go of a file that will not be needed; harmless after `close`."""
+        if not self.closed:
+            super().close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def written(self, rows: int | None = None) -> WrittenFile:
         """What the manifest says of this file."""
@@ -150,10 +160,10 @@ class ShardWriter:
             final.append(WrittenFile(name.name, file.bytes, file.sha256, file.rows))
         return final
 
-    def abort(self) -> None:
-        """Let go of an open file without finishing it."""
+    def close(self) -> None:
+        """Let go of an open file without finishing it; harmless after `finish`."""
         if self._file is not None:
-            self._file.close()
+            self._file.discard()
             self._file = None
 
     def _write_batch(self) -> None:

@@ -83,6 +83,23 @@ class _Stream:
         return np.concatenate([np.zeros(0, dtype=np.int32), *parts])
 
 
+def _stored(batch: pa.RecordBatch, place: int) -> StoredExample:
+    return StoredExample(
+        input_ids=_list_of_int32(batch.column("input_ids"), place),
+        loss_mask=_list_of_bool(batch.column("loss_mask"), place),
+        source=int(_flat(batch.column("source"), np.int32)[place]),
+        line=int(_flat(batch.column("line"), np.int64)[place]),
+        part=int(_flat(batch.column("part"), np.int32)[place]),
+    )
+
+
+def read_examples(path: Path) -> Iterator[StoredExample]:
+    """Every example of one shard, in order."""
+    for batch in _Stream(path, EXAMPLE_SCHEMA).batches:
+        for place in range(batch.num_rows):
+            yield _stored(batch, place)
+
+
 def _flat(column: Any, kind: type[Any]) -> npt.NDArray[Any]:
     """A fixed-width column as a view of the file (Arrow's own `to_numpy` would import pandas: half a second, 50 MB)."""
     return np.frombuffer(column.buffers()[1], dtype=kind, count=len(column))
@@ -176,13 +193,7 @@ class Prepared:
             raise IndexError(f"example {index} of {self.num_examples}")
         number = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
         batch, place = self._shards[number].at(index - int(self._shard_starts[number]))
-        return StoredExample(
-            input_ids=_list_of_int32(batch.column("input_ids"), place),
-            loss_mask=_list_of_bool(batch.column("loss_mask"), place),
-            source=int(_flat(batch.column("source"), np.int32)[place]),
-            line=int(_flat(batch.column("line"), np.int64)[place]),
-            part=int(_flat(batch.column("part"), np.int32)[place]),
-        )
+        return _stored(batch, place)
 
     def origin(self, index: int) -> str:
         """`file:line` (and the part, where it is not the first) of example `index`, the path as the run file wrote it."""
@@ -223,12 +234,8 @@ def _read_manifest(root: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        problem = Problem(
-            str(root),
-            f"no prepared directory ({path.name}: {error.strerror})",
-            do="Make one: `dstune prepare RUN.yaml`.",
-        )
-        raise DataError(problem) from error
+        do = _AGAIN if root.is_dir() else "Make one: `dstune prepare RUN.yaml`."
+        raise DataError(Problem(str(root), f"no prepared directory ({path.name}: {error.strerror})", do=do)) from error
     try:
         manifest = json.loads(text)
         version = manifest["format_version"]

@@ -1,0 +1,92 @@
+"""The files that a preparation reads: found, hashed before they are read, and not changed until they were."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstune.atomic import sha256_file
+from dstune.config.schema import Source
+from dstune.data.sources import Record, SourceFile, expand, read
+from dstune.data.tally import FileTally
+from dstune.data.work import Chunk, chunks
+from dstune.errors import DataError, Problem
+
+_Stamp = tuple[int, int, int]
+"""Inode, size and time of change (nanoseconds): equal while a file is what it was."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file of one source."""
+
+    file: SourceFile
+    source: int
+    """Number of its source among those of the run file, from 0."""
+    sha256: str
+    bytes: int
+    stamp: _Stamp | None
+    """None for generated data."""
+
+    def tally(self) -> FileTally:
+        """Counts that begin at zero."""
+        return FileTally(self.file.name, self.source, self.sha256, self.bytes)
+
+
+def find(sources: Sequence[Source], base: Path, max_record_bytes: int) -> list[Input]:
+    """Every file of `sources`, in their order, with the hash of its bytes. Raises ConfigError, DataError."""
+    return [
+        _input(file, number) for number, source in enumerate(sources) for file in expand(source, base, max_record_bytes)
+    ]
+
+
+def _input(file: SourceFile, source: int) -> Input:
+    if file.is_builtin:
+        digest, size = hashlib.sha256(), 0
+        for record in read(file):
+            line = (json.dumps(record.value, ensure_ascii=False) + "\n").encode()
+            digest.update(line)
+            size += len(line)
+        return Input(file, source, digest.hexdigest(), size, None)
+    try:
+        stamp = _stamp(file.path)
+        return Input(file, source, sha256_file(file.path), stamp[1], stamp)
+    except OSError as error:
+        raise DataError(Problem(file.name, f"cannot be read: {error.strerror or error}")) from None
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_chunks(inputs: Sequence[Input]) -> Iterator[Chunk]:
+    """All records, in order, up to each source's `limit`. Raises DataError for a file that changed since it was hashed."""
+    left: dict[int, int | None] = {one.source: one.file.source.limit for one in inputs}
+    for number, one in enumerate(inputs):
+        limit = left[one.source]
+        records = itertools.islice(read(one.file), limit)
+        for chunk in chunks(number, one.file.source, records):
+            if limit is not None:
+                limit -= len(chunk.records)
+            yield chunk
+        left[one.source] = limit
+        _require_unchanged(one)
+
+
+def _require_unchanged(one: Input) -> None:
+    if one.stamp is None:
+        return
+    try:
+        same = _stamp(one.file.path) == one.stamp
+    except OSError:
+        same = False
+    if not same:
+        raise DataError(
+            Problem(one.file.name, "the file changed while it was read", do="Prepare again once it is whole.")
+        )
+
+
+__all__ = ["Input", "Record", "find", "read_chunks"]

@@ -1,0 +1,99 @@
+"""`manifest.json` of a prepared directory, and the identity that names the directory: what goes in decides what comes out."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dstune.config.schema import RunConfig, Source
+from dstune.data.inputs import Input
+from dstune.data.shards import FORMAT_VERSION
+
+PREPARATION_VERSION = 1
+"""Raised when the same inputs and settings give other tokens, masks or rows than before: old directories are not taken then."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that the content of a prepared directory depends on, in the words of its manifest."""
+
+    tokenizer: Mapping[str, Any]
+    template: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    sources: Sequence[Mapping[str, Any]]
+    validation_sources: Sequence[Mapping[str, Any]]
+
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        content = {
+            "format": FORMAT_VERSION,
+            "preparation": PREPARATION_VERSION,
+            "tokenizer": self.tokenizer,
+            "template": self.template,
+            "settings": self.settings,
+            "sources": self.sources,
+            "validation_sources": self.validation_sources,
+        }
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def settings(config: RunConfig, seq2seq: bool, packing: bool) -> dict[str, Any]:
+    """The settings that decide what is prepared. The seed is among them where something is drawn by it."""
+    data = config.data
+    held_out: Sequence[Source] = data.validation if isinstance(data.validation, list) else ()
+    drawn = any(source.repeat % 1 for source in [*data.sources, *held_out])
+    return {
+        "template": data.template,
+        "max_length": data.max_length,
+        "packing": packing,
+        "seq2seq": seq2seq,
+        "train_on": data.train_on,
+        "overlong": data.overlong,
+        "control_tokens": data.control_tokens,
+        "bad_rows": data.bad_rows,
+        "lossy_text": data.lossy_text,
+        "max_record_bytes": data.max_record_bytes,
+        "validation": "sources" if isinstance(data.validation, list) else data.validation,
+        "seed": config.train.seed if drawn or (data.validation and not held_out) else None,
+    }
+
+
+def described(sources: Sequence[Source], inputs: Sequence[Input]) -> list[dict[str, Any]]:
+    """Each source as the run file writes it, with the hashes of its files."""
+    return [
+        {
+            **source.model_dump(mode="json"),
+            "files": [{"path": one.file.name, "sha256": one.sha256} for one in inputs if one.source == number],
+        }
+        for number, source in enumerate(sources)
+    ]
+
+
+def counts(
+    lengths: npt.NDArray[np.int32],
+    supervised: npt.NDArray[np.int32],
+    epoch: npt.NDArray[np.int64],
+    num_rows: int,
+    max_length: int,
+) -> dict[str, Any]:
+    """What is stored, and what one epoch takes of it. lengths, supervised: [examples]; epoch: example numbers of an epoch.
+
+    `fill`: share of the rows' room that holds tokens. `epoch_squared_lengths`: sum of the squared lengths (attention's cost).
+    """
+    taken = lengths[epoch].astype(np.int64)
+    return {
+        "examples": len(lengths),
+        "rows": num_rows,
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "supervised_tokens": int(supervised.sum(dtype=np.int64)),
+        "fill": round(float(taken.sum() / (num_rows * max_length)), 6),
+        "epoch_examples": len(epoch),
+        "epoch_tokens": int(taken.sum()),
+        "epoch_supervised_tokens": int(supervised[epoch].sum(dtype=np.int64)),
+        "epoch_squared_lengths": int((taken**2).sum()),
+    }
