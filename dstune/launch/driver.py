@@ -130,15 +130,6 @@ def _read_outcome(paths: RunPaths, attempt: int) -> dict[str, Any]:
         return {}
 
 
-class _Followers:
-    """The three logs that a drive follows, from where they end now."""
-
-    def __init__(self, paths: RunPaths) -> None:
-        self.steps = LineFollower(paths.metrics)
-        self.evaluations = LineFollower(paths.evaluations)
-        self.events = LineFollower(paths.events)
-
-
 class _Drive:
     """The state of one drive: what was counted, what is followed."""
 
@@ -157,7 +148,8 @@ class _Drive:
         self.environment: dict[str, str] = {}
         self.events = EventLog(paths.events)
         self.status = StatusFile(paths)
-        self.followers = _Followers(paths)
+        self.new_events = LineFollower(paths.events)
+        self.new_steps, self.new_evaluations = LineFollower(paths.metrics), LineFollower(paths.evaluations)
         self.failures_in_a_row = 0
         self.commits_seen = 0
         self.attempt = last_attempt(paths)
@@ -212,13 +204,13 @@ class _Drive:
         self.paths.attempt(self.attempt).mkdir(parents=True)
         for file in (self.paths.metrics, self.paths.evaluations):
             cut_back(file, start_step)
+        self.new_steps, self.new_evaluations = LineFollower(self.paths.metrics), LineFollower(self.paths.evaluations)
         self.make_plan(self.attempt, world_size, resume_from, start_step)
         if self.world not in (0, world_size):
             self._event("resize", before=self.world, world=world_size)
         self.world, self.cause, self.stop_reason, self.commits_seen = world_size, None, None, 0
         control.clear_stale(self.paths)
         self._event("attempt_started", attempt=self.attempt, world=world_size, from_step=start_step)
-        self.followers = _Followers(self.paths)
         facts = {"step": start_step, "committed_step": start_step, "world": world_size, "attempt": self.attempt}
         self.status.write(state="running", reason=None, message=None, **facts)
         outcome = self._watch(world_size)
@@ -290,12 +282,12 @@ class _Drive:
 
     def _look(self) -> None:
         """Pass new records on to status.json and the observer."""
-        for record in self.followers.steps.new():
+        for record in self.new_steps.new():
             self.status.progress(step=record["step"], loss=record.get("loss"))
             self.observe.on_step(record)
-        for record in self.followers.evaluations.new():
+        for record in self.new_evaluations.new():
             self.observe.on_evaluate(record)
-        for record in self.followers.events.new():
+        for record in self.new_events.new():
             if record.get("event") == "commit":
                 self.commits_seen += 1
                 self.status.progress(committed_step=record["step"])
@@ -321,6 +313,7 @@ class _Drive:
             self._event("failure", attempt=self.attempt, outcome=outcome.kind, **self.cause.as_dict())
             log.warning("attempt %d failed: %s", self.attempt, self.cause)
         self._event("attempt_ended", attempt=self.attempt, outcome=ended, step=self.status.step)
+        self._look()
         return ended
 
     # --- the end -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Cause:
         return f"{text}\n    full traceback: {self.traceback_file}" if self.traceback_file else text
 
     def as_dict(self) -> dict[str, Any]:
-        return {"rank": self.rank, "node": self.node, "kind": self.kind, "message": self.message}
+        return {"rank": self.rank, "node": self.node, "error": self.kind, "message": self.message}
 
 
 def failures(paths: RunPaths, attempt: int) -> list[dict[str, Any]]:
