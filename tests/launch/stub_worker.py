@@ -32,7 +32,7 @@ def main(run_directory: Path, attempt: int) -> None:
     pause = threading.Event()
     try:
         for step in range(plan["start_step"] + 1, stub["steps"] + 1):
-            pause.wait(stub.get("seconds", 0.01))
+            pause.wait(stub.get("seconds", 0.01) if not _waits_for_a_lost_neighbour(stub, rank, step, attempt) else 600)
             _mishaps(stub, rank, step, attempt)
             if rank == 0 and _keep_books(paths, stub, plan, attempt, step):
                 return
@@ -81,6 +81,12 @@ def commit(paths: RunPaths, step: int) -> None:
     pieces = [Slice("fp32", "weight", (4,), 0, torch.full((4,), float(step)))]
     checkpoint_commit.save(paths.checkpoints, step, pieces, {"step": step}, Alone(), {})
     EventLog(paths.events).event("commit", step=step)
+
+
+def _waits_for_a_lost_neighbour(stub: dict[str, Any], rank: int, step: int, attempt: int) -> bool:
+    """What a collective does where another worker failed at the last step."""
+    mishaps = [stub[what] for what in ("fail", "die") if what in stub]
+    return any(attempt in m["attempts"] and rank != m["rank"] and step > m["step"] for m in mishaps)
 
 
 def _mishaps(stub: dict[str, Any], rank: int, step: int, attempt: int) -> None:

@@ -1,0 +1,22 @@
+"""Clusters for the launch tests: a real Slurm, a real Ray head with a token."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch import slurm_cluster
+from tests.launch.slurm_cluster import SlurmCluster
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Two Slurm nodes on this machine, for the whole session."""
+    if why := slurm_cluster.missing():
+        pytest.skip(why)
+    folder: Path = tmp_path_factory.mktemp("slurm")
+    for parent in (folder, *folder.parents[:3]):  # slurmd reads its configuration as other users too
+        if parent.name.startswith(("slurm", "pytest")):
+            parent.chmod(0o755)
+    with SlurmCluster(folder) as cluster:
+        yield cluster
