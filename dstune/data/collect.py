@@ -15,7 +15,9 @@ from dstune.data.work import NO_TARGETS, OVERLONG, Done, Part, Result
 from dstune.errors import DataError, Problem
 
 LOSSY = "lossy_text"
-CONTROL = "control_tokens"
+CONTROL = "control_token_in_content"
+_NOTHING_TO_LEARN = (OVERLONG, NO_TARGETS, "empty_answer")
+"""Reasons that are no fault of the record: dropped and listed, whatever `bad_rows` says."""
 OVERLONG_LIMIT = 0.01
 """Of a source's conversations; above it, `overlong: error` refuses."""
 _SHOWN = 20
@@ -118,7 +120,7 @@ class Collector:
 
     def _stops(self, reason: str) -> str:
         """What to do about a reason that ends the preparation; empty where it is only listed."""
-        if reason in (OVERLONG, NO_TARGETS):
+        if reason in _NOTHING_TO_LEARN:
             return ""
         if reason == LOSSY:
             if self._data.lossy_text != "error":

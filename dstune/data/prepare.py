@@ -27,6 +27,7 @@ from dstune.data.shard_writer import ShardWriter, WrittenFile, write_dataset_fil
 from dstune.data.shards import FORMAT_VERSION, Prepared, read_examples
 from dstune.data.tally import FileTally, Rejects
 from dstune.data.task import is_seq2seq
+from dstune.data.tokenize import Encoder
 from dstune.data.work import Job, make_encoder, setup
 from dstune.errors import ConfigError, DataError, Problem, RunFailed
 from dstune.paths import PreparedPaths, cache_directory
@@ -56,10 +57,11 @@ def prepare(config: RunConfig, base: Path, progress: Report | None = None) -> Pr
     and RunFailed where the disk is full or a process dies; then nothing is left behind.
     """
     seq2seq = is_seq2seq(config.model, base)
-    job = Job(config.model, config.data, base, seq2seq)
+    packing = _packing(config, seq2seq)
+    encoder = make_encoder(config.model, config.data, base, seq2seq)
     if config.data.prepared is not None:
-        return _existing(config.data.prepared, job)
-    build = _Build(config, job, progress or _ignore)
+        return _existing(resolve(config.data.prepared, base), encoder)
+    build = _Build(config, base, packing, encoder, progress or _ignore)
     try:
         final = cache_directory() / "prepared" / f"{config.name}-{build.identity.digest()[:_HASH_DIGITS]}"
         if not final.exists():
@@ -83,17 +85,16 @@ def _disk_problem(error: OSError) -> Problem:
     )
 
 
-def _existing(written: str, job: Job) -> Prepared:
-    prepared = Prepared.open(resolve(written, job.base))
+def _existing(directory: Path, encoder: Encoder) -> Prepared:
+    prepared = Prepared.open(directory)
     found = prepared.manifest
-    fingerprint = make_encoder(job).fingerprint()
     problems: list[Problem] = []
-    if found["tokenizer"]["sha256"] != fingerprint["tokenizer"]["sha256"]:
+    if found["tokenizer"]["sha256"] != encoder.fingerprint()["tokenizer"]["sha256"]:
         came = "it was prepared with another tokenizer than this model's"
-        problems.append(Problem(str(prepared.root), came, do="Prepare the sources again for this model."))
-    if found["settings"]["seq2seq"] != job.seq2seq:
+        problems.append(Problem(str(directory), came, do="Prepare the sources again for this model."))
+    if found["settings"]["seq2seq"] != encoder.seq2seq:
         kind = "a sequence-to-sequence model" if found["settings"]["seq2seq"] else "a causal model"
-        problems.append(Problem(str(prepared.root), f"it was prepared for {kind}", do="Prepare the sources again."))
+        problems.append(Problem(str(directory), f"it was prepared for {kind}", do="Prepare the sources again."))
     if problems:
         raise DataError(problems)
     return prepared
@@ -113,19 +114,20 @@ def _processes(config: RunConfig) -> int:
 class _Build:
     """One preparation: its inputs and identity are settled at the start, calling it writes the directory."""
 
-    def __init__(self, config: RunConfig, job: Job, report: Report) -> None:
+    def __init__(self, config: RunConfig, base: Path, packing: bool, encoder: Encoder, report: Report) -> None:
         data = config.data
-        self._config, self._job, self._report = config, job, report
-        self._packing = _packing(config, job.seq2seq)
-        self._fingerprint = make_encoder(job).fingerprint()
+        self._config, self._packing, self._report = config, packing, report
+        self._job = Job(encoder, data.max_length, truncate=data.overlong == "truncate")
+        self._summary = encoder.summary()
         held_out = data.validation if isinstance(data.validation, list) else []
         report(Progress("hashing"))
-        self._inputs = inputs.find(data.sources, job.base, data.max_record_bytes)
-        self._held_out = inputs.find(held_out, job.base, data.max_record_bytes)
+        self._inputs = inputs.find(data.sources, base, data.max_record_bytes)
+        self._held_out = inputs.find(held_out, base, data.max_record_bytes)
+        found = encoder.fingerprint()
         self.identity = manifest.Identity(
-            tokenizer={"path": config.model.tokenizer or config.model.path, **self._fingerprint["tokenizer"]},
-            template=self._fingerprint["template"],
-            settings=manifest.settings(config, job.seq2seq, self._packing),
+            tokenizer={"path": config.model.tokenizer or config.model.path, **found["tokenizer"]},
+            template=found["template"],
+            settings=manifest.settings(config, encoder.seq2seq, packing),
             sources=manifest.described(data.sources, self._inputs),
             validation_sources=manifest.described(held_out, self._held_out),
         )
@@ -249,6 +251,7 @@ class _Build:
             "identity": self.identity.digest(),
             "tokenizer": self.identity.tokenizer,
             "template": self.identity.template,
+            "encoding": self._summary,
             "settings": self.identity.settings,
             "counts": manifest.counts(lengths, supervised, np.concatenate(epochs), num_rows, max_length),
             "sources": [tally.to_dict(count) for tally, count in zip(examples.tallies, stored, strict=True)],

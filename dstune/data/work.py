@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,10 @@ CHUNK_CHARACTERS = 1 << 20
 class Job:
     """What every process needs to know; the same for all chunks."""
 
-    model: ModelSection
-    data: DataSection
-    base: Path
-    """The run file's directory."""
-    seq2seq: bool
+    encoder: Encoder
+    max_length: int
+    truncate: bool
+    """Cut what is longer, rather than refuse it."""
 
 
 class Chunk(NamedTuple):
@@ -64,51 +64,57 @@ class Result(NamedTuple):
     records: list[Done]
 
 
-def make_encoder(job: Job) -> Encoder:
-    """The tokenizer and template of a run. Raises ConfigError, DataError where they cannot do what the run asks."""
-    tokenizer = load_tokenizer(job.model, job.base)
-    template = resolve_template(job.data.template, tokenizer, job.base, job.seq2seq)
-    data = job.data
-    return Encoder(tokenizer, template, data.train_on, data.control_tokens, data.lossy_text, job.seq2seq)
+def make_encoder(model: ModelSection, data: DataSection, base: Path, seq2seq: bool) -> Encoder:
+    """The tokenizer and template of a run. A template that tells the time is told the beginning of this day.
+
+    Raises ConfigError where they cannot do what the run asks.
+    """
+    tokenizer = load_tokenizer(model, base)
+    template = resolve_template(data.template, tokenizer, base, seq2seq)
+    today = datetime.combine(date.today(), time())
+    return Encoder(tokenizer, template, data.train_on, data.control_tokens, data.lossy_text, seq2seq, today)
 
 
 def setup(job: Job) -> Callable[[Chunk], Result]:
     """The work of one process (`pool.map_in_order`)."""
-    encoder = make_encoder(job)
 
     def work(chunk: Chunk) -> Result:
-        return Result(chunk.file, [_record(record, chunk.source, encoder, job.data) for record in chunk.records])
+        opened = [_conversations(record, chunk.source) for record in chunk.records]
+        every = [one for found in opened if isinstance(found, list) for one in found]
+        encoded = iter(job.encoder.encode_batch(every))
+        done: list[Done] = []
+        for record, found in zip(chunk.records, opened, strict=True):
+            if isinstance(found, Refused):
+                done.append(Done(record.line, found, []))
+            else:
+                done.append(Done(record.line, None, [_part(next(encoded), job) for _ in found]))
+        return Result(chunk.file, done)
 
     return work
 
 
-def _record(record: Record, source: Source, encoder: Encoder, data: DataSection) -> Done:
+def _conversations(record: Record, source: Source) -> list[Conversation] | Refused:
     if record.value is None:
-        return Done(record.line, record.error or Refused("unreadable"), [])
+        return record.error or Refused("unreadable")
     try:
-        conversations = to_conversations(record.value, source)
+        return to_conversations(record.value, source) or Refused("no_conversation", "the record holds none")
     except Refused as refused:
-        return Done(record.line, refused, [])
-    if not conversations:
-        return Done(record.line, Refused("no_conversation", "the record holds none"), [])
-    return Done(record.line, None, [_part(conversation, encoder, data) for conversation in conversations])
+        return refused
 
 
-def _part(conversation: Conversation, encoder: Encoder, data: DataSection) -> Part:
-    try:
-        example = encoder.encode(conversation)
-    except Refused as refused:
-        return Part(None, refused, 0)
-    length = len(example.input_ids)
-    if length <= data.max_length:
-        return Part(example, None, length)
-    if data.overlong != "truncate":
-        return Part(None, Refused(OVERLONG, f"{length} tokens, and max_length is {data.max_length}"), length)
-    mask = example.loss_mask[: data.max_length].copy()
+def _part(encoded: Example | Refused, job: Job) -> Part:
+    if isinstance(encoded, Refused):
+        return Part(None, encoded, 0)
+    length = len(encoded.input_ids)
+    if length <= job.max_length:
+        return Part(encoded, None, length)
+    if not job.truncate:
+        return Part(None, Refused(OVERLONG, f"{length} tokens, and max_length is {job.max_length}"), length)
+    mask = encoded.loss_mask[: job.max_length].copy()
     if not mask.any():
-        return Part(None, Refused(NO_TARGETS, f"none among the first {data.max_length} of {length} tokens"), length)
-    ids = example.input_ids[: data.max_length].copy()
-    return Part(Example(ids, mask, example.control_tokens_encoded, example.lossy_characters), None, length)
+        return Part(None, Refused(NO_TARGETS, f"none among the first {job.max_length} of {length} tokens"), length)
+    ids = encoded.input_ids[: job.max_length].copy()
+    return Part(Example(ids, mask, encoded.control_tokens_encoded, encoded.lossy_characters), None, length)
 
 
 def chunks(file: int, source: Source, records: Iterable[Record]) -> Iterator[Chunk]:
