@@ -1,0 +1,132 @@
+"""Worlds from torchrun's and srun's variables; the control group; what DeepSpeed may not do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dstune.engine.world import World, expand_hosts, tasks_per_node
+from dstune.errors import UsageError
+from tests.spawn import free_port, run_workers
+
+
+def test_no_environment_is_a_world_of_one() -> None:
+    assert World.from_environment({}) == World(0, 1, 0, 1, 0)
+
+
+def test_torchrun() -> None:
+    env = {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
+        "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    assert World.from_environment(env) == World(5, 8, 1, 4, 1, "n1", 29500)
+
+
+def test_srun() -> None:
+    env = {
+        "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123",
+        "SLURM_NODELIST": "gpu[07-08]", "SLURM_TASKS_PER_NODE": "4,3",
+    }  # fmt: skip
+    world = World.from_environment(env)
+    assert (world.rank, world.world_size, world.local_rank, world.local_world_size, world.node) == (5, 7, 1, 3, 1)
+    assert world.master_address == "gpu07" and 15000 <= world.master_port < 30000
+    assert World.from_environment(env | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).master_port == world.master_port
+    assert World.from_environment(env | {"SLURM_JOB_ID": "124"}).master_port != world.master_port
+    assert World.from_environment(env | {"SLURM_STEP_ID": "1"}).master_port != world.master_port
+
+
+def test_the_four_variables_of_srun_are_enough() -> None:
+    env = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODELIST": "n1"}
+    world = World.from_environment(env)
+    assert (world.rank, world.world_size, world.local_world_size, world.master_address) == (1, 2, 2, "n1")
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is not set"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "1"}, "rank=2"),
+    ],
+)
+def test_a_wrong_environment_is_a_usage_error(env: dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        World.from_environment(env)
+
+
+def test_slurms_compressed_lists() -> None:
+    assert expand_hosts("gpu[01-03,07],login") == ["gpu01", "gpu02", "gpu03", "gpu07", "login"]
+    assert expand_hosts("r[1-2]n[09-10]") == ["r1n09", "r1n10", "r2n09", "r2n10"]
+    assert expand_hosts("one") == ["one"]
+    assert tasks_per_node("4(x2),3") == [4, 4, 3]
+
+
+def _talk() -> tuple[list[object], object, str, str, bool]:
+    world = World.from_environment()
+    world.init(30)
+    control = world.control(30)
+    gathered = control.gather({"rank": world.rank, "text": "é" * world.rank})
+    told = control.broadcast(["from", world.rank])
+    control.barrier()
+    import deepspeed.comm
+
+    no_shared_memory = deepspeed.comm.comm.cdb.shm_comm_op is None
+    world.close()
+    return gathered, told, os.environ["LOCAL_SIZE"], os.environ["CROSS_SIZE"], no_shared_memory
+
+
+@pytest.mark.dist
+def test_control_says_the_same_to_all() -> None:
+    for gathered, told, local_size, cross_size, no_shared_memory in run_workers(_talk, 3):
+        assert gathered == [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}, {"rank": 2, "text": "éé"}]
+        assert told == ["from", 0]
+        assert (local_size, cross_size) == ("3", "1")
+        assert no_shared_memory
+
+
+_SRUN_LIKE = """
+from dstune.engine.world import World
+world = World.from_environment()
+world.init(30)
+print(world.control(30).gather(world.rank))
+world.close()
+"""
+
+
+@pytest.mark.dist
+def test_srun_like_workers_find_each_other() -> None:
+    checkout = str(Path(__file__).parents[2])
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RANK", "WORLD"))}
+    common = {
+        "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port()), "PYTHONPATH": checkout,
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _SRUN_LIKE],
+            env=plain | common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["[0, 1]"] * 2
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_world_of_one_needs_no_port_and_says_nothing(tmp_path: Path) -> None:
+    """The engine's whole way, without a compiler in reach and without a line on stdout or stderr."""
+    code = (
+        "from dstune.engine.world import World\nfrom tests.engine import tiny\n"
+        "world = World.from_environment({}); world.init(30)\n"
+        "engine = tiny.engine(world, 3); tiny.train(engine, world, range(1)); world.close()\n"
+    )
+    environment = {
+        "PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2]),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (tmp_path / "extensions").exists()

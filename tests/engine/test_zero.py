@@ -1,0 +1,149 @@
+"""The loss does not depend on the split; a non-finite gradient changes nothing anywhere; settings that cannot work are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dstune.engine.construction import complete, stage_of
+from dstune.engine.world import World
+from dstune.errors import ConfigError
+from tests.engine import tiny
+from tests.spawn import run_workers
+
+SPLITS = [(1, 8), (1, 4), (2, 4), (2, 2), (3, 2)]
+"""Workers and micro-batch, of a global batch of 8; at 3 workers padded by rows of weight zero."""
+
+
+def _curves(cases: list[dict[str, Any]], micro_batches: list[int]) -> list[list[float]]:
+    world = World.from_environment()
+    world.init(60)
+    curves = [
+        tiny.train(tiny.engine(world, **case), world, range(20), micro_batch)
+        for case in cases
+        for micro_batch in micro_batches
+    ]
+    world.close()
+    return curves
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3)])
+def test_the_loss_curve_does_not_depend_on_the_split(dtype: str, tolerance: float) -> None:
+    cases = [{"stage": stage, "dtype": dtype} for stage in (3, 2, 1)]
+    curves: list[list[list[float]]] = [[] for _ in cases]
+    for world_size in (1, 2, 3):
+        micro_batches = [micro_batch for size, micro_batch in SPLITS if size == world_size]
+        results = iter(run_workers(_curves, world_size, cases, micro_batches)[0])
+        for curve in curves:
+            curve += [next(results) for _ in micro_batches]
+    for curve in curves:
+        reference = torch.tensor(curve[0])
+        drift = (torch.tensor(curve) / reference - 1).abs().max(dim=1).values
+        assert drift[1:].max() < tolerance
+        assert reference[-1] < reference[0] - 0.5
+
+
+def _poisoned(case: dict[str, Any]) -> tuple[bool, float, bool, int, list[str], list[str]]:
+    """A step whose loss is not finite on worker 1 alone, between ordinary ones; against the same run without it."""
+    world = World.from_environment()
+    world.init(60)
+    engine = tiny.engine(world, **case)
+    tiny.train(engine, world, range(2))
+    before = [piece.tensor.clone() for piece in engine.slices()]
+    ids, _ = tiny.batch(0)
+    for last in (False, True):
+        loss = engine.module(input_ids=ids[:2]).logits.float().mean()
+        engine.backward(loss * (float("nan") if world.rank == 1 and last else 1.0), last=last)
+    result = engine.step(1e-3)
+    same = all(torch.equal(old, piece.tensor) for old, piece in zip(before, engine.slices(), strict=True))
+    steps = engine.optimizer_steps
+    later = tiny.train(engine, world, range(2, 5))
+    other = tiny.engine(world, **case)
+    undisturbed = tiny.train(other, world, range(5))[2:]
+    world.close()
+    return result.skipped, result.grad_norm, same, steps, [repr(x) for x in later], [repr(x) for x in undisturbed]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"stage": 3},
+        {"stage": 2},
+        {"stage": 1},
+        {"stage": 3, "dtype": "fp32"},
+        {"stage": 1, "dtype": "fp32"},
+        {"stage": 3, "offload": True},
+        {"stage": 2, "offload": True},
+    ],
+    ids=str,
+)
+def test_one_workers_nan_skips_the_update_everywhere_and_leaves_no_trace(case: dict[str, Any]) -> None:
+    for skipped, grad_norm, same, steps, later, undisturbed in run_workers(_poisoned, 2, case):
+        assert skipped and grad_norm == float("inf")
+        assert same and steps == 2
+        assert later == undisturbed
+
+
+def _facts(stage: int) -> dict[str, Any]:
+    world = World.from_environment()
+    world.init(60)
+    engine = tiny.engine(world, stage, dtype="fp32")
+    pieces = [(piece.state, piece.name, piece.shape, piece.offset, piece.tensor.numel()) for piece in engine.slices()]
+    decays = [(group["weight_decay"], group["lr"]) for group in engine._adamw.param_groups]
+    ids, _ = tiny.batch(0)
+    engine.backward(engine.module(input_ids=ids).logits.logsumexp(-1).sum(), last=True)
+    norm = engine.step(0.25).grad_norm
+    lrs = {group["lr"] for group in engine._adamw.param_groups}
+    with pytest.raises(AssertionError, match="fresh"):
+        engine.load(lambda piece: None, 0)
+    world.close()
+    return {"pieces": pieces, "decays": decays, "norm": norm, "lrs": lrs, "extra": engine.extra_state()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_slices_are_disjoint_and_whole_and_decay_is_on_matrices(stage: int) -> None:
+    from dstune.checkpoint.layout import SliceEntry, tile
+
+    workers = run_workers(_facts, 2, stage)
+    pieces = [SliceEntry(*piece) for worker in workers for piece in worker["pieces"]]
+    shapes, problems = tile(pieces)
+    assert problems == []
+    model = {name: tuple(parameter.shape) for name, parameter in tiny.build(dtype="fp32").named_parameters()}
+    assert shapes == {"fp32": model, "exp_avg": model, "exp_avg_sq": model}
+    for worker in workers:
+        assert worker["decays"] == [(0.1, 1e-3), (0.0, 1e-3)]
+        assert worker["lrs"] == {0.25} and worker["norm"] == workers[0]["norm"] > 1 and worker["extra"] == {}
+
+
+def test_dstunes_own_settings_are_filled_in() -> None:
+    config = complete({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}, torch.bfloat16)
+    assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert config["communication_data_type"] == "fp32"
+    assert complete(config, torch.bfloat16) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "deepspeed: optimizer"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4; expected 1"),
+        ({"bf16": {"enabled": False}}, r"bf16\.enabled"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, r"offload_optimizer\.device"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        complete(config, torch.bfloat16)
+
+
+@pytest.mark.parametrize("stage", [0, 4, "3", None])
+def test_other_stages_are_refused(stage: Any) -> None:
+    with pytest.raises(ConfigError, match="stage"):
+        stage_of({"zero_optimization": {"stage": stage}})
