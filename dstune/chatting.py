@@ -53,17 +53,16 @@ class Talk:
 
     def _tokens(self, messages: list[Message]) -> list[int]:
         head = [] if self.system is None else [Message("system", self.system)]
-        try:
-            tokens = self.model.encoder.encode_prompt(Conversation((*head, *messages)))
-        except Refused as refused:
-            raise DataError(Problem("", refused.detail or refused.reason)) from None
+        (prompt,) = self.model.prompts([Conversation((*head, *messages))])
+        if isinstance(prompt, Refused):
+            raise DataError(Problem("", prompt.detail or prompt.reason))
         context = self.model.context
         room = context - (0 if self.model.seq2seq else 1) if context is not None else None
-        if room is not None and len(tokens) > room:
+        if room is not None and len(prompt.ids) > room:
             raise DataError(
-                Problem("", f"{len(tokens)} tokens do not fit into the model's {context}", do="/reset forgets them")
+                Problem("", f"{len(prompt.ids)} tokens do not fit into the model's {context}", do="/reset forgets them")
             )
-        return [int(token) for token in tokens]
+        return prompt.ids
 
     def _settings(self, messages: list[Message]) -> Settings:
         """The settings with at most as many new tokens as there is room for."""

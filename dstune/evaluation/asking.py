@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,13 +14,14 @@ from dstune.evaluation.questions import Question, pattern_of
 from dstune.evaluation.tasks import Task
 from dstune.evaluation.text import extract
 from dstune.generate import Answer, Settings, generate
-from dstune.model.open import OpenedModel
+from dstune.model.open import OpenedModel, Prompt
 from dstune.score import score
 
 _NOT_FOUND = "\0"
 """In place of an answer in which `extract` found nothing: equals no reference and is no label."""
 _SHOWN_PROBLEMS = 3
 Progress = Callable[[int], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Asked:
     """A question as this model gets it, and all that comes of it."""
 
     question: Question
-    prompt_ids: Sequence[int]
+    prompt: Prompt | None
+    """Where answers are asked for."""
     example: Example | None
     """Prompt and reference tokenised, where perplexity is asked for."""
     answer: Answer | None = None
@@ -43,23 +45,33 @@ def encode(task: Task, questions: Sequence[Question], model: OpenedModel) -> tup
     """The questions as token ids, and how many were left out as too long. Raises DataError."""
     asked: list[Asked] = []
     problems: list[Problem] = []
-    for question in questions:
-        try:
-            example = model.encoder.encode(question.answered) if task.scores else None
-            prompt = model.encoder.encode_prompt(question.prompt) if task.generates else []
-        except Refused as refused:
-            raise DataError(Problem(question.place, str(refused))) from None
-        needed = _tokens_needed(task, len(prompt), example, model)
+    places = [question.place for question in questions]
+    nothing = [None] * len(questions)
+    prompts = _whole(model.prompts([one.prompt for one in questions]), places) if task.generates else nothing
+    examples = nothing
+    if task.scores:
+        examples = _whole(model.encoder.encode_batch([one.answered for one in questions]), places)
+    for question, prompt, example in zip(questions, prompts, examples, strict=True):
+        needed = _tokens_needed(task, len(prompt.ids) if prompt else 0, example, model)
         if model.context is not None and needed > model.context:
             came = f"needs {needed} tokens, more than the model's {model.context}"
             problems.append(Problem(question.place, came))
         else:
-            asked.append(Asked(question, list(prompt), example))
+            asked.append(Asked(question, prompt, example))
     if problems and (task.overlong == "error" or not asked):
         what = f"{len(problems)} questions are too long"
         do = "Fewer `generation.max_new_tokens`, or `overlong: skip`."
         raise DataError([*problems[:_SHOWN_PROBLEMS], Problem(f"task {task.name}", what, do=do)])
     return asked, len(problems)
+
+
+def _whole(encoded: Sequence[T | Refused], places: Sequence[str]) -> list[T]:
+    """What was encoded. Raises DataError with the places of what the template or the tokenizer refused."""
+    pairs = list(zip(encoded, places, strict=True))
+    problems = [Problem(place, str(one)) for one, place in pairs if isinstance(one, Refused)]
+    if problems:
+        raise DataError(problems[:_SHOWN_PROBLEMS])
+    return [one for one, _ in pairs if not isinstance(one, Refused)]
 
 
 def _tokens_needed(task: Task, prompt: int, example: Example | None, model: OpenedModel) -> int:
@@ -94,7 +106,8 @@ def find_answers(task: Task, asked: Sequence[Asked], model: OpenedModel, progres
         seed=written.seed,
         stop=tuple(written.stop),
     )
-    answers = generate(model, [one.prompt_ids for one in asked], settings, written.batch_size, progress)
+    prompts = [one.prompt.ids for one in asked if one.prompt is not None]
+    answers = generate(model, prompts, settings, written.batch_size, progress)
     for one, answer in zip(asked, answers, strict=True):
         one.answer = answer
         one.extracted = _picked(task, answer.text)
@@ -123,6 +136,9 @@ def counts(task: Task, asked: Sequence[Asked]) -> dict[str, int]:
         "empty": sum(not answer.text.strip() for answer in answers),
         "new_tokens": sum(answer.num_tokens for answer in answers),
     }
+    prompts = [one.prompt for one in asked if one.prompt is not None]
+    found["control_tokens_encoded"] = sum(prompt.control_tokens_encoded for prompt in prompts)
+    found["lossy_prompts"] = sum(prompt.lossy_characters > 0 for prompt in prompts)
     if task.extract:
         found["unextracted"] = sum(one.extracted is None for one in asked)
     if task.labels:
@@ -147,7 +163,7 @@ def output_line(task: Task, one: Asked) -> str:
     if answer is not None:
         value["prediction"] = answer.text
         value["finished"] = answer.finished
-        value["prompt_tokens"] = len(one.prompt_ids)
+        value["prompt_tokens"] = len(one.prompt.ids) if one.prompt else 0
         value["new_tokens"] = answer.num_tokens
     if answer is not None and task.extract:
         value["extracted"] = one.extracted

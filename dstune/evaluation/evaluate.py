@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dstune import atomic
+from dstune import __version__, atomic
 from dstune.config.load import load_model
 from dstune.errors import Problem, UsageError
 from dstune.evaluation.asking import Asked, compared, counts, encode, find_answers, find_likelihoods, output_line
@@ -27,7 +27,7 @@ from dstune.records.evaluation import Estimate, Evaluation, TaskResult
 RESULTS = "results.json"
 OUTPUTS = "outputs.jsonl"
 
-_PACKAGES = ("dstune", "torch", "transformers", "evaluate", "sacrebleu", "rouge-score")
+_PACKAGES = ("torch", "transformers", "evaluate", "sacrebleu", "rouge-score")
 _log = get_logger(__name__)
 
 
@@ -64,7 +64,7 @@ def evaluate(
         device=_device_name(opened),
         dtype=opened.dtype,
         template=opened.encoder.fingerprint(),
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        versions={"dstune": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         tasks=results,
         outputs=str(directory / OUTPUTS),
     ).to_dict()

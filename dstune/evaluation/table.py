@@ -11,6 +11,7 @@ _NOTED = {
     "unparsable": "name no label",
     "unextracted": "without the pattern",
     "empty": "empty",
+    "lossy_prompts": "prompts with characters unknown to the tokenizer",
     "refused": "records refused",
     "overlong": "too long, left out",
 }

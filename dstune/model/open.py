@@ -1,7 +1,8 @@
 """A finished model opened to be used: weights in full on one device, tokenizer, chat template, where a turn ends."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +13,31 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
-from dstune.config.schema import ModelSection
-from dstune.data.conversation import Conversation, Message, Refused
-from dstune.data.tokenize import Encoder, load_tokenizer
+from dstune.config.schema import ModelSection, TrainSection
+from dstune.data.conversation import Conversation, Example, Message, Refused
+from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
 from dstune.errors import ConfigError, Problem, RunFailed, UsageError
 from dstune.model.build import initialise
 from dstune.model.config import is_builtin, load_config, model_directory, task_of
 from dstune.paths import RunPaths
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_INITIAL_SEED = 42
+_INITIAL_SEED = TrainSection().seed
+_SOME_ANSWER = Message("assistant", "x")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given to go on from."""
+
+    ids: list[int]
+    control_tokens_encoded: int
+    """Control tokens spelled in content that became ordinary text."""
+    lossy_characters: int
+    """Characters that this tokenizer has no tokens for: the model does not see them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,20 @@ class OpenedModel:
     pad_id: int
     context: int | None
     """The longest sequence in tokens; None where positions have no end (relative ones)."""
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Prompt | Refused]:
+        """What stands before the next answer to each conversation, or why it cannot be asked; in order.
+
+        Exactly what an answer followed in training: the conversation is encoded with some answer, and cut where its targets begin.
+        """
+        asked = [replace(one, messages=(*one.messages, _SOME_ANSWER)) for one in conversations]
+        return [self._before_answer(example) for example in self.encoder.encode_batch(asked)]
+
+    def _before_answer(self, example: Example | Refused) -> Prompt | Refused:
+        if isinstance(example, Refused):
+            return example
+        ids = example.input_ids[: int(example.loss_mask.argmax())].tolist()
+        return Prompt(ids, example.control_tokens_encoded, example.lossy_characters)
 
 
 def open_model(
@@ -68,8 +97,9 @@ def open_model(
     except ConfigError as error:
         raise UsageError([Problem(model, p.came, p.expected, p.do) for p in error.problems] or str(error)) from None
     seq2seq = task_of(section, config) == "seq2seq-lm"
-    tokenizer = load_tokenizer(section, base)
-    encoder = Encoder(tokenizer, template, train_on="last", seq2seq=seq2seq)
+    tokenizer = load_tokenizer(section if is_builtin(section) else ModelSection(path=str(directory)), base)
+    chosen = resolve_template(template, tokenizer, base, seq2seq)
+    encoder = Encoder(tokenizer, chosen, train_on="last", lossy_text="allow", seq2seq=seq2seq)
     place = _device(device)
     module = _module(section, directory, config, seq2seq, dtype).to(place).eval()
     stop_ids = _stop_ids(tokenizer, module, encoder)
@@ -117,9 +147,13 @@ def _device(written: str) -> torch.device:
 
 
 def _module(section: ModelSection, directory: Path, config: PretrainedConfig, seq2seq: bool, dtype: str) -> Any:
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     kind: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     if is_builtin(section):
-        module = kind.from_config(config, dtype=_DTYPES["bf16" if dtype == "auto" else dtype])
+        with no_init_weights():
+            module = kind.from_config(config, dtype=_DTYPES["bf16" if dtype == "auto" else dtype])
+        module.tie_weights()
         initialise(module, _INITIAL_SEED)
         return module
     try:
@@ -151,28 +185,13 @@ def _stop_ids(tokenizer: Any, module: Any, encoder: Encoder) -> frozenset[int]:
     """Every token after which the assistant has nothing more to say."""
     generation = module.generation_config.eos_token_id if module.generation_config is not None else None
     found = {tokenizer.eos_token_id, *_listed(generation), *_listed(module.config.eos_token_id)}
-    return frozenset(token for token in found if token is not None) | _end_of_turn(tokenizer, encoder)
+    return frozenset(token for token in (*found, *encoder.end_of_turn_ids) if token is not None)
 
 
 def _listed(token: int | Iterable[int] | None) -> list[int]:
     if token is None:
         return []
     return [token] if isinstance(token, int) else list(token)
-
-
-def _end_of_turn(tokenizer: Any, encoder: Encoder) -> set[int]:
-    """The control token behind an answer, as the template writes it: the first one among the answer's targets.
-
-    `<|im_start|>assistant\\nyes<|im_end|>\\n` trains on `yes`, `<|im_end|>`: the second is it.
-    """
-    probe = Conversation((Message("user", "Is it?"), Message("assistant", "yes")))
-    try:
-        example = encoder.encode(probe)
-    except Refused:
-        return set()
-    special = set(tokenizer.all_special_ids)
-    targets = example.input_ids[example.loss_mask].tolist()
-    return set([token for token in targets if token in special][:1])
 
 
 def _plain_generation(module: Any) -> None:

@@ -73,12 +73,7 @@ def test_results_and_outputs_of_all_tasks(model, tasks, tmp_path):
     # A random model names no label: every answer is wrong, and counted so.
     assert labels["counts"]["unparsable"] == 6
     assert labels["metrics"]["accuracy"]["value"] == 0
-    assert (
-        labels["details"]["f1_weighted" if "f1_weighted" in labels["details"] else "f1"]["labels"]["positive"][
-            "support"
-        ]
-        == 4
-    )
+    assert labels["details"]["f1"]["labels"]["positive"]["support"] == 4
     assert "new_tokens" not in likelihood["counts"]
     assert likelihood["metrics"]["perplexity"]["value"] > 100
     outputs = read_outputs(tmp_path / "out")
@@ -94,8 +89,8 @@ def test_predictions_are_the_models_answers_to_the_prompts(model, tasks, tmp_pat
     from dstune.data.conversation import Conversation, Message
 
     for line in read_outputs(tmp_path / "out")[:3]:
-        prompt = opened.encoder.encode_prompt(Conversation(tuple(Message(**message) for message in line["prompt"])))
-        (answer,) = generate(opened, [[int(token) for token in prompt]], Settings(max_new_tokens=8))
+        (prompt,) = opened.prompts([Conversation(tuple(Message(**message) for message in line["prompt"]))])
+        (answer,) = generate(opened, [prompt.ids], Settings(max_new_tokens=8))
         assert (line["prediction"], line["finished"]) == (answer.text, answer.finished)
 
 
