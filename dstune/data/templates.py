@@ -1,0 +1,138 @@
+"""Which chat template a run uses: the tokenizer's own, a built-in one, or a file."""
+
+import difflib
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dstune.data.jinja_sandbox import ChatTemplate
+from dstune.errors import ConfigError, Problem
+
+BUILTIN = ("chatml", "llama3", "alpaca", "plain")
+_DIRECTORY = Path(__file__).parent / "chat_templates"
+_END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+_MARKERS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+"""A tokenizer that has all of these was made for this template."""
+_LIKELY_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "</s>",
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template's text; what an export writes beside the tokenizer."""
+
+    name: str
+    """`tokenizer`, a built-in name, or the file as written."""
+    source: str
+    tool_source: str | None = None
+    """Used for conversations with tools, by tokenizers that have two templates."""
+
+    def for_tools(self, tools: bool) -> str:
+        """The text that transformers would take for a conversation with or without tools."""
+        return self.tool_source if tools and self.tool_source is not None else self.source
+
+
+def resolve_template(written: str, tokenizer: Any, base: Path, seq2seq: bool = False) -> Template:
+    """The template that the run file's `data.template` names. Raises ConfigError, listing the choices, where there is none."""
+    if written in BUILTIN:
+        return builtin_template(written, tokenizer)
+    if written == "auto":
+        return _automatic(tokenizer, seq2seq)
+    path = base / Path(written).expanduser()
+    if path.is_file():
+        return _from_file(written, path)
+    near = difflib.get_close_matches(written, ["auto", *BUILTIN], 1)
+    do = f"did you mean {near[0]!r}?" if near and not written.endswith(".jinja") else f"looked for {path}"
+    expected = f"auto, {', '.join(BUILTIN)}, or a .jinja file"
+    raise ConfigError(Problem("data.template", f"there is no template {written!r}", expected, do))
+
+
+def _from_file(written: str, path: Path) -> Template:
+    try:
+        template = Template(written, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ConfigError(Problem(written, "the template is not UTF-8")) from None
+    check_syntax(template)
+    return template
+
+
+def check_syntax(template: Template) -> None:
+    """Raises ConfigError with file and line where the template is not Jinja."""
+    try:
+        for source in {template.source, template.tool_source or template.source}:
+            ChatTemplate(source, datetime.now())
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(Problem(f"{template.name}:{error.lineno}", f"the chat template is broken: {error}")) from None
+
+
+def _automatic(tokenizer: Any, seq2seq: bool) -> Template:
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        if "default" not in own:
+            do = f"write the one you want into a .jinja file; the tokenizer has {', '.join(sorted(own))}"
+            raise ConfigError(Problem("data.template", "the tokenizer has several templates and no default", do=do))
+        template = Template("tokenizer", own["default"], own.get("tool_use"))
+    elif own:
+        template = Template("tokenizer", own)
+    else:
+        return builtin_template(_matching(tokenizer, seq2seq), tokenizer)
+    check_syntax(template)
+    return template
+
+
+def _matching(tokenizer: Any, seq2seq: bool) -> str:
+    """The built-in template that this tokenizer was made for."""
+    if seq2seq:
+        return "plain"
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    for name, markers in _MARKERS.items():
+        if added.issuperset(markers):
+            return name
+    expected = "one of chatml, llama3, alpaca, or a .jinja file"
+    do = "a base model learns any of them; `template: chatml` is the usual choice"
+    raise ConfigError(Problem("data.template", "`auto`, but the tokenizer brings no chat template", expected, do))
+
+
+def builtin_template(name: str, tokenizer: Any) -> Template:
+    """A built-in template, complete in itself: its first line says what starts a text and ends a turn for this tokenizer.
+
+    The end of a turn must be a token of its own to be learned and stopped at: the template's (`<|im_end|>`) where the
+    tokenizer has it, else the tokenizer's end of sequence, else another end that it has. Raises ConfigError where it has none.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    end = _END.get(name)
+    if end in added:
+        written = repr(end)
+    elif tokenizer.eos_token:
+        written = "eos_token"
+    elif likely := [token for token in _LIKELY_ENDS if token in added]:
+        written = repr(likely[0])
+    elif end:
+        written = repr(end)
+    else:
+        came = f"template {name!r}: the tokenizer has no end of sequence, so the end of an answer could not be learned"
+        raise ConfigError(
+            Problem("data.template", came, "an `eos_token` in its tokenizer_config.json", "or `template: chatml`")
+        )
+    starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    head = f"{{%- set BOS = {'bos_token' if starts else repr('')} %}}{{%- set END = {written} %}}\n"
+    return Template(name, head + _text(name))
+
+
+@cache
+def _text(name: str) -> str:
+    return (_DIRECTORY / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,109 @@
+"""Opening a model's tokenizer: without torch where there is a tokenizer.json, by the fitting class elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+from dstune.config.schema import ModelSection
+from dstune.errors import ConfigError, Problem
+
+BUILTIN_DIRECTORY = Path(__file__).parent / "builtin_tokenizer"
+
+
+def load_tokenizer(model: ModelSection, base: Path) -> Any:
+    """The tokenizer that `model` names (transformers' PreTrainedTokenizerBase). Raises ConfigError where none can be opened."""
+    named = model.tokenizer or model.path
+    if named.startswith("builtin:"):
+        return _fast(str(BUILTIN_DIRECTORY), named)
+    path = base / Path(named).expanduser()
+    if path.is_file() and path.name == "tokenizer.json":
+        path = path.parent
+    if path.is_dir():
+        return _from_directory(path, named, model.trust_remote_code)
+    if path.exists() or named.startswith((".", "/", "~")) or named.count("/") > 1:
+        raise ConfigError(Problem("model.tokenizer", f"{named}: there is no such directory", do=f"looked for {path}"))
+    return _from_hub(named, model)
+
+
+def _from_directory(path: Path, named: str, trust: bool) -> Any:
+    if (path / "tokenizer.json").exists():
+        return _fast(str(path), named)
+    pieces = sorted(path.glob("*.model"))
+    if not (path / "tokenizer_config.json").exists() and len(pieces) == 1:
+        return _sentencepiece(pieces[0], named)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _unopened(named, error) from None
+    return _checked(tokenizer, named)
+
+
+def _fast(path: str, named: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return _checked(PreTrainedTokenizerFast.from_pretrained(path), named)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the Rust side raises bare Exception for a broken tokenizer.json)
+        raise _unopened(named, error) from None
+
+
+def _from_hub(named: str, model: ModelSection) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return _checked(PreTrainedTokenizerFast.from_pretrained(named, revision=model.revision or "main"), named)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no tokenizer.json there: the general way tells what is wrong
+    try:
+        trust = model.trust_remote_code
+        return _checked(AutoTokenizer.from_pretrained(named, revision=model.revision, trust_remote_code=trust), named)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _unopened(named, error) from None
+
+
+def _sentencepiece(path: Path, named: str) -> Any:
+    """A bare SentencePiece file, by what it holds: T5's and Llama's have classes of their own."""
+    from sentencepiece import sentencepiece_model_pb2 as spm  # pyright: ignore[reportUnknownVariableType]
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+
+    proto = spm.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # noqa: BLE001 (protobuf's DecodeError is not one class across its versions)
+        raise _unopened(named, error) from None
+    spec = proto.trainer_spec
+    if spec.model_type == spec.BPE and path.name == "tokenizer.model":
+        return _checked(LlamaTokenizer.from_pretrained(str(path.parent)), named)
+    if spec.model_type == spec.UNIGRAM and path.name == "spiece.model":
+        return _checked(T5Tokenizer.from_pretrained(str(path.parent)), named)
+    if spec.model_type != spec.UNIGRAM:
+        came = f"{path.name} is a SentencePiece file of a kind that needs its model's own class"
+        raise ConfigError(
+            Problem("model.tokenizer", f"{named}: {came}", "a tokenizer.json", "convert it with transformers")
+        )
+    from tokenizers.implementations import SentencePieceUnigramTokenizer
+
+    backend = SentencePieceUnigramTokenizer.from_spm(str(path))
+    named_tokens = {
+        "unk_token": spec.unk_id,
+        "bos_token": spec.bos_id,
+        "eos_token": spec.eos_id,
+        "pad_token": spec.pad_id,
+    }
+    known = {key: proto.pieces[number].piece for key, number in named_tokens.items() if number >= 0}
+    return _checked(PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **known), named)
+
+
+def _checked(tokenizer: Any, named: str) -> Any:
+    if len(tokenizer("A word.", add_special_tokens=False)["input_ids"]) == 0:
+        raise ConfigError(Problem("model.tokenizer", f"{named}: this tokenizer makes no tokens", "a whole tokenizer"))
+    return tokenizer
+
+
+def _unopened(named: str, error: Exception) -> ConfigError:
+    first = str(error).strip().partition("\n")[0][:300]
+    do = "a directory with tokenizer.json (and tokenizer_config.json), or a hub id"
+    return ConfigError(Problem("model.tokenizer", f"{named} cannot be opened: {type(error).__name__}: {first}", do))
