@@ -102,7 +102,9 @@ class SlurmCluster:
             facts = self.job(job_id)
             if facts["JobState"] in states:
                 return facts
-        raise AssertionError(f"job {job_id} is {facts['JobState']} ({facts['Reason']}), not {states}; {self.last_words()}")
+        raise AssertionError(
+            f"job {job_id} is {facts['JobState']} ({facts['Reason']}), not {states}; {self.last_words()}"
+        )
 
     def release(self, job_id: str) -> None:
         """Let a requeued job start now: Slurm holds it for two minutes."""

@@ -34,7 +34,10 @@ def main(run_directory: Path, attempt: int) -> None:
         for step in range(plan["start_step"] + 1, stub["steps"] + 1):
             pause.wait(stub.get("seconds", 0.01) if not _waits_for_a_lost_neighbour(stub, rank, step, attempt) else 600)
             _mishaps(stub, rank, step, attempt)
-            if rank == 0 and _keep_books(paths, stub, plan, attempt, step):
+            stopping = control.stop_requested(paths)
+            if rank == 0:
+                _keep_books(paths, stub, attempt, step, stopping)
+            if stopping:
                 return
         if rank == 0:
             commit(paths, stub["steps"])
@@ -46,17 +49,15 @@ def main(run_directory: Path, attempt: int) -> None:
         raise
 
 
-def _keep_books(paths: RunPaths, stub: dict[str, Any], plan: dict[str, Any], attempt: int, step: int) -> bool:
+def _keep_books(
+    paths: RunPaths, stub: dict[str, Any], attempt: int, step: int, stopping: dict[str, Any] | None
+) -> None:
     record = {"step": step, "loss": 1.0 / step, "world": int(os.environ["WORLD_SIZE"]), "attempt": attempt}
     append_line(paths.metrics, json.dumps(record | {"lr": 0.1, "tokens_per_second": 1.0}))
-    request = control.stop_requested(paths)
-    if request is not None:
+    if stopping or step % stub.get("commit_every", 5) == 0:
         commit(paths, step)
-        write_json(paths.outcome(attempt), {"state": "stopped", "step": step, "reason": request["reason"]})
-        return True
-    if step % stub.get("commit_every", 5) == 0:
-        commit(paths, step)
-    return False
+    if stopping:
+        write_json(paths.outcome(attempt), {"state": "stopped", "step": step, "reason": stopping["reason"]})
 
 
 class Alone:

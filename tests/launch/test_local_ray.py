@@ -1,0 +1,122 @@
+"""The executor on a real embedded Ray: a worker group, kill -9 of a worker, of the raylet, of the process that holds Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+
+from dstune.errors import UsageError
+from dstune.launch.driver import DriveLimits, drive
+from dstune.launch.local import RayExecutor, passed_environment
+from tests.launch.process_executor import events, lines, planner, steps, stub_run
+
+pytestmark = pytest.mark.ray
+ENTRY = "tests.launch.stub_worker:main"
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    with RayExecutor(2, log_directory=logs, entry=ENTRY) as running:
+        running.log_directory_of_test = logs
+        yield running
+
+
+def attempt(executor, paths, number=1, world=2):
+    paths.attempt(number).mkdir()
+    planner(paths)(number, world, None, 0)
+    return executor.run(str(paths.root), number, world, {})
+
+
+def when_training(paths, act):
+    """Call `act` once the first step is there."""
+
+    def wait():
+        pause = threading.Event()
+        while not paths.metrics.exists():
+            pause.wait(0.1)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def session(executor):
+    """The processes of the executor's Ray."""
+    return subprocess.run(
+        ["ps", "-s", str(executor._host._process.pid), "-o", "pid=,comm="], capture_output=True, text=True
+    ).stdout
+
+
+def test_workers_run_where_they_were_placed(tmp_path, executor):
+    paths = stub_run(tmp_path)
+    assert executor.available_workers() >= 2
+    assert attempt(executor, paths).kind == "finished"
+    assert [seat["rank"] for seat in json.loads(paths.workers(1).read_text())] == [0, 1]
+    assert {record["world"] for record in lines(paths.metrics)} == {2}
+
+
+def test_everything_listens_on_loopback_only(executor):
+    executor.available_workers()
+    pids = {line.split()[0] for line in session(executor).splitlines()}
+    listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout.splitlines()
+    ours = [line for line in listening if any(f"pid={pid}," in line for pid in pids)]
+    assert ours and all(line.split()[3].startswith(("127.0.0.1:", "[::1]:", "[::ffff:127.0.0.1]:")) for line in ours), (
+        ours
+    )
+
+
+def test_a_killed_worker_is_named_and_the_run_goes_on(tmp_path, executor):
+    paths = stub_run(tmp_path, die={"rank": 1, "step": 12, "attempts": [1]})
+    end = drive(paths, executor, planner(paths), DriveLimits(2, 2), handle_signals=False)
+    assert end.state == "succeeded" and steps(paths) == list(range(1, 21))
+    failure = events(paths, "failure")[0]
+    assert failure["rank"] == 1 and failure["message"].startswith("worker 1 on node ")
+    assert events(paths, "attempt_started")[1]["from_step"] == 10
+
+
+def test_a_worker_that_raises_is_quoted(tmp_path, executor):
+    paths = stub_run(tmp_path, fail={"rank": 1, "step": 3, "kind": "ValueError", "attempts": [1]})
+    end = drive(paths, executor, planner(paths), DriveLimits(2, 2, max_failures=0), handle_signals=False)
+    assert end.exit_status == 1 and "ValueError: bad luck" in end.message
+
+
+def test_kill_ends_the_workers_at_once(tmp_path, executor):
+    paths = stub_run(tmp_path, steps=100_000, seconds=0.1)
+    when_training(paths, executor.kill)
+    outcome = attempt(executor, paths)
+    assert outcome.kind == "failed" and "killed by the driver" in outcome.message
+
+
+def test_a_lost_raylet_and_a_lost_host_are_lost_and_come_back(tmp_path, executor):
+    def kill_raylet():
+        raylet = next(line.split()[0] for line in session(executor).splitlines() if "raylet" in line)
+        os.kill(int(raylet), signal.SIGKILL)
+
+    paths = stub_run(tmp_path, steps=100_000, seconds=0.1)
+    when_training(paths, kill_raylet)
+    assert attempt(executor, paths).kind == "lost"
+    paths.metrics.unlink()
+    when_training(paths, lambda: os.kill(executor._host._process.pid, signal.SIGKILL))
+    assert attempt(executor, paths, 2).kind == "lost"
+    assert executor.available_workers() >= 2
+
+
+def test_ray_says_nothing_to_the_terminal(tmp_path, executor, capfd):
+    attempt(executor, stub_run(tmp_path, steps=2))
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_an_address_where_no_ray_is():
+    with RayExecutor(1, address="127.0.0.1:9") as lonely, pytest.raises(UsageError, match="cannot reach Ray"):
+        lonely.available_workers()
+
+
+def test_what_may_pass_to_workers():
+    passed = passed_environment(
+        {"HF_HOME": "a", "HF_TOKEN": "s", "NCCL_DEBUG": "b", "AWS_SECRET_ACCESS_KEY": "s", "PATH": "p"}
+    )
+    assert passed == {"HF_HOME": "a", "NCCL_DEBUG": "b"}
