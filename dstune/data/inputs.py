@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dstune.atomic import sha256_file
 from dstune.config.schema import Source
-from dstune.data.sources import Record, SourceFile, expand, read
+from dstune.data.sources import SourceFile, expand, read
 from dstune.data.tally import FileTally
 from dstune.data.work import Chunk, chunks
 from dstune.errors import DataError, Problem
@@ -73,10 +73,11 @@ def read_chunks(inputs: Sequence[Input]) -> Iterator[Chunk]:
                 limit -= len(chunk.records)
             yield chunk
         left[one.source] = limit
-        _require_unchanged(one)
+        require_unchanged(one)
 
 
-def _require_unchanged(one: Input) -> None:
+def require_unchanged(one: Input) -> None:
+    """Raises DataError where the file is not the one that was hashed."""
     if one.stamp is None:
         return
     try:
@@ -87,6 +88,3 @@ def _require_unchanged(one: Input) -> None:
         raise DataError(
             Problem(one.file.name, "the file changed while it was read", do="Prepare again once it is whole.")
         )
-
-
-__all__ = ["Input", "Record", "find", "read_chunks"]

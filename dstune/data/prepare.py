@@ -153,11 +153,16 @@ class _Build:
         with closing(writer), Rejects(PreparedPaths(root).rejects) as rejects:
             collector = Collector(self._config.data, tallies, writer, rejects)
             results = pool.map_in_order(setup, self._job, inputs.read_chunks(files), _processes(self._config))
-            with closing(results):
-                for result in results:
-                    collector.take(result)
-                    self._tell(tallies, result.file)
-            collector.end_source()
+            try:
+                with closing(results):
+                    for result in results:
+                        collector.take(result)
+                        self._tell(tallies, result.file)
+                collector.end_source()
+            except DataError:
+                for file in files:  # half of the old file and half of the new one is the true reason for any nonsense
+                    inputs.require_unchanged(file)
+                raise
             if not collector.num_examples:
                 raise DataError(_nothing(tallies))
             return _Examples(
