@@ -4,6 +4,7 @@
 dictionaries, as the run directory's logs have them), never the trainer. Functions raise `dstune.errors.DstuneError`s.
 """
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -223,10 +224,11 @@ def resubmit(
 
 def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
     """What is committed, oldest first; `verify` reads every byte of it."""
+    directory = _checkpoints(run)
     from dstune.checkpoint import resolve
     from dstune.checkpoint.layout import load_manifest
 
-    found = resolve.committed(_checkpoints(run))
+    found = resolve.committed(directory)
     rows: list[dict[str, Any]] = []
     for one in sorted(found, key=lambda checkpoint: checkpoint.step):
         problems = resolve.verify(one) if verify else []
@@ -245,24 +247,31 @@ def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]
 def export(
     run: str | Path, out: str | Path | None = None, *, step: str | int = "newest", dtype: str | None = None
 ) -> Path:
-    """Write a committed checkpoint as a Hugging Face directory. Raises UsageError where `out` exists, CheckpointError."""
+    """Write a committed checkpoint as a Hugging Face directory. Raises UsageError where `out` exists, CheckpointError.
+
+    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step.
+    """
     from dstune.checkpoint import resolve
-    from dstune.exporting import huggingface
+    from dstune.exporting import huggingface, initial
     from dstune.launch import rundir
 
     paths = rundir.find(run)
     loaded = rundir.load(paths)
     target = Path(out).absolute() if out is not None else paths.export
-    checkpoint = resolve.choose(_checkpoints(run), str(step), loaded.config.checkpoint.best)
     prepared = rundir.environment(paths).get("prepared")
-    huggingface.export(
-        checkpoint.directory,
-        target,
-        loaded.config,
-        loaded.base,
-        dtype=dtype or loaded.config.model.dtype,
-        prepared=Path(prepared["directory"]) if prepared else None,
-    )
+    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+        if str(step) == "0":
+            directory = initial.commit_initial(Path(scratch), loaded.config, loaded.base)
+        else:
+            directory = resolve.choose(_checkpoints(run), str(step), loaded.config.checkpoint.best).directory
+        huggingface.export(
+            directory,
+            target,
+            loaded.config,
+            loaded.base,
+            dtype=dtype or loaded.config.model.dtype,
+            prepared=Path(prepared["directory"]) if prepared else None,
+        )
     return target
 
 
@@ -275,16 +284,23 @@ def evaluate(model: str | Path, tasks: str | Path, *, out: str | Path | None = N
 
 def results_table(results: dict[str, Any]) -> "RenderableType":
     """Evaluation results as a table for rich."""
-    from dstune.evaluation.evaluate import table
+    from dstune.evaluation.table import results_table as table
 
     return table(results)
 
 
-def chat(model: str | Path, *, system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0) -> int:
-    """Talk to a model in this terminal; the exit status."""
-    from dstune.dialogue import chat as talk
+def chat(
+    model: str | Path,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    as_json: bool = False,
+) -> int:
+    """Talk to a model in this terminal (or answer the questions on stdin, one a line); the exit status."""
+    from dstune import chatting
 
-    talk(str(model), system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    chatting.chat(str(model), system=system, max_new_tokens=max_new_tokens, temperature=temperature, as_json=as_json)
     return EXIT_DONE
 
 

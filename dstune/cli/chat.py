@@ -13,4 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dstune import api
 
-    return api.chat(args.model, system=args.system, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    return api.chat(
+        args.model,
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        as_json=args.json,
+    )

@@ -8,7 +8,9 @@ from dstune.cli.output import add_run, emit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("out", nargs="?", help="a directory that is not there yet (default: the run's export/)")
-    parser.add_argument("--step", default="newest", help="a committed step, `best`, or `newest` (default)")
+    parser.add_argument(
+        "--step", default="newest", help="a committed step, `best`, `newest` (default), or 0: before training"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the run's")
 
 
