@@ -38,6 +38,8 @@ class DstuneError(ValueError):
     """An error for the user. `str()` of it is the whole message; `exit_status` is the command's."""
 
     exit_status: ClassVar[int] = EXIT_FAILED
+    final: ClassVar[bool] = False
+    """Trying again would only meet the same error."""
 
     def __init__(self, message: str | Problem | Sequence[Problem]) -> None:
         if isinstance(message, Problem):
@@ -50,28 +52,38 @@ class RunFailed(DstuneError):
     """A run, an export or an evaluation failed after it started."""
 
 
+class Diverged(DstuneError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+    final = True
+
+
 class UsageError(DstuneError):
     """The command line is wrong, or names something that is not there."""
 
     exit_status = EXIT_USAGE
+    final = True
 
 
 class ConfigError(DstuneError):
     """The run file is wrong; carries every problem of the file at once."""
 
     exit_status = EXIT_USAGE
+    final = True
 
 
 class DataError(DstuneError):
     """The data is refused."""
 
     exit_status = EXIT_DATA
+    final = True
 
 
 class FitError(DstuneError):
     """The run does not fit the cluster."""
 
     exit_status = EXIT_FIT
+    final = True
 
 
 class CheckpointError(DstuneError):

@@ -110,7 +110,7 @@ def leave_failure(paths: RunPaths, attempt: int, rank: int, error: BaseException
         "kind": type(error).__name__,
         "message": str(error),
         "collateral": _is_collateral(error),
-        "exit_status": error.exit_status if isinstance(error, DstuneError) else None,
+        "exit_status": error.exit_status if isinstance(error, DstuneError) and error.final else None,
     }
     write_json(paths.rank_failure(attempt, rank), facts)
 

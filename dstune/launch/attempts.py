@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dstune.errors import EXIT_DATA, EXIT_DONE, EXIT_FAILED, EXIT_FIT, EXIT_STOPPED, EXIT_USAGE
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_FIT, EXIT_STOPPED
 
 Ended = Literal["not_started", "succeeded", "stopped", "failed", "lost"]
-
-FINAL_STATUSES = (EXIT_USAGE, EXIT_DATA, EXIT_FIT)
-"""Exit statuses of errors that the next attempt would only meet again."""
 
 RESIZE = "resize"
 """The reason of a stop that the driver itself asks for, to go on with more workers."""
@@ -44,7 +41,7 @@ class Facts:
     stop_reason: str | None
     """Why a stop was asked for (`interrupt`, `terminate`, `preempted`, `stop`, `resize`); None: nobody asked."""
     cause_status: int | None
-    """Exit status of the root cause, where it is known to be one of dstune's own errors."""
+    """Exit status of the root cause, where the next attempt would only meet it again; None for all other causes."""
     failures_in_a_row: int
     """Failed attempts since the last new commit, this one included."""
     workers_available: int
@@ -83,7 +80,7 @@ def decide(facts: Facts, limits: DriveLimits) -> Decision:
     """What the driver does next."""
     if facts.ended == "succeeded":
         return Stop("succeeded", EXIT_DONE, "every step is done")
-    if facts.ended in ("failed", "lost") and facts.cause_status in FINAL_STATUSES:
+    if facts.ended in ("failed", "lost") and facts.cause_status is not None:
         return Stop("failed", facts.cause_status, "the same error would come again")
     if facts.stop_reason is not None and facts.stop_reason != RESIZE:
         return _stopped(facts.stop_reason)

@@ -4,11 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dstune.errors import EXIT_DATA, EXIT_FIT, EXIT_USAGE
 from dstune.paths import RunPaths
 from dstune.protocols import AttemptOutcome
-
-_STATUS_BY_KIND = {"ConfigError": EXIT_USAGE, "UsageError": EXIT_USAGE, "DataError": EXIT_DATA, "FitError": EXIT_FIT}
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Cause:
     traceback_file: str
     """Empty for a worker that died without a word."""
     exit_status: int | None
-    """2, 3 or 4 where the error is one of dstune's own that a restart would only meet again."""
+    """Set where the error is one of dstune's own that a restart would only meet again."""
 
     def __str__(self) -> str:
         place = f"worker {self.rank} on node {self.node}: " if self.rank is not None and self.traceback_file else ""
@@ -69,5 +66,5 @@ def _from_file(paths: RunPaths, failure: dict[str, Any]) -> Cause:
         kind,
         str(failure.get("message", "")),
         str(paths.rank_error(rank)),
-        failure.get("exit_status") or _STATUS_BY_KIND.get(kind),
+        failure.get("exit_status"),
     )

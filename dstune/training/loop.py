@@ -14,7 +14,7 @@ from dstune.batch import Batch, collate
 from dstune.config.schema import RunConfig
 from dstune.data import order
 from dstune.data.shards import Prepared
-from dstune.errors import DataError, Problem, RunFailed
+from dstune.errors import DataError, Diverged, Problem
 from dstune.loggers import get_logger
 from dstune.planning.plan import Plan
 from dstune.protocols import Control, Engine
@@ -85,7 +85,7 @@ class Loop:
         self._metrics: dict[str, float] = {}
 
     def run(self) -> LoopEnd:
-        """Take every step that is left. Raises RunFailed after too many non-finite steps in a row."""
+        """Take every step that is left. Raises Diverged after too many non-finite steps in a row."""
         if self.validator and self.state.step == 0:
             self._validate()
         while self.state.step < self.plan.total_steps:
@@ -184,7 +184,7 @@ class Loop:
         limit = self.config.train.nonfinite_limit
         log.warning("step %d skipped: loss or gradient not finite (%d in a row)", *_skip_facts(self.state))
         if self.state.nonfinite_in_a_row >= limit:
-            raise RunFailed(
+            raise Diverged(
                 Problem(
                     f"step {self.state.step}",
                     f"{limit} steps in a row had a loss or a gradient that is not finite",
