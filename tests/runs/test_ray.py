@@ -74,7 +74,7 @@ def test_everything_killed_is_resumed_by_hand_and_exact(reference: RunPaths, tmp
     assert "dstune resume" in again.communicate()[1]
 
     resumed = dstune("resume", paths.root)
-    out, err = resumed.communicate(timeout=300)
+    err = resumed.communicate(timeout=300)[1]
     assert resumed.returncode == 0, err
     assert_exact(paths, reference)
     assert "Traceback" not in err

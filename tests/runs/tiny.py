@@ -123,7 +123,7 @@ def weights_hash(paths: RunPaths, step: int) -> str:
     digest = hashlib.sha256()
     for name in sorted(reader.tensors("fp32")):
         digest.update(name.encode())
-        digest.update(reader.whole("fp32", name).numpy().tobytes())
+        digest.update(reader.read("fp32", name).numpy().tobytes())
     return digest.hexdigest()
 
 
