@@ -15,7 +15,7 @@ from dstune.data.work import NO_TARGETS, OVERLONG, Done, Part, Result
 from dstune.errors import DataError, Problem
 
 LOSSY = "lossy_text"
-CONTROL = "control_token_in_content"
+CONTROL = "control_tokens"
 _NOTHING_TO_LEARN = (OVERLONG, NO_TARGETS, "empty_answer")
 """Reasons that are no fault of the record: dropped and listed, whatever `bad_rows` says."""
 OVERLONG_LIMIT = 0.01

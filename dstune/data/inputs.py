@@ -37,9 +37,14 @@ class Input:
 
 def find(sources: Sequence[Source], base: Path, max_record_bytes: int) -> list[Input]:
     """Every file of `sources`, in their order, with the hash of its bytes. Raises ConfigError, DataError."""
-    return [
-        _input(file, number) for number, source in enumerate(sources) for file in expand(source, base, max_record_bytes)
-    ]
+    found: list[Input] = []
+    for number, source in enumerate(sources):
+        try:
+            found += [_input(file, number) for file in expand(source, base, max_record_bytes)]
+        except OSError as error:
+            where = str(error.filename or source.path)
+            raise DataError(Problem(where, f"cannot be read: {error.strerror or error}")) from None
+    return found
 
 
 def _input(file: SourceFile, source: int) -> Input:
@@ -50,11 +55,8 @@ def _input(file: SourceFile, source: int) -> Input:
             digest.update(line)
             size += len(line)
         return Input(file, source, digest.hexdigest(), size, None)
-    try:
-        stamp = _stamp(file.path)
-        return Input(file, source, sha256_file(file.path), stamp[1], stamp)
-    except OSError as error:
-        raise DataError(Problem(file.name, f"cannot be read: {error.strerror or error}")) from None
+    stamp = _stamp(file.path)
+    return Input(file, source, sha256_file(file.path), stamp[1], stamp)
 
 
 def _stamp(path: Path) -> _Stamp:

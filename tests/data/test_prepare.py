@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from dstune.config.schema import RunConfig
-from dstune.data import collect, prepare, work
+from dstune.data import prepare, work
 from dstune.data.shards import Prepared
 from dstune.errors import ConfigError, DataError, RunFailed
 
@@ -264,7 +265,7 @@ def test_control_tokens_in_content_are_counted_or_refused(base, cache):
     prepared = prepare.prepare(make_config(), base)
     file = prepared.manifest["sources"][0]
     assert file["examples_with_control_tokens"] == 1 and file["control_tokens_encoded"] >= 2
-    with pytest.raises(DataError, match=r"data/a\.jsonl:2.*control_token"):
+    with pytest.raises(DataError, match=r"data/a\.jsonl:2.*control_token.*\n.*control_tokens: encode"):
         prepare.prepare(make_config(control_tokens="error"), base)
     skipped = prepare.prepare(make_config(control_tokens="error", bad_rows="skip"), base)
     require_sums(skipped)
@@ -347,6 +348,32 @@ def test_a_missing_file_is_an_error_of_the_run_file(base, cache):
         prepare.prepare(make_config(sources=[{"path": "data/b.jsonl"}]), base)
     with pytest.raises(ConfigError, match="does not exist"):
         prepare.prepare(make_config(path="./no/such/model"), base)
+
+
+@pytest.fixture
+def nobody():
+    """The rest of the test is run without root's right to read everything."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+@pytest.mark.parametrize("source", ["locked/a.jsonl", "locked", "open/a.jsonl", "open", "open/*.jsonl"])
+def test_what_may_not_be_read_is_named(monkeypatch, nobody, source):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        base = Path(folder)
+        monkeypatch.setenv("DSTUNE_CACHE", str(base / "cache"))
+        for name in ("locked", "open"):
+            write_lines(base / name / "a.jsonl", [record(1)]).chmod(0)
+        (base / "locked").chmod(0)
+        try:
+            with pytest.raises((DataError, ConfigError), match=source.split("/")[0]):
+                prepare.prepare(make_config(sources=[{"path": source}]), base)
+        finally:
+            (base / "locked").chmod(0o755)
 
 
 def test_sequence_to_sequence_takes_a_row_each(base, cache):
@@ -490,11 +517,39 @@ def test_a_cache_that_cannot_be_written_is_named(base, tmp_path, monkeypatch):
         prepare.prepare(make_config(), base)
 
 
-def test_the_reasons_agree_with_the_encoders():
-    """The words that decide what stops are those that the encoder says."""
-    source = (REPOSITORY / "dstune/data/tokenize.py").read_text() + (REPOSITORY / "dstune/data/turns.py").read_text()
-    for reason in (collect.CONTROL, collect.LOSSY, work.NO_TARGETS, "empty_answer"):
-        assert f'"{reason}"' in source
+@pytest.fixture
+def lossy_tokenizer(tmp_path):
+    """A tokenizer of single ASCII letters: anything else becomes <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127)), "\n"]
+    backend = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    wrapped.save_pretrained(tmp_path / "letters")
+    return str(tmp_path / "letters")
+
+
+def test_text_that_the_tokenizer_loses(base, cache, lossy_tokenizer):
+    write_lines(base / "data/a.jsonl", [record(0), {"instruction": "na\u00efve \u9f98", "output": "yes"}, record(1)])
+
+    def run(choice):
+        config = make_config(lossy_text=choice, template="alpaca", max_length=512)
+        model = {"path": "builtin:tiny-llama", "tokenizer": lossy_tokenizer}
+        return prepare.prepare(config.model_validate(config.model_dump() | {"model": model}), base)
+
+    with pytest.raises(DataError, match=r"data/a\.jsonl:2: lossy_text.*\n.*lossy_text: skip"):
+        run("error")
+    skipped = run("skip")
+    require_sums(skipped)
+    assert [(one["line"], one["part"], one["reason"]) for one in rejects_of(skipped)] == [(2, 0, "lossy_text")]
+    allowed = run("allow")
+    require_sums(allowed)
+    assert allowed.num_examples == 3
+    file = allowed.manifest["sources"][0]
+    assert (file["lossy_examples"], file["lossy_characters"]) == (1, 2)
 
 
 # --- Real data -------------------------------------------------------------------------------------------------------

@@ -219,4 +219,6 @@ def test_a_million_examples_open_fast_and_small(tmp_path):
     command = [sys.executable, "-c", _OPEN_A_MILLION, str(tmp_path / "p")]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in runs) < 0.5
-    assert min(int(kib) for _, kib in runs) < 10_000  # of 417 MB of files; pages of the files are shared and can be dropped
+    assert (
+        min(int(kib) for _, kib in runs) < 10_000
+    )  # of 417 MB of files; pages of the files are shared and can be dropped
