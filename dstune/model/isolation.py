@@ -1,6 +1,7 @@
 """Packed examples never see each other: shown for the architecture at hand, on a tiny random model of its class."""
 
 import copy
+import itertools
 import json
 from collections.abc import Iterable
 from functools import lru_cache
@@ -124,7 +125,7 @@ def _verdict(alone: torch.Tensor, packed: torch.Tensor, joined: torch.Tensor) ->
         return "its small model gives values that are not finite, so nothing is shown"
     if float((alone - joined).abs().max() / scale) < _POWER * TOLERANCE:
         return "its small model does not look back at all, so nothing is shown"
-    for number, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for number, (start, stop) in enumerate(itertools.pairwise(starts)):
         difference = float((alone - packed)[:, start:stop].abs().max() / scale)
         if difference > TOLERANCE:
             return (
@@ -246,5 +247,5 @@ def _shrink_width(values: dict[str, Any]) -> None:
     values[head_key] = min(heads, 4)
     if isinstance(grouped, int):
         values["num_key_value_heads"] = values[head_key] if grouped == heads else min(grouped, 2)
-    if isinstance(values.get("head_dim"), int):
+    if isinstance(values.get("head_dim"), int) and "qk_rope_head_dim" not in values:
         values["head_dim"] = 16

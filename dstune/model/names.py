@@ -59,7 +59,7 @@ class Conversion:
 
 def loading_plan(model: PreTrainedModel, files: Iterable[str]) -> list[Conversion]:
     """How the tensors that a directory's files hold become tensors of `model`; names it does not know keep theirs."""
-    known = {name: True for name in _all_names(model)}
+    known = dict.fromkeys(all_tensors(model), True)
     transforms = get_model_conversion_mapping(model)
     return _plan(files, transforms, model.base_model_prefix, known)
 
@@ -73,7 +73,7 @@ def saving_plan(model: PreTrainedModel) -> list[Conversion]:
     ]  # fmt: skip
     backward = [transform.reverse_transform() for transform in transforms[::-1]]
     internals: Any = model
-    ignored = set(internals._keys_to_ignore_on_save or ())
+    ignored: set[str] = set(internals._keys_to_ignore_on_save or ())
     return _plan([name for name in _kept_names(model) if name not in ignored], backward, None, None)
 
 
@@ -83,7 +83,10 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
     Also proves, without storage, that the model can be saved at all. Raises ConfigError where it cannot.
     """
     canonical = canonical_names(model)
-    shapes = {name: full_shape(tensor) for name, tensor in _tensors(model).items()}
+    outlines = {
+        name: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in all_tensors(model).items()
+    }
     renamed: dict[str, str] = {}
     for conversion in saving_plan(model):
         if conversion.is_renaming:
@@ -91,16 +94,16 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
             if name != conversion.target:
                 renamed[name] = conversion.target
         else:
-            saved_shapes(conversion, shapes, model)
+            saved_outlines(conversion, outlines, model)
     return renamed
 
 
-def saved_shapes(
-    conversion: Conversion, shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of what `conversion` makes of tensors of `shapes`. Raises ConfigError where transformers cannot convert them."""
+def saved_outlines(
+    conversion: Conversion, outlines: Mapping[str, torch.Tensor], model: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    """What `conversion` makes of tensors without storage: shapes and types. Raises ConfigError where it cannot."""
     try:
-        made = conversion.run(lambda name: torch.empty(shapes[name], device="meta"), model)
+        return conversion.run(lambda name: outlines[name], model)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         raise ConfigError(
             Problem(
@@ -109,25 +112,20 @@ def saved_shapes(
                 do="It could be trained but not exported; choose an architecture whose weights can be saved.",
             )
         ) from None
-    return {name: tuple(tensor.shape) for name, tensor in made.items()}
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """For every name of a parameter or persistent buffer the first name of the same tensor: tied ones have several."""
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in _tensors(model).items()}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in all_tensors(model).items()}
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def all_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and persistent buffers, under every name that they have."""
     saved = model.state_dict(keep_vars=True).keys()
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
     return tensors
-
-
-def _all_names(model: torch.nn.Module) -> list[str]:
-    return list(_tensors(model))
 
 
 def _kept_names(model: PreTrainedModel) -> list[str]:

@@ -128,11 +128,13 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     # A window of n here is the position itself and n before it.
     left = -1 if window is None else window - 1
     result = varlen_attn(
-        *flat,
+        q,
+        k,
+        v,
         starts,
         starts,
         longest,

@@ -1,0 +1,116 @@
+"""The model card of an export: what was tuned, on what, how, and where its loss stood."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dstune.config.schema import RunConfig
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says beside the run file."""
+
+    step: int
+    loss: float | None
+    """Mean loss of the step that was exported, per supervised token; None where it is not known."""
+    dtype: str
+    parameters: int
+    counts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The prepared data's counts, from its manifest."""
+    sources: Sequence[Mapping[str, Any]] = ()
+    """The prepared data's sources, from its manifest: path, read, kept."""
+
+
+def model_card(config: RunConfig, facts: CardFacts) -> str:
+    """README.md in the hub's form: a YAML header, then Markdown. Everything a person wrote is escaped."""
+    parts = [
+        _header(config),
+        f"# {plain(config.name)}\n",
+        f"{plain(_shown(config.model.path))}, instruction-tuned with dstune.\n",
+        _table(
+            "Model",
+            {
+                "base model": _shown(config.model.path),
+                "revision": config.model.revision,
+                "parameters": f"{facts.parameters:,}",
+                "precision of these files": facts.dtype,
+            },
+        ),
+        _data(config, facts),
+        _table("Training", _training(config, facts)),
+        "## Use\n\n```python\n"
+        "from transformers import AutoTokenizer, pipeline\n\n"
+        'pipe = pipeline("text-generation", model=".", tokenizer=AutoTokenizer.from_pretrained("."))\n'
+        'print(pipe([{"role": "user", "content": "..."}]))\n'
+        "```\n",
+    ]
+    return "\n".join(parts)
+
+
+def plain(text: object) -> str:
+    """`text` as one line of Markdown that shows exactly its characters: no markup, no HTML, no line breaks."""
+    one_line = " ".join(str(text).split())
+    return _MARKDOWN.sub(r"\\\1", one_line).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
+
+
+def _header(config: RunConfig) -> str:
+    lines = ["---", "library_name: transformers", "tags: [dstune, instruction-tuned]"]
+    if _is_hub_id(config.model.path):
+        lines.append(f"base_model: {json.dumps(config.model.path)}")
+    return "\n".join([*lines, "---", ""])
+
+
+def _data(config: RunConfig, facts: CardFacts) -> str:
+    """Sources as the manifest counts them, else as the run file names them."""
+    rows = [
+        [_shown(str(source.get("path", "?"))), *(f"{int(source[key]):,}" if key in source else "" for key in _COUNTED)]
+        for source in facts.sources
+    ] or [[_shown(source.path), *("" for _ in _COUNTED)] for source in config.data.sources]
+    lines = ["## Data", "", f"| source | {' | '.join(_COUNTED)} |", "|---" * (1 + len(_COUNTED)) + "|"]
+    lines += [f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows]
+    shown = {key: value for key, value in facts.counts.items() if key in _SHOWN_COUNTS}
+    lines += ["", *(f"- {plain(key.replace('_', ' '))}: {value:,}" for key, value in shown.items())]
+    return "\n".join([*lines, ""])
+
+
+_COUNTED = ("read", "kept")
+_SHOWN_COUNTS = ("examples", "rows", "tokens", "supervised_tokens")
+
+
+def _training(config: RunConfig, facts: CardFacts) -> dict[str, Any]:
+    train = config.train
+    length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs or 1} epochs"
+    return {
+        "steps taken": f"{facts.step:,}",
+        "loss of the last step": None if facts.loss is None else f"{facts.loss:.4f}",
+        "planned length": length,
+        "rows per step": train.global_batch_size,
+        "longest row": f"{config.data.max_length:,} tokens",
+        "learning rate": f"{train.lr:g}, {train.schedule}",
+        "optimizer": f"{train.optimizer}, betas {train.betas[0]:g} and {train.betas[1]:g}, weight decay {train.weight_decay:g}",
+        "precision": f"{config.model.dtype}, fp32 masters",
+        "seed": train.seed,
+        "trained on": config.data.train_on,
+        "template": config.data.template,
+    }
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    rows = [f"| {plain(key)} | {plain(value)} |" for key, value in values.items() if value is not None]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *rows, ""])
+
+
+def _is_hub_id(path: str) -> bool:
+    return "/" in path and bool(_HUB_ID.fullmatch(path))
+
+
+def _shown(path: str) -> str:
+    """A path as it was written; of an absolute one its last part: a card is published, a machine's folders are not."""
+    return Path(path).name if path.startswith(("/", "~")) else path

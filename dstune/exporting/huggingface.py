@@ -1,0 +1,176 @@
+"""A committed checkpoint as a Hugging Face directory: config, safetensors, tokenizer with its template, model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dstune.atomic import commit_directory, dump_json, write_text
+from dstune.checkpoint.reader import Reader
+from dstune.config.schema import ModelSection, RunConfig
+from dstune.data.shards import Prepared
+from dstune.data.templates import Template, resolve_template
+from dstune.data.tokenize import load_tokenizer
+from dstune.errors import ConfigError, Problem, RunFailed, UsageError
+from dstune.exporting import tensors
+from dstune.exporting.card import CardFacts, model_card
+from dstune.loggers import get_logger
+from dstune.model.build import skeleton
+from dstune.model.config import is_builtin, load_config, model_directory
+from dstune.model.weights import WeightFiles
+
+log = get_logger(__name__)
+
+MAX_FILE_BYTES = 5_000_000_000
+"""Of one safetensors file; the hub's usual size."""
+
+_PROBE = "yes"
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    config: RunConfig,
+    base: Path,
+    *,
+    dtype: str = "bf16",
+    max_file_bytes: int = MAX_FILE_BYTES,
+    prepared: Path | None = None,
+) -> None:
+    """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
+
+    `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
+    `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
+    """
+    if out.exists():
+        raise UsageError(Problem(str(out), "exists already", do="Name another directory, or remove this one."))
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise UsageError(Problem("dtype", repr(dtype), "bf16, fp16 or fp32"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        _write(temporary, Reader(checkpoint), config, base, dtype, max_file_bytes, prepared)
+        _flush(temporary)
+        commit_directory(temporary, out)
+    except FileExistsError:
+        raise UsageError(Problem(str(out), "was made by someone else meanwhile")) from None
+    except OSError as error:
+        raise RunFailed(Problem(str(out), f"could not be written: {error.strerror or error}")) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    directory: Path,
+    reader: Reader,
+    config: RunConfig,
+    base: Path,
+    dtype: str,
+    max_file_bytes: int,
+    prepared: Path | None,
+) -> None:
+    section = config.model.model_copy(update={"dtype": dtype})
+    model_config = load_config(section, base)
+    outline = skeleton(model_config, section)
+    weights = tensors.Weights(outline, reader, _pretrained(config.model, base))
+    tensors.write(weights, directory, max_file_bytes)
+    _write_config(directory, model_config, type(outline).__name__, outline.dtype)
+    source = model_directory(config.model, base, weights=False)
+    _copy_code(source, directory, section, model_config)
+    tokenizer = load_tokenizer(config.model, base)
+    template = resolve_template(config.data.template, tokenizer, base, model_config.is_encoder_decoder)
+    _write_tokenizer(directory, tokenizer, template)
+    write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
+    facts = _facts(reader, weights, dtype, prepared)
+    write_text(directory / "README.md", model_card(config, facts))
+
+
+def _pretrained(model: ModelSection, base: Path) -> WeightFiles | None:
+    """The files that the run began with, for what training does not touch."""
+    if is_builtin(model) or model.init == "random":
+        return None
+    return WeightFiles(model_directory(model, base))
+
+
+def _write_config(directory: Path, config: PretrainedConfig, architecture: str, dtype: Any) -> None:
+    config.architectures = [architecture]
+    config.dtype = dtype
+    config.name_or_path = ""
+    config.save_pretrained(str(directory))
+
+
+def _copy_code(source: Path, directory: Path, model: ModelSection, config: PretrainedConfig) -> None:
+    """The Python code that a model brings, where the run file trusts it."""
+    if model.trust_remote_code and getattr(config, "auto_map", None):
+        for file in source.glob("*.py"):
+            shutil.copyfile(file, directory / file.name)
+
+
+def _write_tokenizer(directory: Path, tokenizer: Any, template: Template) -> None:
+    """The tokenizer's files with the chat template that the run was trained with."""
+    if template.tool_source is not None:
+        tokenizer.chat_template = {"default": template.source, "tool_use": template.tool_source}
+    else:
+        tokenizer.chat_template = template.source
+    tokenizer.save_pretrained(str(directory))
+
+
+def _generation(source: Path, config: PretrainedConfig, tokenizer: Any) -> dict[str, Any]:
+    """The model's own generation_config.json, else its special tokens; generation stops at the end of an answer too."""
+    file = source / "generation_config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(Problem(str(file), f"is not JSON: {error}")) from None
+    text = config.get_text_config(decoder=True)
+    for key in _GENERATION_KEYS:
+        token = getattr(text, key, None)
+        if key not in values and token is not None:
+            values[key] = token
+    stops = values.get("eos_token_id", [])
+    stops = list(stops) if isinstance(stops, list) else [stops]
+    stops += [token for token in (tokenizer.eos_token_id, _end_of_turn(tokenizer)) if token is not None]
+    stops = list(dict.fromkeys(stops))
+    if stops:
+        values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    if tokenizer.pad_token_id is not None:
+        values["pad_token_id"] = tokenizer.pad_token_id
+    return values
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token right behind an answer: for `…yes<|im_end|>\\n` that of `<|im_end|>`; None where there is none."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    behind = text[text.rfind(_PROBE) + len(_PROBE) :]
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    found = [token for token in special if behind.lstrip().startswith(token)]
+    return special[max(found, key=len)] if found else None
+
+
+def _facts(reader: Reader, weights: tensors.Weights, dtype: str, prepared: Path | None) -> CardFacts:
+    losses = reader.state.get("losses") or [None]
+    manifest: dict[str, Any] = {}
+    if prepared is not None and prepared.is_dir():
+        manifest = dict(Prepared.open(prepared).manifest)
+    return CardFacts(
+        step=reader.step,
+        loss=losses[-1],
+        dtype=dtype,
+        parameters=weights.num_parameters,
+        counts=manifest.get("counts", {}),
+        sources=manifest.get("sources", ()),
+    )
+
+
+def _flush(directory: Path) -> None:
+    """Make every file durable before the directory gets its name."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,211 @@
+"""Exports against real checkpoints of real engines: bit for bit the masters, opened by transformers itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from dstune.checkpoint.commit import save
+from dstune.checkpoint.reader import Reader
+from dstune.config.schema import RunConfig
+from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
+from dstune.engine.world import World
+from dstune.engine.zero import ZeroEngine
+from dstune.errors import CheckpointError, UsageError
+from dstune.exporting.card import CardFacts, model_card, plain
+from dstune.exporting.huggingface import export
+from dstune.model import names
+from dstune.model.build import build
+from dstune.paths import step_directory
+from tests.model.architectures import tiny
+from tests.spawn import run_workers
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def config_of(path: str, **data: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "probe",
+            "model": {"path": path, "dtype": "fp32", "tokenizer": str(BUILTIN_DIRECTORY)},
+            "data": {"sources": [{"path": "builtin:instructions"}], "template": "chatml", **data},
+        }
+    )
+
+
+CASES = {
+    "builtin:tiny-llama": 3,
+    "builtin:tiny-t5": 3,
+    "llama-tied": 2,
+    "gpt2": 1,
+    "mixtral": 3,
+    "qwen3_moe": 2,
+    "bart": 3,
+}
+"""Each architecture, and the ZeRO stage that its checkpoint is written by."""
+
+
+def train_and_commit(folder: Path) -> None:
+    """Two updates on random tokens and a commit of step 2, for every case."""
+    world = World.from_environment()
+    world.init()
+    control = world.control()
+    for architecture, stage in CASES.items():
+        path = architecture if architecture.startswith("builtin:") else str(folder / architecture / "model")
+        engine = _engine(path, stage, world)
+        ids = torch.arange(1, 9)[None]
+        inputs = {"decoder_input_ids": ids} if architecture in ("bart", "builtin:tiny-t5") else {}
+        for _ in range(2):
+            logits = engine.module(input_ids=ids, **inputs, use_cache=False).logits
+            engine.backward(logits.float().log_softmax(-1)[..., 3].sum(), last=True)
+            engine.step(1e-2)
+        save(folder / architecture, 2, engine.slices(), {"losses": [1.5], "step": 2}, control, {})
+
+
+def _engine(path: str, stage: int, world: World) -> ZeroEngine:
+    ds_config = {"zero_optimization": {"stage": stage}}
+    module = build(config_of(path).model, Path(), "sdpa", 1, ds_config)
+    return ZeroEngine(
+        module,
+        lr=1e-2,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.0,
+        ds_config=ds_config,
+        world=world,
+        names=names.saved_names(module),
+    )
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """Gives the model path and the checkpoint of an architecture; two workers make all of them at once."""
+    folder = tmp_path_factory.mktemp("committed")
+    for architecture in CASES:
+        (folder / architecture).mkdir()
+        if not architecture.startswith("builtin:"):
+            tiny(architecture).save_pretrained(folder / architecture / "model")
+    run_workers(train_and_commit, 2, folder)
+
+    def find(architecture: str) -> tuple[str, Path]:
+        path = architecture if architecture.startswith("builtin:") else str(folder / architecture / "model")
+        return path, step_directory(folder / architecture, 2)
+
+    return find
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_weights_are_the_masters_bit_for_bit_after_the_cast(committed, tmp_path, dtype):
+    path, checkpoint = committed("builtin:tiny-llama")
+    export(checkpoint, tmp_path / "out", config_of(path), Path(), dtype=dtype)
+    masters = Reader(checkpoint)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(masters.tensors("fp32"))
+        for name, shape in masters.tensors("fp32").items():
+            wanted = masters.read("fp32", name).view(shape).to(DTYPES[dtype])
+            assert torch.equal(file.get_tensor(name), wanted), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(DTYPES[dtype]).split(".")[1]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("architecture", "stage"),
+    [
+        ("llama", 3),
+        ("llama-tied", 2),
+        ("gpt2", 1),
+        ("mixtral", 3),
+        ("qwen3_moe", 2),
+        ("bart", 3),
+        ("builtin:tiny-t5", 3),
+    ],
+)
+def test_transformers_opens_the_export_with_exactly_the_masters(committed, tmp_path, architecture, stage):
+    path, checkpoint = committed(architecture, stage)
+    out = tmp_path / "out"
+    export(checkpoint, out, config_of(path), Path(), dtype="fp32", max_file_bytes=60_000)
+    assert (out / "model.safetensors.index.json").is_file()
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(out).is_encoder_decoder else AutoModelForCausalLM
+    model, report = kind.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    masters, renamed = Reader(checkpoint), names.saved_names(model)
+    stored = masters.tensors("fp32")
+    parameters = dict(model.named_parameters())
+    assert {renamed.get(name, name) for name in parameters} == set(stored)
+    for name, parameter in parameters.items():
+        wanted = masters.read("fp32", renamed.get(name, name)).view(parameter.shape)
+        assert torch.equal(parameter.detach(), wanted), name
+    # And it is not what training began with.
+    before = kind.from_pretrained(path) if architecture[:7] != "builtin" else None
+    if before is not None:
+        assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.dist
+def test_files_are_those_that_save_pretrained_writes(committed, tmp_path):
+    path, checkpoint = committed("mixtral")
+    export(checkpoint, tmp_path / "ours", config_of(path), Path(), dtype="fp32")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    with (
+        safe_open(tmp_path / "ours" / "model.safetensors", "pt") as ours,
+        safe_open(tmp_path / "theirs" / "model.safetensors", "pt") as theirs,
+    ):
+        assert set(ours.keys()) == set(theirs.keys())
+        assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in ours.keys())  # noqa: SIM118
+
+
+@pytest.mark.dist
+def test_the_directory_is_complete(committed, tmp_path):
+    path, checkpoint = committed("builtin:tiny-llama")
+    out = tmp_path / "deep" / "out"
+    export(checkpoint, out, config_of(path), Path())
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+    card = (out / "README.md").read_text()
+    assert "builtin:instructions" in card and "| steps taken | 2 |" in card and "1.5000" in card
+    everything = "".join(file.read_text(errors="ignore") for file in out.iterdir() if file.suffix in (".json", ".md"))
+    assert str(Path(__file__).parents[2]) not in everything and str(tmp_path) not in everything
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.dist
+def test_an_existing_directory_is_refused_and_untouched(committed, tmp_path):
+    path, checkpoint = committed("builtin:tiny-llama")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(UsageError, match="exists already"):
+        export(checkpoint, tmp_path / "out", config_of(path), Path())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.dist
+def test_a_checkpoint_of_another_model_is_named_and_leaves_nothing(committed, tmp_path):
+    _, checkpoint = committed("builtin:tiny-llama")
+    with pytest.raises(CheckpointError, match="as the model has"):
+        export(checkpoint, tmp_path / "out", config_of("builtin:tiny-t5"), Path())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_escapes_what_people_wrote():
+    config = RunConfig.model_validate(
+        {
+            "name": "probe",
+            "model": {"path": "/secret/place/<b>my</b>|model"},
+            "data": {"sources": [{"path": "a|b\n# <script>alert(1)</script>.json"}], "template": "x](javascript:y)"},
+        }
+    )
+    card = model_card(config, CardFacts(step=1, loss=None, dtype="bf16", parameters=1))
+    assert "<script>" not in card and "<b>" not in card and "/secret" not in card
+    assert "\n# <" not in card and "](javascript" not in card
+    assert plain("a\n\n| b") == "a \\| b"

@@ -1,0 +1,65 @@
+"""Tiny random models of many architectures, for tests of loading, packing and export."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+
+_COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 1000,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 1000}
+_SETTINGS = {
+    "llama": _COMMON,
+    "llama-tied": {**_COMMON, "tie_word_embeddings": True},
+    "qwen2": _COMMON,
+    "qwen3": {**_COMMON, "head_dim": 8},
+    "mistral": {**_COMMON, "sliding_window": 8},
+    "gemma2": {**_COMMON, "head_dim": 8},
+    "gemma3_text": {**_COMMON, "head_dim": 8, "sliding_window": 8},
+    "gpt2": {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "mixtral": {**_COMMON, "num_local_experts": 4},
+    "qwen3_moe": {**_COMMON, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "bart": {
+        **_IDS,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 64,
+    },
+    "cohere": {**_COMMON, "num_hidden_layers": 1},
+    "t5": {
+        **_IDS,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.0,
+    },
+}
+
+
+def tiny_config(name: str) -> PretrainedConfig:
+    """The config of `_SETTINGS`; any other name is transformers' own default for that architecture."""
+    return AutoConfig.for_model(name.removesuffix("-tied"), **_SETTINGS.get(name, {}))
+
+
+def tiny(name: str, seed: int = 0) -> PreTrainedModel:
+    """A random fp32 model."""
+    config = tiny_config(name)
+    torch.manual_seed(seed)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_config(config, dtype=torch.float32)
