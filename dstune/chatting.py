@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import secrets
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
@@ -65,12 +66,13 @@ class Talk:
         return prompt.ids
 
     def _settings(self, messages: list[Message]) -> Settings:
-        """The settings with at most as many new tokens as there is room for."""
+        """The settings of this turn: a seed of its own, at most as many new tokens as there is room for."""
+        settings = replace(self.settings, seed=self.settings.seed + len(messages))
         context = self.model.context
         if context is None or self.model.seq2seq:
-            return self.settings
+            return settings
         room = context - len(self._tokens(messages))
-        return replace(self.settings, max_new_tokens=min(self.settings.max_new_tokens, room))
+        return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
 
 def chat(
@@ -79,6 +81,7 @@ def chat(
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
+    seed: int | None = None,
     as_json: bool = False,
     questions: TextIO | None = None,
     answers: TextIO | None = None,
@@ -87,12 +90,15 @@ def chat(
     """Talk until the end of input; the exit status. `opening` goes to `open_model`.
 
     From a terminal: a prompt, `/` commands, Ctrl-C. From a pipe: a question per line, only answers on stdout, one conversation.
-    `as_json`: one JSON document at the end, `{"model", "system", "messages"}`. Raises UsageError, RunFailed.
+    `seed`: of sampled answers; default another one each time. `as_json`: one JSON document at the end, `{"model", "system",
+    "messages"}`. Raises UsageError, RunFailed; from a pipe DataError where a question cannot be asked.
     """
     asks, says = questions or sys.stdin, answers or sys.stdout
     if isinstance(asks, io.TextIOWrapper):
         asks.reconfigure(errors="replace")
-    talk = Talk(open_model(model, **opening), Settings(max_new_tokens=max_new_tokens, temperature=temperature), system)
+    drawn = secrets.randbits(32) if seed is None else seed
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=drawn)
+    talk = Talk(open_model(model, **opening), settings, system)
     if asks.isatty():
         _interactive(talk, says, sys.stderr if as_json else says)
     else:

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from dstune.errors import Problem, RunFailed
 from dstune.model.open import OpenedModel
 
 _UNFINISHED = "\ufffd"
@@ -61,7 +62,13 @@ def generate(
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        made = _generate_batch(model, [prompts[index] for index in batch], batch, settings)
+        try:
+            made = _generate_batch(model, [prompts[index] for index in batch], batch, settings)
+        except torch.OutOfMemoryError:
+            came = f"no memory for {len(batch)} prompts of up to {len(prompts[batch[0]])} tokens"
+            raise RunFailed(
+                Problem(str(model.device), came, do="A smaller batch size (`generation.batch_size`).")
+            ) from None
         answers.update(zip(batch, made, strict=True))
         if progress:
             progress(len(batch))

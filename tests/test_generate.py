@@ -9,6 +9,7 @@ import torch
 
 from dstune.config.schema import ModelSection, TrainSection
 from dstune.data.conversation import Conversation, Message
+from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
 from dstune.engine.world import World
 from dstune.errors import RunFailed, UsageError
 from dstune.generate import Settings, generate, stream
@@ -44,6 +45,47 @@ def test_what_is_opened(llama, t5):
     assert (llama.dtype, llama.context, llama.seq2seq) == ("fp32", 512, False)
     assert (t5.context, t5.seq2seq) == (None, True)
     assert llama.tokenizer.convert_tokens_to_ids("<|im_end|>") in llama.stop_ids
+
+
+@pytest.mark.parametrize("name", ["builtin:tiny-llama", "builtin:tiny-t5"])
+def test_a_prompt_is_what_stands_before_the_answer_in_training(name):
+    model = open_model(name, device="cpu")
+    asked = Conversation((Message("system", "Be brief."), Message("user", "2 + 2?")))
+    (prompt,) = model.prompts([asked])
+    answered = model.encoder.encode(replace(asked, messages=(*asked.messages, Message("assistant", "北京 4"))))
+    assert prompt.ids == answered.input_ids[: answered.loss_mask.argmax()].tolist()
+    template = model.encoder.template.source
+    theirs = model.tokenizer.apply_chat_template(
+        asked.to_dicts(), chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    assert prompt.ids == theirs
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("tiny_qwen_style", "auto"),
+        ("byte_bpe_2k", "chatml"),
+        ("gpt2", "alpaca"),
+        ("sp_2k", "alpaca"),
+        ("mistral_v1", "alpaca"),
+        ("t5", "plain"),
+    ],
+)
+def test_prompts_of_other_tokenizers_are_transformers_own(shared_data, name, written):
+    section = ModelSection(path="builtin:tiny-llama", tokenizer=str(shared_data / "tokenizers" / name))
+    tokenizer = load_tokenizer(section, Path.cwd())
+    template = resolve_template(written, tokenizer, Path.cwd())
+    encoder = Encoder(tokenizer, template, train_on="last", lossy_text="allow")
+    model = replace(open_model("builtin:tiny-llama", device="cpu"), tokenizer=tokenizer, encoder=encoder)
+    asked = Conversation((Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "2 + 2?")))
+    (prompt,) = model.prompts([asked])
+    theirs = tokenizer.apply_chat_template(
+        asked.to_dicts(), chat_template=template.source, add_generation_prompt=True, return_dict=False
+    )
+    # A header that ends in a space: in training the answer's first token holds it.
+    assert theirs[: len(prompt.ids)] == prompt.ids and tokenizer.decode(theirs[len(prompt.ids) :]).strip() == ""
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(model):

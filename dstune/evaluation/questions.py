@@ -13,7 +13,6 @@ from dstune.evaluation.tasks import Task
 from dstune.evaluation.text import extract
 
 _SHOWN_PROBLEMS = 10
-_LABEL_METRICS = frozenset({"precision", "recall", "f1"})
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def question(task: Task, conversation: Conversation, source: str, line: int, par
 def _expected(task: Task, reference: str) -> str:
     picked = extract(reference, pattern_of(task), task.extract_match == "last")
     expected = task.normalised(reference if picked is None else picked)
-    if any(spec.name in _LABEL_METRICS for spec in task.metrics) and expected not in task.normalised_labels():
+    if task.labels and expected not in task.normalised_labels():
         raise Refused("unknown_label", f"the reference {expected[:80]!r} is none of the labels {task.labels}")
     return expected
 

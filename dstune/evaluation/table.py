@@ -17,25 +17,25 @@ _NOTED = {
 }
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
+def table(results: Mapping[str, Any]) -> Table:
     """The dict that `evaluate` returns (or `results.json` read again), a line per figure."""
     title = escape(f"{results['model']}  ({results['dtype']}, {results['device']})")
-    table = Table(title=title, title_justify="left")
-    table.add_column("task", overflow="fold")
-    table.add_column("examples", justify="right")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95% interval", justify="right")
-    table.add_column("notes", overflow="fold")
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("task", overflow="fold")
+    shown.add_column("examples", justify="right")
+    shown.add_column("metric")
+    shown.add_column("value", justify="right")
+    shown.add_column("95% interval", justify="right")
+    shown.add_column("notes", overflow="fold")
     for task in results["tasks"]:
         first = True
         for name, estimate in task["metrics"].items():
             value, low, high = (_figure(estimate[key]) for key in ("value", "low", "high"))
             head = (escape(task["name"]), str(task["examples"])) if first else ("", "")
-            table.add_row(*head, name, value, f"{low} – {high}", _notes(task["counts"]) if first else "")
+            shown.add_row(*head, name, value, f"{low} – {high}", _notes(task["counts"]) if first else "")
             first = False
-        table.add_section()
-    return table
+        shown.add_section()
+    return shown
 
 
 def _figure(value: float) -> str:

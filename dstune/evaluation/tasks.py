@@ -136,7 +136,7 @@ class Task(Section):
     metrics: list[Annotated[MetricSpec, BeforeValidator(_metric)]] = Field(min_length=1)
     """exact_match, accuracy, precision, recall, f1, token_f1, bleu, chrf, rouge, perplexity."""
     labels: list[str] = Field(default=[])
-    """The answers of a classification task; precision, recall and F1 want them."""
+    """The answers of a classification task; every reference is one of them. Precision, recall and F1 want them."""
     normalise: list[NormaliserName] = Field(default=["strip"])
     """Done to answer, reference and labels before they are compared whole or by labels or tokens: none, strip, lower, squad,
     number; one, or several in order. BLEU, chrF and ROUGE take the text as it is."""

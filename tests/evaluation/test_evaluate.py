@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dstune.data.conversation import Conversation, Message
 from dstune.errors import DataError, UsageError
-from dstune.evaluation.evaluate import evaluate
-from dstune.evaluation.table import results_table
+from dstune.evaluation.evaluate import evaluate, table
 from dstune.generate import Settings, generate
 from dstune.model.open import open_model
 from tests.evaluation.models import save_llama, save_t5
@@ -86,8 +86,6 @@ def test_results_and_outputs_of_all_tasks(model, tasks, tmp_path):
 def test_predictions_are_the_models_answers_to_the_prompts(model, tasks, tmp_path):
     evaluate(model, tasks, tmp_path / "out")
     opened = open_model(model, dtype="fp32")
-    from dstune.data.conversation import Conversation, Message
-
     for line in read_outputs(tmp_path / "out")[:3]:
         (prompt,) = opened.prompts([Conversation(tuple(Message(**message) for message in line["prompt"]))])
         (answer,) = generate(opened, [prompt.ids], Settings(max_new_tokens=8))
@@ -150,7 +148,7 @@ def test_the_table_shows_every_figure_and_takes_names_as_text(model, tasks, tmp_
     results = evaluate(model, tasks, tmp_path / "out")
     results["model"] = "[bold]odd"
     out = io.StringIO()
-    Console(file=out, width=140).print(results_table(results))
+    Console(file=out, width=140).print(table(results))
     for word in ("[bold]odd", "rougeLsum", "f1_weighted", "6 name no label", "nats_per_token"):
         assert word in out.getvalue()
 
