@@ -115,13 +115,15 @@ def log_files(paths: RunPaths, job_id: str) -> list[Path]:
 
 def _options(paths: RunPaths, site: SiteConfig, allocation: Allocation) -> list[str]:
     slurm = site.slurm
+    if "\\" in str(paths.root):  # a backslash switches Slurm's own %j off
+        raise UsageError(Problem(str(paths.root), "Slurm cannot write into a path with a backslash"))
     options: dict[str, str | int | None] = {
         "job-name": f"dstune-{paths.root.name}",
         "nodes": allocation.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": allocation.cpus_per_node,
         "gpus-per-node": allocation.gpus_per_node or None,
-        "output": str(paths.logs).replace("\\", "\\\\").replace("%", "%%") + "/slurm-%j.out",
+        "output": str(paths.logs).replace("%", "%%") + "/slurm-%j.out",
         "open-mode": "append",
         "signal": f"B:USR1@{slurm.signal_seconds}",
         "partition": slurm.partition,

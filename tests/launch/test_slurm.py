@@ -15,7 +15,7 @@ from tests.launch.process_executor import events, steps, stub_run
 from tests.launch.slurm_cluster import ticks
 from tests.launch.stub_drive import wrapper
 
-HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` ; \\ %j run'
+HOSTILE = "it's \"a\" $(touch pwned) `touch pwned` ; & %j #run"
 
 
 def config(**cluster):
@@ -61,6 +61,8 @@ def test_a_value_that_would_leave_its_place_is_refused(tmp_path, site):
         rendered(RunPaths(tmp_path / "run"), **site)
     with pytest.raises(UsageError):
         rendered(RunPaths(tmp_path / "a\nb"))
+    with pytest.raises(UsageError, match="backslash"):
+        rendered(RunPaths(tmp_path / "a\\b"))
 
 
 def test_a_dry_run_is_the_script_and_writes_nothing(tmp_path):
