@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
+from dstune.engine.parameters import full_shape
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -37,11 +39,6 @@ class Partitions(Protocol):
     def refresh(self) -> None:
         """Make the forward weights follow the fp32 tensors. A collective call; only before the first forward pass."""
         ...
-
-
-def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The whole parameter's shape, also where `zero.Init` left only a piece of it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class Stage3Partitions:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from dstune.engine.construction import complete, stage_of
-from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, full_shape, pieces
+from dstune.engine.parameters import full_shape
+from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
 from dstune.engine.world import World
 from dstune.errors import ConfigError, Problem
 from dstune.protocols import Slice, StepResult

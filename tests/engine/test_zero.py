@@ -28,62 +28,75 @@ def _curves(cases: list[dict[str, Any]], micro_batches: list[int]) -> list[list[
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3)])
-def test_the_loss_curve_does_not_depend_on_the_split(dtype: str, tolerance: float) -> None:
-    cases = [{"stage": stage, "dtype": dtype} for stage in (3, 2, 1)]
+def test_the_loss_curve_does_not_depend_on_the_split() -> None:
+    """20 steps. Measured when this was written: fp32 2e-7, bf16 1.6e-4 relative."""
+    cases = [{"stage": stage, "dtype": dtype} for dtype in ("fp32", "bf16") for stage in (3, 1)]
+    cases.append({"stage": 2, "dtype": "bf16"})
     curves: list[list[list[float]]] = [[] for _ in cases]
     for world_size in (1, 2, 3):
         micro_batches = [micro_batch for size, micro_batch in SPLITS if size == world_size]
         results = iter(run_workers(_curves, world_size, cases, micro_batches)[0])
         for curve in curves:
             curve += [next(results) for _ in micro_batches]
-    for curve in curves:
+    for case, curve in zip(cases, curves, strict=True):
         reference = torch.tensor(curve[0])
-        drift = (torch.tensor(curve) / reference - 1).abs().max(dim=1).values
-        assert drift[1:].max() < tolerance
+        drift = (torch.tensor(curve) / reference - 1).abs().max()
+        assert 0 < drift < (1e-5 if case["dtype"] == "fp32" else 1e-3), case
         assert reference[-1] < reference[0] - 0.5
 
 
-def _poisoned(case: dict[str, Any]) -> tuple[bool, float, bool, int, list[str], list[str]]:
-    """A step whose loss is not finite on worker 1 alone, between ordinary ones; against the same run without it."""
+POISONED: dict[str, dict[str, Any]] = {
+    "zero3": {"stage": 3},
+    "zero2": {"stage": 2},
+    "zero1": {"stage": 1},
+    "zero3-fp32": {"stage": 3, "dtype": "fp32"},
+    "zero1-fp32": {"stage": 1, "dtype": "fp32"},
+    "zero3-offload": {"stage": 3, "offload": True},
+    "zero2-offload": {"stage": 2, "offload": True},
+}
+
+
+def _poisoned(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A step whose loss is not finite on worker 1 alone, between ordinary ones; and the same run without it."""
     world = World.from_environment()
     world.init(60)
-    engine = tiny.engine(world, **case)
-    tiny.train(engine, world, range(2))
-    before = [piece.tensor.clone() for piece in engine.slices()]
+    facts: dict[str, dict[str, Any]] = {}
     ids, _ = tiny.batch(0)
-    for last in (False, True):
-        loss = engine.module(input_ids=ids[:2]).logits.float().mean()
-        engine.backward(loss * (float("nan") if world.rank == 1 and last else 1.0), last=last)
-    result = engine.step(1e-3)
-    same = all(torch.equal(old, piece.tensor) for old, piece in zip(before, engine.slices(), strict=True))
-    steps = engine.optimizer_steps
-    later = tiny.train(engine, world, range(2, 5))
-    other = tiny.engine(world, **case)
-    undisturbed = tiny.train(other, world, range(5))[2:]
+    for name, case in cases.items():
+        engine = tiny.engine(world, **case)
+        tiny.train(engine, world, range(2))
+        before = [piece.tensor.clone() for piece in engine.slices()]
+        for last in (False, True):
+            loss = engine.module(input_ids=ids[:2]).logits.float().mean()
+            engine.backward(loss * (float("nan") if world.rank == 1 and last else 1.0), last=last)
+        result = engine.step(1e-3)
+        pairs = zip(before, engine.slices(), strict=True)
+        facts[name] = {
+            "result": result,
+            "unchanged": all(torch.equal(old, piece.tensor) for old, piece in pairs),
+            "optimizer_steps": engine.optimizer_steps,
+            "later": [repr(loss) for loss in tiny.train(engine, world, range(2, 5))],
+            "undisturbed": [repr(loss) for loss in tiny.train(tiny.engine(world, **case), world, range(5))[2:]],
+        }
     world.close()
-    return result.skipped, result.grad_norm, same, steps, [repr(x) for x in later], [repr(x) for x in undisturbed]
+    return facts
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> list[dict[str, dict[str, Any]]]:
+    return run_workers(_poisoned, 2, POISONED)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"stage": 3},
-        {"stage": 2},
-        {"stage": 1},
-        {"stage": 3, "dtype": "fp32"},
-        {"stage": 1, "dtype": "fp32"},
-        {"stage": 3, "offload": True},
-        {"stage": 2, "offload": True},
-    ],
-    ids=str,
-)
-def test_one_workers_nan_skips_the_update_everywhere_and_leaves_no_trace(case: dict[str, Any]) -> None:
-    for skipped, grad_norm, same, steps, later, undisturbed in run_workers(_poisoned, 2, case):
-        assert skipped and grad_norm == float("inf")
-        assert same and steps == 2
-        assert later == undisturbed
+@pytest.mark.parametrize("case", POISONED)
+def test_one_workers_nan_skips_the_update_everywhere_and_leaves_no_trace(
+    poisoned: list[dict[str, dict[str, Any]]], case: str
+) -> None:
+    for worker in poisoned:
+        facts = worker[case]
+        assert facts["result"].skipped and facts["result"].grad_norm == float("inf")
+        assert facts["unchanged"] and facts["optimizer_steps"] == 2
+        assert facts["later"] == facts["undisturbed"]
 
 
 def _facts(stage: int) -> dict[str, Any]:
