@@ -18,8 +18,8 @@ _PLANES = (0x100000, 0xF0000)
 """Private use areas that the marks come from: a conversation that uses one itself is marked in the other."""
 _PLANE_SIZE = 0xFFFE
 
-Pieces = Callable[[str], Iterator[tuple[int, int]]]
-"""Which parts of a string to mark, as (start, end)."""
+Pieces = Callable[[str, int], Iterator[tuple[int, int]]]
+"""Which parts of a string of a message (-1: a tool's schema) to mark, as (start, end)."""
 
 
 class Range(NamedTuple):
@@ -63,7 +63,7 @@ class Marks:
 
     def _string(self, value: str, owner: int) -> str:
         written, at = [], 0
-        for start, end in self._pieces(value):
+        for start, end in self._pieces(value, owner):
             mark = self._plane + 2 * len(self._owners)
             if mark + 1 >= self._plane + _PLANE_SIZE:
                 raise ValueError("more strings than marks")
@@ -72,8 +72,11 @@ class Marks:
             at = end
         return "".join(written) + value[at:] if written else value
 
-    def find(self, rendered: str) -> tuple[str, list[Range]]:
-        """The rendered text without marks, and the ranges. Raises ValueError where a mark has lost its partner."""
+    def find(self, rendered: str, lenient: bool = False) -> tuple[str, list[Range]]:
+        """The rendered text without marks, and the ranges. Raises ValueError where a mark has lost its partner.
+
+        A `lenient` search makes an empty range of such a mark: what stands beside it may be the author's.
+        """
         plain: list[str] = []
         ranges: list[Range] = []
         at = length = 0
@@ -88,15 +91,23 @@ class Marks:
             elif closes and opened is not None and opened[0] == number:
                 ranges.append(Range(opened[1], length, self._owners[number]))
                 opened = None
+            elif lenient:
+                if opened is not None:
+                    ranges.append(Range(opened[1], opened[1], self._owners[opened[0]]))
+                opened = None if closes else (number, length)
+                if closes:
+                    ranges.append(Range(length, length, self._owners[number]))
             else:
                 raise ValueError("a mark has lost its partner")
         if opened is not None:
-            raise ValueError("a mark has lost its partner")
+            if not lenient:
+                raise ValueError("a mark has lost its partner")
+            ranges.append(Range(opened[1], opened[1], self._owners[opened[0]]))
         plain.append(rendered[at:])
         return "".join(plain), ranges
 
 
-def core(value: str) -> Iterator[tuple[int, int]]:
+def core(value: str, owner: int) -> Iterator[tuple[int, int]]:
     """The string without the blanks around it, so that a template that trims does the same with marks."""
     start = len(value) - len(value.lstrip())
     end = len(value.rstrip())

@@ -6,7 +6,7 @@ the template's own are written by that name, the spelled ones stay as they are, 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,11 @@ _DIGITS = 0x10F100
 class ControlTokens:
     """The control tokens of one tokenizer under one template."""
 
-    def __init__(self, added: dict[int, Any], template_text: str) -> None:
-        """`added` as `tokenizer.added_tokens_decoder`; a token that is not special counts where the template writes it."""
+    def __init__(self, added: dict[int, Any], template_text: str, unknown: int | None) -> None:
+        """`added` as `tokenizer.added_tokens_decoder`; a token that is not special counts where the template writes it.
+
+        `unknown` is what the tokenizer itself writes for characters that it does not know.
+        """
         self.names = {
             number: token.content
             for number, token in added.items()
@@ -28,19 +31,30 @@ class ControlTokens:
         }
         """Token id -> how it is spelled."""
         self.special = frozenset(number for number, token in added.items() if token.special)
-        longest_first = sorted(self.names.values(), key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.pattern = _pattern(self.names.values())
+        self.special_pattern = _pattern(name for number, name in self.names.items() if number in self.special)
         self._known = np.zeros(max(self.names, default=-1) + 2, dtype=bool)
         self._known[list(self.names)] = True
+        self.unknown = unknown
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Where in `ids` control tokens stand."""
         last = len(self._known) - 1  # the last entry is False: every larger id falls on it
         return np.flatnonzero(self._known[np.minimum(ids, last)])
 
+    def sequence(self, ids: np.ndarray) -> list[int]:
+        """The control tokens in `ids`, in order, without those that may stand for an unknown character."""
+        found = ids[self.positions(ids)].tolist()
+        return found if self.unknown is None else [number for number in found if number != self.unknown]
+
     def is_speech(self, number: int) -> bool:
         """Whether an assistant may write this token: it is in the vocabulary as ordinary text (`<think>`, `<tool_call>`)."""
         return number not in self.special
+
+
+def _pattern(names: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 class TextTokenizer:
@@ -64,6 +78,14 @@ class TextTokenizer:
         if opening not in self._made:
             self._made[opening] = _renamed(json.loads(self._serialised), self._control.names, names)
         return self._made[opening].encode_batch(list(texts), add_special_tokens=False)
+
+
+def unknown_token(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The token that the model itself writes for what it does not know."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    return None if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
 
 
 def _private(opening: int, number: int) -> str:

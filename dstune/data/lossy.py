@@ -14,11 +14,13 @@ _NUM_BYTES = 256
 class LossCheck:
     """Compares texts with what their tokens decode to; a tokenizer that has a token for every byte needs no comparison."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, unknown: int | None) -> None:
+        """`unknown` is the token that stands for what the tokenizer does not know: it gives nothing back."""
         serialised = json.loads(tokenizer.to_str())
         self.lossless = is_lossless(serialised)
         """Nothing can be lost: the vocabulary has every byte."""
         self._tokenizer = tokenizer
+        self._unknown = unknown
         self._normalizer = tokenizer.normalizer
         self._exact = _decodes_exactly(serialised)
 
@@ -26,7 +28,8 @@ class LossCheck:
         """For each text how often which characters are lost; blanks too where the decoder does not place them freely."""
         if self.lossless:
             return [Counter() for _ in texts]
-        decoded = self._tokenizer.decode_batch(ids, skip_special_tokens=False)
+        known = [[number for number in numbers if number != self._unknown] for numbers in ids]
+        decoded = self._tokenizer.decode_batch(known, skip_special_tokens=False)
         return [self._missing(text, back) for text, back in zip(texts, decoded, strict=True)]
 
     def _missing(self, text: str, back: str) -> Counter[str]:

@@ -72,7 +72,8 @@ class Renderer:
     def _check_complete(self, conversation: Conversation, text: str) -> None:
         """No template may lose a turn on the quiet (an assistant's thoughts of earlier turns apart, which many leave out)."""
         for number, message in enumerate(conversation.messages):
-            for said in _must_appear(message):
+            last = number + 1 == len(conversation.messages)
+            for said in _must_appear(message) + (_thoughts(message) if last else []):
                 if said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
                     detail = f"template {self.template.name} leaves out or changes what message {number} ({message.role}) says"
                     raise Refused("template_drops_content", detail)
@@ -80,11 +81,13 @@ class Renderer:
             if tool["function"].get("name", "") not in text:
                 raise Refused("template_drops_content", f"template {self.template.name} does not show the tools")
 
-    def annotate(self, conversation: Conversation, text: str, pieces: Pieces = core) -> list[Range] | None:
+    def annotate(
+        self, conversation: Conversation, text: str, pieces: Pieces = core, lenient: bool = False
+    ) -> list[Range] | None:
         """Which ranges of `text` come from the conversation; None where marking it changes what the template writes."""
         try:
             marks = Marks(conversation, pieces)
-            found, ranges = marks.find(self._render(marks.messages, marks.tools, False).text)
+            found, ranges = marks.find(self._render(marks.messages, marks.tools, False).text, lenient)
         except (ValueError, Refused):
             return None
         return ranges if found == text else None
@@ -114,7 +117,7 @@ class Renderer:
             spans = [Span(start, end, number) for (start, end), number in zip(blocks, wanted, strict=True)]
         else:
             ranges = self.annotate(conversation, rendered.text) or []
-            spans = [Span(start, end, _owner(start, end, ranges)) for start, end in blocks]
+            spans = _attributed(blocks, ranges)
         for number in wanted:
             written = "".join(rendered.text[span.start : span.end] for span in spans if span.message == number)
             if any(said not in written for said in _must_appear(conversation.messages[number])):
@@ -128,21 +131,18 @@ class Renderer:
     ) -> tuple[int, int] | None:
         """The span between the template's generation prompt and its closing, where nothing of another message stands between."""
         mine = [found for found in ranges if found.message == number]
-        if not mine or not self._frame.opening.strip():
+        frame = self._frame
+        if not mine or not frame.header.strip():
             return None
-        said = _spoken(conversation.messages[number].content)
-        first, last = mine[0].start, mine[-1].end
-        start = self._before(text, first, said)
-        end = self._behind(text, last, said)
-        if start is None:
-            found = text.rfind(self._frame.opening, before, first)
-            start = found + len(self._frame.opening) if found >= 0 else None
-        if end is None and self.control.search(self._frame.closing):
-            found = text.find(self._frame.closing, last)
-            end = found + self._turn_end(self._frame.closing) if found >= 0 else None
-        if start is None or end is None or start < before:
+        at = text.rfind(frame.header, before, mine[0].start)
+        if at < 0:
             return None
-        if any(other.message != number and other.start < end and start < other.end for other in ranges):
+        start = at + len(frame.header)
+        if text.startswith(frame.opening, at) and at + len(frame.opening) <= mine[0].start:
+            start = at + len(frame.opening)
+        closing = frame.closing if number + 1 == len(conversation.messages) else frame.inner_closing
+        end = self._behind(text, mine[-1].end, _spoken(conversation.messages[number].content), closing)
+        if end is None or any(other.message != number and other.start < end and start < other.end for other in ranges):
             return None
         return start, end
 
@@ -169,38 +169,73 @@ class Renderer:
             return found[-1].end()
         return len(written)
 
-    def _before(self, text: str, at: int, said: str) -> int | None:
-        """Where an answer starts whose first visible character stands at `at`, right behind the generation prompt."""
-        lead = said[: len(said) - len(said.lstrip())]
-        for blanks in (lead, ""):
-            if text.endswith(self._frame.opening + blanks, 0, at):
-                return at - len(blanks)
-        return None
-
-    def _behind(self, text: str, at: int, said: str) -> int | None:
-        """Where the turn ends whose last visible character stands before `at`, right before the template's closing."""
-        trail = said[len(said.rstrip()) :]
-        for blanks in (trail, ""):
-            if text.startswith(blanks + self._frame.closing, at):
-                return at + len(blanks) + self._turn_end(self._frame.closing)
-        return None
+    def _behind(self, text: str, at: int, said: str, closing: str) -> int | None:
+        """Where the turn ends whose last visible character stands before `at`: with the template's closing, which follows."""
+        for blanks in (said[len(said.rstrip()) :], ""):
+            if text.startswith(blanks + closing, at):
+                return at + len(blanks) + self._turn_end(closing)
+        found = text.find(closing, at) if self.control.search(closing) else -1
+        return None if found < 0 else found + self._turn_end(closing)
 
     @cached_property
     def _frame(self) -> "_Frame":
         """What this template writes before and after a plain answer."""
         for messages in _PROBES:
-            conversation = Conversation(messages)
             try:
-                before = self._render(Conversation(messages[:-1]).to_dicts(), None, False).text
-                prompt = self._render(Conversation(messages[:-1]).to_dicts(), None, True).text
-                whole = self._render(conversation.to_dicts(), None, False).text
+                frame = self._framing(messages)
             except Refused:
                 continue
-            answer = messages[-1].content
-            if prompt.startswith(before) and whole.startswith(prompt) and whole.count(answer) == 1:
-                closing = whole[whole.index(answer) + len(answer) :]
-                return _Frame(prompt[len(before) :], closing)
-        return _Frame("", "")
+            if frame is not None:
+                return frame
+        return _Frame("", "", "", "")
+
+    def _framing(self, messages: tuple[Message, ...]) -> "_Frame | None":
+        answer = messages[-1].content
+        prompt, whole = self._plain(messages[:-1], prompt=True), self._plain(messages)
+        base = len(self._common(self._plain(messages[:-1]), prompt))
+        if whole.count(answer) != 1 or not whole.startswith(prompt[:base]):
+            return None
+        opening, (shown, _, closing) = prompt[base:], whole[base:].partition(answer)
+        if not self._agree(opening, shown):
+            return None
+        header, inner_closing = self._common(opening, shown), closing
+        try:
+            longer = self._plain((*messages, Message("user", "And another?"), Message("assistant", "Grey.")))
+        except Refused:
+            return _Frame(opening, header, closing, closing)
+        inner, _, after = longer[base:].partition(answer)
+        if longer.startswith(prompt[:base]) and self._agree(opening, inner):
+            header, inner_closing = self._common(header, inner), self._inner_closing(closing, after)
+        return _Frame(opening, header, closing, inner_closing)
+
+    def _inner_closing(self, closing: str, after: str) -> str:
+        """What ends an answer that another question follows: as the last one ends, or by another control token in its place."""
+        common = self._common(closing, after)
+        last, inner = self.control.search(closing), self.control.search(after)
+        if self.control.search(common) or not last or not inner or closing[: last.start()] != after[: inner.start()]:
+            return common
+        return after[: inner.end()]
+
+    def _agree(self, opening: str, shown: str) -> bool:
+        """Whether an answer stands behind its generation prompt, or behind a part of it that a control token makes certain.
+
+        Some templates put more into the prompt than into a conversation, or the other way round (`<think>`).
+        """
+        if shown.startswith(opening) and shown:
+            return True
+        return self.control.search(self._common(opening, shown)) is not None
+
+    def _common(self, one: str, other: str) -> str:
+        """The start that both have, not ending within a control token."""
+        differs = (at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)
+        length = next(differs, min(len(one), len(other)))
+        for match in (*self.control.finditer(one), *self.control.finditer(other)):
+            if match.start() < length < match.end():
+                length = match.start()
+        return one[:length]
+
+    def _plain(self, messages: tuple[Message, ...], prompt: bool = False) -> str:
+        return self._render(Conversation(messages).to_dicts(), None, prompt).text
 
     def check(self) -> tuple[Conversation, Rendered, list[Span]]:
         """A plain conversation, rendered and marked. Raises ConfigError where this template cannot do that."""
@@ -223,12 +258,23 @@ class Renderer:
 
 class _Frame(NamedTuple):
     opening: str
+    """The generation prompt."""
+    header: str
+    """As much of it as every answer has before it."""
     closing: str
+    """What follows the last answer."""
+    inner_closing: str
+    """What follows every other one."""
 
 
-def _owner(start: int, end: int, ranges: list[Range]) -> int:
-    owners = {found.message for found in ranges if found.start < end and start < found.end}
-    return owners.pop() if len(owners) == 1 else -1
+def _attributed(blocks: list[tuple[int, int]], ranges: list[Range]) -> list[Span]:
+    """Whose blocks these are; one without a word of anybody's (an end of turn by itself) belongs to the one before it."""
+    spans: list[Span] = []
+    for start, end in blocks:
+        owners = {found.message for found in ranges if found.start < end and start < found.end}
+        before = spans[-1].message if spans else -1
+        spans.append(Span(start, end, owners.pop() if len(owners) == 1 else -1 if owners else before))
+    return spans
 
 
 def _escaped(said: str) -> str:
@@ -244,13 +290,19 @@ def _must_appear(message: Message) -> list[str]:
     return said + [call["function"]["name"] for call in message.tool_calls]
 
 
+def _thoughts(message: Message) -> list[str]:
+    """What an assistant thinks aloud before the answer, in a field of its own or between tags."""
+    tagged = message.content.rpartition("</think>")[0].rpartition("<think>")[2] if message.role == "assistant" else ""
+    return [said.strip() for said in (message.reasoning or "", tagged) if said.strip()]
+
+
 def _spoken(content: str) -> str:
     """An answer without the thoughts before it, which templates move or leave out."""
     return content.rpartition("</think>")[2]
 
 
-def _spoken_core(value: str) -> Iterator[tuple[int, int]]:
+def _spoken_core(value: str, owner: int) -> Iterator[tuple[int, int]]:
     spoken = _spoken(value)
     offset = len(value) - len(spoken)
-    for start, end in core(spoken):
+    for start, end in core(spoken, owner):
         yield offset + start, offset + end

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
-from dstune.data.annotate import TRUSTED_ROLES, Range
-from dstune.data.control import ControlTokens, TextTokenizer
+from dstune.data.annotate import TRUSTED_ROLES, Pieces, Range
+from dstune.data.control import ControlTokens, TextTokenizer, unknown_token
 from dstune.data.conversation import Conversation, Example, Message, Refused
 from dstune.data.identity import fingerprint
 from dstune.data.lossy import LossCheck, describe
@@ -73,11 +73,12 @@ class Encoder:
         self.seq2seq = seq2seq
         self.now = now or datetime.now()
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
-        self._control = ControlTokens(tokenizer.added_tokens_decoder, template.source + (template.tool_source or ""))
+        written = template.source + (template.tool_source or "")
+        self._control = ControlTokens(tokenizer.added_tokens_decoder, written, unknown_token(self._backend))
         self._renderer = Renderer(template, tokenizer.special_tokens_map, self._control.pattern, self.now)
         self._as_text = TextTokenizer(self._backend, self._control)
-        self._loss = LossCheck(self._backend)
-        self._expected: dict[tuple[Any, ...], bytes | None] = {}
+        self._loss = LossCheck(self._backend, self._control.unknown)
+        self._expected: dict[tuple[Any, ...], list[int] | None] = {}
         self._probe()
 
     def __reduce__(self) -> tuple[type["Encoder"], tuple[Any, ...]]:
@@ -96,8 +97,10 @@ class Encoder:
             came = f"transformers renders {theirs[:200]!r}, dstune {rendered.text[:200]!r}"
             raise ConfigError(Problem(f"data.template ({self.template.name})", came, "the same text"))
         span = spans[-1]
-        tail = self._encode([rendered.text[span.start : span.end]])[0].ids[-1:]
-        self.end_of_turn_ids = [number for number in tail if len(self._control.positions(np.array([number])))]
+        tokens = self._encode([rendered.text[span.start : span.end]])[0]
+        controls = self._control.positions(np.array(tokens.ids, dtype=np.int32)).tolist()
+        ends = controls and not self._backend.decode(tokens.ids[controls[-1] + 1 :]).strip()
+        self.end_of_turn_ids = [tokens.ids[controls[-1]]] if ends else []
         """The control token that ends an answer; empty where the template ends it by ordinary text."""
 
     def encode(self, conversation: Conversation) -> Example:
@@ -157,7 +160,7 @@ class Encoder:
             raise Refused("no_supervised_tokens", "no answer to learn in this conversation")
         if not self.seq2seq:
             return _Laid(conversation, text, ((0, len(text)),), tuple((span.start, span.end) for span in spans))
-        start, end = spans[-1].start, spans[-1].end
+        start, end = spans[0].start, spans[-1].end
         if not text[:start].strip():
             raise Refused("empty_prompt", "nothing stands before the answer")
         return _Laid(conversation, text, ((0, start), (start, end)), ((start, end),))
@@ -203,15 +206,15 @@ class Encoder:
         )
         if shape not in self._expected:
             self._expected[shape] = self._control_sequence(_harmless(conversation))
-        return self._expected[shape] == ids[self._control.positions(ids)].tobytes()
+        unknown = self._control.unknown
+        return self._expected[shape] == self._control.sequence(ids) and (unknown is None or not (ids == unknown).any())
 
-    def _control_sequence(self, conversation: Conversation) -> bytes | None:
+    def _control_sequence(self, conversation: Conversation) -> list[int] | None:
         try:
             laid = self._lay(conversation)
         except Refused:
             return None
-        ids = _ids(self._encode([laid.text[start:end] for start, end in laid.pieces]))
-        return ids[self._control.positions(ids)].tobytes()
+        return self._control.sequence(_ids(self._encode([laid.text[start:end] for start, end in laid.pieces])))
 
     def _matches(self, laid: _Laid, encodings: list[tokenizers.Encoding]) -> list[_Match]:
         """The control tokens among the tokens, with the characters of the text that they stand for."""
@@ -221,8 +224,10 @@ class Encoder:
             for place in self._control.positions(ids).tolist():
                 characters = encoding.token_to_chars(place)
                 assert characters is not None
-                start, end = characters
-                matches.append(_Match(int(ids[place]), offset + start, offset + end))
+                match = _Match(int(ids[place]), offset + characters[0], offset + characters[1])
+                name = self._control.names[match.number]
+                if match.number != self._control.unknown or laid.text[match.start : match.end].strip() == name:
+                    matches.append(match)
         return matches
 
     def _spelled(self, laid: _Laid, matches: list[_Match]) -> list[_Match]:
@@ -231,20 +236,30 @@ class Encoder:
             return []
         ranges = self._renderer.annotate(laid.conversation, laid.text)
         if ranges is None:
-            ranges = self._renderer.annotate(laid.conversation, laid.text, self._spellings)
+            ranges = self._renderer.annotate(
+                laid.conversation, laid.text, self._spellings(laid.conversation), lenient=True
+            )
         if ranges is None:
             came = f"template {self.template.name}: cannot tell the template's control tokens from spelled ones"
             raise Refused("control_tokens_unresolved", came)
         starts = [found.start for found in ranges]
         return [match for match in matches if self._is_spelled(match, ranges, starts, laid.conversation)]
 
-    def _spellings(self, text: str) -> Iterator[tuple[int, int]]:
-        return (match.span() for match in self._control.pattern.finditer(text))
+    def _spellings(self, conversation: Conversation) -> Pieces:
+        """Marks only the control tokens that are spelled, apart from those that an assistant may write."""
+
+        def pieces(text: str, owner: int) -> Iterator[tuple[int, int]]:
+            speech = owner >= 0 and conversation.messages[owner].role == "assistant"
+            pattern = self._control.special_pattern if speech else self._control.pattern
+            return (match.span() for match in pattern.finditer(text))
+
+        return pieces
 
     def _is_spelled(self, match: _Match, ranges: list[Range], starts: list[int], conversation: Conversation) -> bool:
-        at = bisect_right(starts, match.start) - 1
-        for found in ranges[max(at, 0) : at + 2]:
-            if found.start < match.end and match.start < found.end:
+        first = max(bisect_right(starts, match.start) - 1, 0)
+        for found in ranges[first : bisect_right(starts, match.end)]:
+            empty = found.start == found.end and match.start <= found.start <= match.end
+            if empty or (found.start < match.end and match.start < found.end):
                 speaker = conversation.messages[found.message].role if found.message >= 0 else ""
                 return not (speaker == "assistant" and self._control.is_speech(match.number))
         return False
@@ -264,7 +279,7 @@ class Encoder:
             pieces.append(written + laid.text[at:end])
         encodings = self._as_text.encode(pieces, names)
         ids = _ids(encodings)
-        if ids[self._control.positions(ids)].tolist() != [match.number for match in own]:
+        if self._control.sequence(ids) != [match.number for match in own if match.number != self._control.unknown]:
             raise Refused("control_tokens_unresolved", "the tokenizer makes a control token out of ordinary text")
         ends = [match.end for match in own]
         grown = np.cumsum([0] + [len(names[m.number]) - (m.end - m.start) for m in own]).tolist()

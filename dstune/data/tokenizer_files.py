@@ -3,6 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers.models import Unigram
+
 from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError, Problem
 
@@ -76,7 +80,7 @@ def _sentencepiece(path: Path, named: str) -> Any:
         raise _unopened(named, error) from None
     spec = proto.trainer_spec
     if spec.model_type == spec.BPE and path.name == "tokenizer.model":
-        return _checked(LlamaTokenizer.from_pretrained(str(path.parent)), named)
+        return _checked(LlamaTokenizer.from_pretrained(str(path.parent), add_bos_token=True), named)
     if spec.model_type == spec.UNIGRAM and path.name == "spiece.model":
         return _checked(T5Tokenizer.from_pretrained(str(path.parent)), named)
     if spec.model_type != spec.UNIGRAM:
@@ -84,9 +88,7 @@ def _sentencepiece(path: Path, named: str) -> Any:
         raise ConfigError(
             Problem("model.tokenizer", f"{named}: {came}", "a tokenizer.json", "convert it with transformers")
         )
-    from tokenizers.implementations import SentencePieceUnigramTokenizer
-
-    backend = SentencePieceUnigramTokenizer.from_spm(str(path))
+    backend = _unigram(proto)
     named_tokens = {
         "unk_token": spec.unk_id,
         "bos_token": spec.bos_id,
@@ -94,7 +96,21 @@ def _sentencepiece(path: Path, named: str) -> Any:
         "pad_token": spec.pad_id,
     }
     known = {key: proto.pieces[number].piece for key, number in named_tokens.items() if number >= 0}
-    return _checked(PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **known), named)
+    return _checked(PreTrainedTokenizerFast(tokenizer_object=backend, **known), named)
+
+
+def _unigram(proto: Any) -> tokenizers.Tokenizer:
+    """A SentencePiece unigram as transformers' own converter makes it."""
+    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    backend = tokenizers.Tokenizer(Unigram(vocabulary, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback))
+    steps: list[Any] = [normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if proto.normalizer_spec.precompiled_charsmap:
+        steps.insert(0, normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
+    backend.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if proto.normalizer_spec.add_dummy_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return backend
 
 
 def _checked(tokenizer: Any, named: str) -> Any:
