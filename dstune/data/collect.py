@@ -37,6 +37,8 @@ class Collector:
         self._lines = array("q")
         self._problems: list[Problem] = []
         self._current = -1
+        self.num_records = 0
+        """Records taken so far."""
 
     @property
     def files(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -62,6 +64,7 @@ class Collector:
         if tally.source != self._current:
             self.end_source()
             self._current = tally.source
+        self.num_records += len(result.records)
         for record in result.records:
             self._take_record(record, tally, result.file)
         if self._problems:

@@ -30,7 +30,7 @@ R = TypeVar("R")
 _LENGTH_BYTES = 8
 _IN_FLIGHT = 2
 """Chunks a process that are waiting or worked on: memory stays bounded however slow the reader of the results is."""
-_INLINE_CHUNKS = 4
+_INLINE_CHUNKS = 8
 """So little work is done here, in less time than a process needs to start."""
 _CHILD = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from dstune.data.pool import serve; serve()"
 """The parent's import path and no other: with `-c` the working directory would come first, and a `json.py` there be imported."""

@@ -157,7 +157,8 @@ class _Build:
                 with closing(results):
                     for result in results:
                         collector.take(result)
-                        self._tell(tallies, result.file)
+                        now = tallies[result.file].path
+                        self._report(Progress("tokenising", now, collector.num_records, collector.num_examples))
                 collector.end_source()
             except DataError:
                 for file in files:  # half of the old file and half of the new one is the true reason for any nonsense
@@ -174,10 +175,6 @@ class _Build:
                 collector.records,
                 rejects.finish(),
             )
-
-    def _tell(self, tallies: Sequence[FileTally], file: int) -> None:
-        records = sum(tally.records_read for tally in tallies)
-        self._report(Progress("tokenising", tallies[file].path, records, sum(tally.kept for tally in tallies)))
 
     def _write_parted(self, root: Path, fraction: float) -> None:
         """Tokenise beside, then share the examples out: `fraction` of them to `validation/`."""

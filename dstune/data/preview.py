@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import RenderableType
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dstune import atomic
@@ -147,7 +147,7 @@ def _summary(prepared: Prepared) -> RenderableType:
 
 
 def _sources(prepared: Prepared) -> RenderableType:
-    table = Table("file", "records", "used", "conversations", "kept", "here", "dropped")
+    table = Table(Column("file", overflow="fold"), "records", "used", "conversations", "kept", "here", "dropped")
     for file in prepared.manifest["sources"]:
         records, made = file["records"], file["conversations"]
         reasons = [*records["dropped"].items(), *made["dropped"].items()]
@@ -165,7 +165,11 @@ def _sources(prepared: Prepared) -> RenderableType:
 
 def _rejects_table(rejects: list[dict[str, Any]]) -> RenderableType:
     table = Table(
-        "dropped", "reason", "detail", title=f"the first {len(rejects)} of rejects.jsonl", title_justify="left"
+        Column("dropped", overflow="fold"),
+        "reason",
+        "detail",
+        title=f"the first {len(rejects)} of rejects.jsonl",
+        title_justify="left",
     )
     for reject in rejects:
         part = f" part {reject['part']}" if reject["part"] else ""

@@ -205,7 +205,7 @@ def test_many_bad_records_are_counted_not_printed(base, cache):
 
 
 def test_a_broken_array_is_one_error_whatever_the_processes(base, cache, monkeypatch):
-    monkeypatch.setattr(work, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(work, "CHUNK_RECORDS", 2)
     text = json.dumps([record(number) for number in range(60)], indent=0)
     (base / "data/b.json").write_text(text[: len(text) // 2])
     messages = []
