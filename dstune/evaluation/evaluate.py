@@ -19,7 +19,6 @@ from dstune.errors import Problem, UsageError
 from dstune.evaluation.asking import Asked, compared, counts, encode, find_answers, find_likelihoods, output_line
 from dstune.evaluation.metrics import build
 from dstune.evaluation.questions import Questions, read_questions
-from dstune.evaluation.table import table
 from dstune.evaluation.tasks import Task, TasksFile
 from dstune.loggers import get_logger
 from dstune.model.open import OpenedModel, open_model
@@ -27,7 +26,6 @@ from dstune.records.evaluation import Estimate, Evaluation, TaskResult
 
 RESULTS = "results.json"
 OUTPUTS = "outputs.jsonl"
-__all__ = ["OUTPUTS", "RESULTS", "evaluate", "table"]
 
 _PACKAGES = ("torch", "transformers", "evaluate", "sacrebleu", "rouge-score")
 _log = get_logger(__name__)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,25 +18,23 @@ _NOTED = {
 }
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """The dict that `evaluate` returns (or `results.json` read again), a line per figure."""
+def results_table(results: Mapping[str, Any]) -> Group:
+    """The dict that `evaluate` returns (or `results.json` read again): a line per figure, and what to know about the answers."""
     title = escape(f"{results['model']}  ({results['dtype']}, {results['device']})")
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("task", overflow="fold")
-    shown.add_column("examples", justify="right")
-    shown.add_column("metric")
-    shown.add_column("value", justify="right")
-    shown.add_column("95% interval", justify="right")
-    shown.add_column("notes", overflow="fold")
+    table = Table(title=title, title_justify="left")
+    table.add_column("task", overflow="fold")
+    for name in ("examples", "metric", "value", "95% interval"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    notes: list[str] = []
     for task in results["tasks"]:
-        first = True
+        head = (escape(task["name"]), str(task["examples"]))
         for name, estimate in task["metrics"].items():
             value, low, high = (_figure(estimate[key]) for key in ("value", "low", "high"))
-            head = (escape(task["name"]), str(task["examples"])) if first else ("", "")
-            shown.add_row(*head, name, value, f"{low} – {high}", _notes(task["counts"]) if first else "")
-            first = False
-        shown.add_section()
-    return shown
+            table.add_row(*head, name, value, f"{low} – {high}")
+            head = ("", "")
+        table.add_section()
+        notes += [f"{escape(task['name'])}: {found}"] if (found := _notes(task["counts"])) else []
+    return Group(table, *notes, f"answers: {escape(str(results['outputs']))}")
 
 
 def _figure(value: float) -> str:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from dstune.data.conversation import Conversation, Message
 from dstune.errors import DataError, UsageError
-from dstune.evaluation.evaluate import evaluate, table
+from dstune.evaluation.evaluate import evaluate
+from dstune.evaluation.table import results_table
 from dstune.generate import Settings, generate
 from dstune.model.open import open_model
 from tests.evaluation.models import save_llama, save_t5
@@ -148,7 +149,7 @@ def test_the_table_shows_every_figure_and_takes_names_as_text(model, tasks, tmp_
     results = evaluate(model, tasks, tmp_path / "out")
     results["model"] = "[bold]odd"
     out = io.StringIO()
-    Console(file=out, width=140).print(table(results))
+    Console(file=out, width=140).print(results_table(results))
     for word in ("[bold]odd", "rougeLsum", "f1_weighted", "6 name no label", "nats_per_token"):
         assert word in out.getvalue()
 
