@@ -227,7 +227,7 @@ def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainSt
     state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
     engine.load(reader.fill, state.optimizer_steps)
     engine.load_extra_state(state.engine)
-    log.info("loaded %s (written by %d workers)", plan.resume_from, reader.world_size)
+    log.info("loaded %s (written by %d workers)", plan.resume_from, reader.manifest.world_size)
     return state
 
 
