@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from dstune.config.load import resolve
@@ -35,8 +36,9 @@ def load_config(model: ModelSection, base: Path) -> PretrainedConfig:
     try:
         # From the file's own values, so that what a config derives (a head's size) follows what was overridden.
         config = type(plain).from_dict(_merged(values, model.overrides))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(Problem("model.overrides", f"{plain.model_type}'s config refuses them: {error}")) from None
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(Problem("model.overrides", f"{plain.model_type}'s config refuses them: {text}")) from None
     config.name_or_path = str(directory)
     return config
 
@@ -102,7 +104,7 @@ def _fetch(model: ModelSection, tried: Path, weights: bool) -> Path:
 def _read(directory: Path, model: ModelSection) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(directory), trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise ConfigError(

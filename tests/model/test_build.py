@@ -1,0 +1,214 @@
+"""Models built on several workers: the same weights whatever the world and the ZeRO stage, each worker reading only its own."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dstune.config.schema import ModelSection
+from dstune.engine.parameters import full_shape, local_piece
+from dstune.engine.world import World
+from dstune.errors import ConfigError
+from dstune.model.build import build, skeleton
+from dstune.model.config import load_config
+from dstune.model.weights import WeightFiles
+from tests.model.architectures import tiny
+from tests.spawn import run_workers
+
+SEED = 11
+
+
+def whole_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter in full, from all workers' pieces."""
+    result: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        piece = local_piece(parameter)
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (piece.start, piece.tensor.clone()))
+        flat = torch.zeros(torch.Size(full_shape(parameter)).numel(), dtype=parameter.dtype)
+        for start, tensor in parts:
+            flat[start : start + len(tensor)] = tensor
+        result[name] = flat.view(full_shape(parameter))
+    return result
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in tensors.items():
+        sha.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def random_digests(folder: Path) -> dict[str, str]:
+    World.from_environment().init()
+    found: dict[str, str] = {}
+    for stage in (1, 2, 3):
+        for path in ("builtin:tiny-llama", "builtin:tiny-t5", str(folder / "gpt2")):
+            section = ModelSection(path=path, init="random")
+            module = build(section, Path(), "eager", SEED, {"zero_optimization": {"stage": stage}})
+            found[f"{path} on stage {stage}"] = digest(whole_weights(module))
+            assert all(buffer.dtype is not torch.bfloat16 for buffer in module.buffers())
+    return found
+
+
+@pytest.mark.dist
+def test_random_weights_are_the_same_on_every_world_and_stage(tmp_path):
+    tiny("gpt2").config.save_pretrained(tmp_path / "gpt2")
+    results = [found for world_size in (1, 2, 3) for found in run_workers(random_digests, world_size, tmp_path)]
+    assert len(results) == 6
+    assert all(found == results[0] for found in results)
+    by_path = {name.split(" on ")[0] for name in results[0]}
+    # Three models, each with one digest over its three stages.
+    assert len(set(results[0].values())) == len(by_path) == 3
+
+
+ARCHITECTURES = ("llama", "llama-tied", "gpt2", "mixtral", "qwen3_moe", "t5", "bart")
+
+
+def load_all(folder: Path) -> dict[str, list]:
+    """Per architecture: digest of the weights, and how many bytes this worker read."""
+    World.from_environment().init()
+    read_range, found = WeightFiles.read_range, {}
+    counted = [0]
+
+    def counting(self, name, start, stop):
+        tensor = read_range(self, name, start, stop)
+        counted[0] += tensor.numel()
+        return tensor
+
+    WeightFiles.read_range = counting
+    for name in ARCHITECTURES:
+        counted[0] = 0
+        section = ModelSection(path=str(folder / name), dtype="fp32")
+        module = build(section, Path(), "eager", SEED, {"zero_optimization": {"stage": 3}})
+        found[name] = [digest(whole_weights(module)), counted[0]]
+    return found
+
+
+@pytest.mark.dist
+def test_pretrained_weights_are_read_slice_by_slice_and_equal_transformers_own(tmp_path):
+    expected, sizes = {}, {}
+    for name in ARCHITECTURES:
+        model = tiny(name)
+        model.save_pretrained(tmp_path / name, max_shard_size="20KB")
+        expected[name] = digest({key: value.detach() for key, value in model.named_parameters()})
+        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    for world_size in (2, 3):
+        for found in run_workers(load_all, world_size, tmp_path):
+            assert {name: value[0] for name, value in found.items()} == expected
+            # Of a model whose tensors are only renamed, each worker reads its share.
+            assert found["llama"][1] <= sizes["llama"] / world_size + 100
+
+
+@pytest.fixture
+def single_worker():
+    World().init()
+    yield
+    dist.destroy_process_group()
+
+
+def section(path: Path, **settings: object) -> ModelSection:
+    return ModelSection(path=str(path), dtype="fp32", **settings)
+
+
+def stage(number: int) -> dict:
+    return {"zero_optimization": {"stage": number}}
+
+
+def test_wrong_weights_are_named(tmp_path, single_worker):
+    tiny("llama").save_pretrained(tmp_path / "model")
+
+    def refusal(change, **settings) -> str:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tmp_path / "model", tmp_path / "copy")
+        change(tmp_path / "copy")
+        with pytest.raises(ConfigError) as caught:
+            build(section(tmp_path / "copy", **settings), Path(), "eager", SEED, stage(1))
+        return str(caught.value)
+
+    def without(*names: str):
+        def change(folder: Path) -> None:
+            tensors = {key: value for key, value in load_file(folder / "model.safetensors").items() if key not in names}
+            save_file(tensors, folder / "model.safetensors")
+
+        return change
+
+    def pickled(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    def escaping(folder: Path) -> None:
+        shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "../outside.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def truncated(folder: Path) -> None:
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+    def quantised(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    assert "lm_head.weight" in refusal(without("lm_head.weight"))
+    assert "shape [1000, 32]" in refusal(lambda folder: None, overrides={"vocab_size": 900})
+    assert "pickle" in refusal(pickled) and "save_pretrained" in refusal(pickled)
+    assert "../outside.safetensors" in refusal(escaping)
+    assert "cannot be read" in refusal(truncated)
+    assert "no weights" in refusal(lambda folder: (folder / "model.safetensors").unlink())
+    assert "quantised" in refusal(quantised)
+    assert "index" in refusal(lambda folder: (folder / "model.safetensors.index.json").write_text("[]"))
+
+
+def test_a_file_with_tied_names_and_one_of_a_bare_base_model(tmp_path, single_worker):
+    """GPT-2 on the hub has no `transformer.` before its names; old tied files hold both names of the embedding."""
+    model = tiny("gpt2")
+    tensors = {
+        key.removeprefix("transformer."): value for key, value in model.state_dict().items() if "lm_head" not in key
+    }
+    folder = tmp_path / "bare"
+    model.config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors")
+    loaded = build(section(folder), Path(), "eager", SEED, stage(1))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    both = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(both, folder / "model.safetensors")
+    loaded = build(section(folder), Path(), "eager", SEED, stage(1))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_built_model_computes_what_transformers_computes(tmp_path, single_worker):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    ids = torch.arange(20)[None]
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(input_ids=ids).logits
+    built = build(section(tmp_path / "model"), Path(), "sdpa", SEED, stage(1)).eval()
+    assert torch.equal(built(input_ids=ids).logits, expected)
+
+
+def test_activation_checkpointing_changes_no_gradient(tmp_path, single_worker):
+    gradients = []
+    for on in (False, True):
+        module = build(
+            ModelSection(path="builtin:tiny-llama", dtype="fp32", activation_checkpointing=on),
+            Path(),
+            "sdpa",
+            SEED,
+            stage(1),
+        )
+        module(input_ids=torch.arange(30)[None], use_cache=False).logits.square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+        assert module.is_activation_checkpointing is on
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_skeleton_has_names_and_no_storage():
+    model = ModelSection(path="builtin:tiny-llama")
+    outline = skeleton(load_config(model, Path()), model)
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert outline.lm_head.weight is outline.model.embed_tokens.weight

@@ -1,0 +1,107 @@
+"""Packed examples never see each other: shown for real architectures, and refused where something carries over."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from dstune.batch import collate
+from dstune.config.schema import ModelSection
+from dstune.errors import ConfigError
+from dstune.model import isolation
+from dstune.model.attention import choose
+from dstune.model.isolation import packed_inputs, prove, shrunk
+from tests.model.architectures import tiny, tiny_config
+from tests.test_batch import Prepared
+
+ISOLATED = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma3_text", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("name", ISOLATED)
+def test_packing_is_shown_to_be_right(name):
+    config = tiny_config(name)
+    for attention in ("per-example", "sdpa", "eager"):
+        prove(config, attention)
+    assert choose(ModelSection(path="x"), config, "packed") == "per-example"
+
+
+@pytest.mark.parametrize("name", ISOLATED)
+def test_a_packed_row_of_the_model_itself_equals_its_examples_alone(name):
+    """Not by `prove`'s own machinery: a real batch, another seed, the model as it will be trained."""
+    module = tiny(name, seed=5).eval()
+    prepared = Prepared()
+    batch = collate(prepared, [0, 1], "packed", pad_id=0)
+    numbers = batch.examples
+    alone = [module(input_ids=torch.tensor(prepared.example(n).input_ids)[None].long()).logits for n in numbers]
+    module.set_attn_implementation(choose(ModelSection(path="x"), module.config, "packed"))
+    packed = module(**batch.inputs, use_cache=False).logits
+    assert torch.allclose(packed, torch.cat(alone, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "bloom"])
+def test_what_carries_state_over_or_has_no_positions_to_restart_is_refused(name):
+    config = AutoConfig.for_model(name)
+    with pytest.raises(ConfigError) as caught:
+        choose(ModelSection(path="x"), config, "packed")
+    assert "carries over" in str(caught.value)
+    assert "data.packing: false" in str(caught.value)
+    assert config.model_type in str(caught.value)
+
+
+def test_soft_caps_go_to_the_attention_that_has_them():
+    config = tiny_config("gemma2")
+    with pytest.raises(ConfigError, match="softcap"):
+        prove(config, "per-example")
+    assert choose(ModelSection(path="x"), config, "packed") == "eager"
+
+
+def test_windows_that_a_kernel_does_not_know_are_found_out(monkeypatch):
+    """The experiment has power: a kernel without windows differs from plain attention even on a first example."""
+    from dstune.model import per_example
+
+    config = tiny_config("mistral")
+    monkeypatch.setattr(per_example, "_band", lambda length, window, device: torch.ones(length, length).tril().bool())
+    isolation._disproof.cache_clear()
+    with pytest.raises(ConfigError, match="example 1 of 3"):
+        prove(config, "per-example")
+    isolation._disproof.cache_clear()
+
+
+def test_a_kernel_that_ignores_where_examples_begin_is_found_out(monkeypatch):
+    from dstune.model import per_example
+
+    original = per_example.per_example_attention
+
+    def leaking(*args, cu_seq_lens_q=None, **kwargs):
+        whole = torch.tensor([0, int(cu_seq_lens_q[-1])]) if cu_seq_lens_q is not None else None
+        return original(*args, cu_seq_lens_q=whole, **kwargs)
+
+    monkeypatch.setattr(per_example, "per_example_attention", leaking)
+    isolation._disproof.cache_clear()
+    with pytest.raises(ConfigError, match="example 2 of 3"):
+        prove(tiny_config("llama"), "per-example")
+    isolation._disproof.cache_clear()
+
+
+def test_the_written_attention_is_taken_and_other_layouts_need_no_proof():
+    config = AutoConfig.for_model("mamba")
+    assert choose(ModelSection(path="x", attention="eager"), config, "packed") == "eager"
+    assert choose(ModelSection(path="x"), config, "padded") == "eager"
+    assert choose(ModelSection(path="x"), tiny_config("llama"), "padded") == "sdpa"
+    assert choose(ModelSection(path="x"), tiny_config("t5"), "seq2seq") in ("sdpa", "eager")
+
+
+def test_every_kind_of_layer_stays_when_a_config_is_made_small():
+    config = AutoConfig.for_model("gemma3_text")
+    assert set(shrunk(config, True).layer_types) == {"sliding_attention", "full_attention"}
+    assert shrunk(config, True).num_hidden_layers == 6
+    moe = AutoConfig.for_model("deepseek_v3")
+    assert shrunk(moe, True).num_hidden_layers == moe.first_k_dense_replace + 1
+
+
+def test_the_inputs_of_the_proof_are_those_of_training():
+    batch = collate(Prepared(), [0], "packed", pad_id=0)
+    examples = [torch.tensor(Prepared().example(n).input_ids)[None].long() for n in batch.examples]
+    ours = packed_inputs(examples)
+    assert ours.keys() == batch.inputs.keys()
+    for key, value in batch.inputs.items():
+        assert torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(value)), key

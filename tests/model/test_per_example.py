@@ -1,0 +1,83 @@
+"""Per-example attention against plain attention under a block mask: values and gradients, windows, shared heads."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dstune.model import per_example
+from dstune.model.per_example import per_example_attention
+
+LENGTHS = (5, 1, 9, 17)
+
+
+def block_mask(window: int | None) -> torch.Tensor:
+    owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    at = torch.arange(sum(LENGTHS))
+    mask = (owner[:, None] == owner[None]) & (at[:, None] >= at[None])
+    return mask & (at[:, None] - at[None] < window) if window is not None else mask
+
+
+def inputs(heads: int, shared: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    tokens = sum(LENGTHS)
+    shapes = [(1, heads, tokens, 16), (1, shared, tokens, 16), (1, shared, tokens, 16)]
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+
+
+def starts(device: str = "cpu") -> torch.Tensor:
+    return torch.tensor([0, *LENGTHS], device=device).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2), (4, 1)])
+def test_equal_to_attention_under_a_block_mask(window, heads, shared):
+    tensors = inputs(heads, shared, torch.float64)
+    weight = torch.randn(1, sum(LENGTHS), heads, 16, dtype=torch.float64)
+    ours, none = per_example_attention(
+        torch.nn.Module(), *tensors, None, scaling=0.3, cu_seq_lens_q=starts(), max_length_q=17, sliding_window=window
+    )
+    q, k, v = tensors
+    repeated = (k.repeat_interleave(heads // shared, 1), v.repeat_interleave(heads // shared, 1))
+    theirs = scaled_dot_product_attention(q, *repeated, attn_mask=block_mask(window), scale=0.3).transpose(1, 2)
+    assert none is None and ours.is_contiguous()
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    mine = torch.autograd.grad((ours * weight).sum(), tensors)
+    wanted = torch.autograd.grad((theirs * weight).sum(), tensors)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(mine, wanted, strict=True))
+
+
+@pytest.mark.parametrize("argument", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}])
+def test_attention_it_cannot_do_is_refused(argument):
+    with pytest.raises(ValueError, match="per-example attention has no"):
+        per_example_attention(
+            torch.nn.Module(), *inputs(4, 4, torch.float32), None, cu_seq_lens_q=starts(), max_length_q=17, **argument
+        )
+
+
+def test_more_than_one_row_is_refused():
+    tensors = [tensor.expand(2, -1, -1, -1) for tensor in inputs(4, 4, torch.float32)]
+    with pytest.raises(ValueError, match="one flattened row"):
+        per_example_attention(torch.nn.Module(), *tensors, None, cu_seq_lens_q=starts(), max_length_q=17)
+
+
+def test_without_starts_it_is_plain_causal_attention():
+    tensors = inputs(4, 4, torch.float32)
+    ours, _ = per_example_attention(torch.nn.Module(), *tensors, None)
+    assert torch.allclose(ours, scaled_dot_product_attention(*tensors, is_causal=True).transpose(1, 2))
+
+
+def test_registering_twice_does_no_harm():
+    per_example.register()
+    per_example.register()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's varlen_attn")
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_attention_on_a_gpu_equals_the_cpu(window):
+    tensors = inputs(4, 2, torch.bfloat16, "cuda")
+    arguments = {"scaling": 0.3, "max_length_q": 17, "sliding_window": window}
+    ours, _ = per_example_attention(torch.nn.Module(), *tensors, None, cu_seq_lens_q=starts("cuda"), **arguments)
+    on_cpu = [tensor.detach().float().cpu() for tensor in tensors]
+    theirs, _ = per_example_attention(torch.nn.Module(), *on_cpu, None, cu_seq_lens_q=starts(), **arguments)
+    assert torch.allclose(ours.float().cpu(), theirs, atol=2e-2)
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(ours.float().sum(), tensors))
