@@ -16,7 +16,7 @@ from dstune.generate import Settings, generate, stream
 from dstune.model.build import build
 from dstune.model.open import OpenedModel, open_model
 from dstune.score import score
-from tests.evaluation.models import save_llama, save_t5
+from tests.evaluation.models import ARCHITECTURES, save_architecture, save_llama, save_t5
 from tests.spawn import run_workers
 
 QUESTIONS = ["Hi", "Sort these words: pig apple door", "北京在哪里？", "x " * 60, "What is 12 + 30?", "a", "雪" * 20]
@@ -94,6 +94,13 @@ def test_greedy_answers_do_not_depend_on_the_batch(model):
     for batch_size in (2, 3, 7):
         assert generate(model, prompts(model), settings, batch_size) == alone
     assert len({answer.text for answer in alone}) > 3
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_no_architecture_sees_the_padding(tmp_path: Path, name: str):
+    model = open_model(str(save_architecture(tmp_path, name)), device="cpu")
+    settings = Settings(max_new_tokens=16)
+    assert generate(model, prompts(model), settings, batch_size=7) == generate(model, prompts(model), settings, 1)
 
 
 def test_greedy_is_the_arg_max_of_plain_forward_passes(llama):

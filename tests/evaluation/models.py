@@ -2,9 +2,18 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import dstune.data
 
@@ -51,6 +60,38 @@ def save_t5(folder: Path) -> Path:
         decoder_start_token_id=0,
     )
     return _save(T5ForConditionalGeneration(config), folder)
+
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
+_HEADS = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "init_std": 0.3,
+    "decoder_start_token_id": 2,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
+    "mistral": {**_SMALL, **_HEADS, "sliding_window": 16},
+    "mamba": {**_SMALL, "state_size": 8},
+    "bart": _BART,
+}
+"""Absolute positions, a sliding window, a recurrent state, an encoder with a bidirectional mask: what padding could upset."""
+
+
+def save_architecture(folder: Path, name: str) -> Path:
+    """A two-layer model of an architecture of `ARCHITECTURES`."""
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        name, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=None, eos_token_id=2, **ARCHITECTURES[name]
+    )
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return _save(kind.from_config(config), folder)
 
 
 def _save(module, folder: Path) -> Path:
