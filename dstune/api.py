@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.load import LoadedRun, load_run
-from dstune.errors import EXIT_DONE, Problem, UsageError
+from dstune.errors import Problem, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,11 +41,15 @@ class RunResult:
         return asdict(self)
 
 
-def schema(site: bool = False) -> dict[str, Any]:
-    """JSON Schema of the run file (or the site file)."""
+def schema(file: str = "run") -> dict[str, Any]:
+    """JSON Schema of a run file, a `site` file or a `tasks` file."""
     from dstune.config.schema import RunConfig, SiteConfig
 
-    return (SiteConfig if site else RunConfig).model_json_schema(by_alias=True)
+    if file == "tasks":
+        from dstune.evaluation.tasks import TasksFile
+
+        return TasksFile.model_json_schema(by_alias=True)
+    return (SiteConfig if file == "site" else RunConfig).model_json_schema(by_alias=True)
 
 
 def recipes() -> dict[str, str]:
@@ -275,11 +279,13 @@ def export(
     return target
 
 
-def evaluate(model: str | Path, tasks: str | Path, *, out: str | Path | None = None) -> dict[str, Any]:
+def evaluate(
+    model: str | Path, tasks: str | Path, *, out: str | Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Generate answers for every task of a tasks file and score them; results, and files in `out`."""
     from dstune.evaluation.evaluate import evaluate as run_tasks
 
-    return run_tasks(str(model), Path(tasks), Path(out) if out is not None else None)
+    return run_tasks(str(model), Path(tasks), Path(out) if out is not None else None, overwrite=overwrite)
 
 
 def results_table(results: dict[str, Any]) -> "RenderableType":
@@ -295,13 +301,24 @@ def chat(
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
+    template: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
     as_json: bool = False,
 ) -> int:
     """Talk to a model in this terminal (or answer the questions on stdin, one a line); the exit status."""
     from dstune import chatting
 
-    chatting.chat(str(model), system=system, max_new_tokens=max_new_tokens, temperature=temperature, as_json=as_json)
-    return EXIT_DONE
+    return chatting.chat(
+        str(model),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        as_json=as_json,
+        template=template,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _loaded(run: RunFile, overrides: Sequence[str]) -> LoadedRun:

@@ -6,11 +6,13 @@ from dstune.cli.output import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--site", action="store_true", help="of the site file instead")
+    parser.add_argument(
+        "file", nargs="?", default="run", choices=("run", "site", "tasks"), help="which file (default: run)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from dstune import api
 
-    print_json(api.schema(site=args.site))
+    print_json(api.schema(args.file))
     return 0
