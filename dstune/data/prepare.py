@@ -165,7 +165,7 @@ class _Build:
                     inputs.require_unchanged(file)
                 raise
             if not collector.num_examples:
-                raise DataError(_nothing(tallies))
+                raise DataError(_nothing(tallies, rejects.first))
             return _Examples(
                 tallies,
                 writer.finish(),
@@ -295,12 +295,12 @@ class _Examples:
         return _Examples(self.tallies, shards, writer.lengths(), writer.supervised(), files, records, rejects)
 
 
-def _nothing(tallies: Sequence[FileTally]) -> list[Problem]:
-    """Why there is not one example."""
+def _nothing(tallies: Sequence[FileTally], first: str) -> list[Problem]:
+    """Why there is not one example; `first`: the first reject, as an instance."""
     problems: list[Problem] = []
-    for tally in tallies:
+    for tally in [tally for tally in tallies if tally.records_read] or tallies:
         dropped = tally.records_dropped + tally.dropped
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "nothing dropped"
         came = f"no usable example: {tally.records_read} records read, {tally.made} conversations made ({reasons})"
         problems.append(Problem(tally.path, came))
-    return problems
+    return [*problems, Problem("", f"for instance {first}")] if first else problems

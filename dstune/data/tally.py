@@ -77,9 +77,12 @@ class Rejects:
 
     def __init__(self, path: Path) -> None:
         self._file = HashedFile(path)
+        self.first = ""
+        """The first reject for a person, empty where there is none."""
 
     def add(self, file: str, line: int, part: int | None, reason: str, detail: str) -> None:
         """One record (`part` None) or one of its conversations (from 0)."""
+        self.first = self.first or f"{file}:{line}: {reason}: {detail}"
         entry = {"file": file, "line": line, "part": part, "reason": reason, "detail": detail}
         # A lone surrogate cannot be UTF-8; as \udc80 it is still JSON.
         self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))

@@ -330,7 +330,10 @@ def test_validation_sources_of_their_own(base, cache):
 
 def test_nothing_usable_is_an_error_that_says_why(base, cache):
     write_lines(base / "data/a.jsonl", ["{}", {"instruction": "x", "output": ""}])
-    with pytest.raises(DataError, match=r"data/a\.jsonl: no usable example: 2 records read.*empty_answer"):
+    with pytest.raises(
+        DataError,
+        match=r"data/a\.jsonl: no usable example: 2 records read.*empty_answer.*\nfor instance data/a\.jsonl:1: ",
+    ):
         prepare.prepare(make_config(bad_rows="skip"), base)
     (base / "data/a.jsonl").write_text("")
     with pytest.raises(DataError, match=r"data/a\.jsonl"):
