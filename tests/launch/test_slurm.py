@@ -1,5 +1,6 @@
 """Batch scripts: what they say, and what a real Slurm of two nodes makes of them."""
 
+import json
 import subprocess
 
 import pytest
@@ -15,7 +16,7 @@ from tests.launch.process_executor import events, steps, stub_run
 from tests.launch.slurm_cluster import ticks
 from tests.launch.stub_drive import wrapper
 
-HOSTILE = "it's \"a\" $(touch pwned) `touch pwned` ; & %j #run"
+HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` ; & %j #run'
 
 
 def config(**cluster):
@@ -84,6 +85,12 @@ def hand_over(folder, name="run", nodes=2, slurm=None, **stub):
     return paths, sent["job_id"]
 
 
+def hurry(paths):
+    """Let the stub's remaining steps take no time."""
+    file = paths.root / "stub.json"
+    write_json(file, json.loads(file.read_text()) | {"seconds": 0.0})
+
+
 def until_step(paths, step):
     for _ in ticks(150):
         if paths.metrics.exists() and len(steps(paths)) >= step:
@@ -114,6 +121,7 @@ def test_a_warning_saves_and_requeues_and_the_job_goes_on(tmp_path, slurm):
     slurm.wait_for(job, "PENDING")
     now = submission.status(paths)
     assert now["state"] == "queued" and now["step"] >= 20
+    hurry(paths)
     slurm.release(job)
     slurm.wait_for(job, "COMPLETED", seconds=200)
     assert submission.status(paths)["state"] == "succeeded" and steps(paths) == list(range(1, 401))
@@ -122,14 +130,15 @@ def test_a_warning_saves_and_requeues_and_the_job_goes_on(tmp_path, slurm):
 
 @pytest.mark.slurm
 def test_a_preemption_with_grace_saves_and_requeues(tmp_path, slurm):
-    paths, job = hand_over(tmp_path, nodes=1, steps=300, commit_every=1000, seconds=0.05)
+    paths, job = hand_over(tmp_path, nodes=1, steps=600, commit_every=1000, seconds=0.1)
     until_step(paths, 10)
     urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "-N2", "--output=/dev/null", "--wrap=true")
     slurm.wait_for(urgent, "COMPLETED", seconds=120)
     assert [event["state"] for event in events(paths, "drive_ended")] == ["preempted"]
+    hurry(paths)
     slurm.release(job)
     slurm.wait_for(job, "COMPLETED", seconds=200)
-    assert steps(paths) == list(range(1, 301))
+    assert steps(paths) == list(range(1, 601))
 
 
 @pytest.mark.slurm
@@ -139,7 +148,7 @@ def test_stop_saves_first_and_the_job_is_over(tmp_path, slurm):
     now = submission.stop(paths, wait=True, seconds=60)
     assert now["state"] == "stopped" and now["step"] >= 5
     facts = slurm.wait_for(job, "FAILED", "COMPLETED", "PENDING")
-    assert facts["ExitCode"] == "75:0" and facts["JobState"] == "FAILED"
+    assert facts["ExitCode"] == "75:0" and facts["JobState"] == "FAILED"  # no requeue: a person wanted it to stop
 
 
 @pytest.mark.slurm
