@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dstune.data.conversation import Refused
-from dstune.data.strict_json import parse, parse_object
+from dstune.data.strict_json import parse, parse_object, string_end
 from dstune.errors import DataError, Problem
 
 _BLANK = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 18
 _STRUCTURE = re.compile(rb'["{}\[\],]')
-_REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 
 
@@ -195,10 +194,10 @@ class _Elements:
         buffer = self.buffer
         while True:
             if string:
-                ended = _REST_OF_STRING.match(buffer, at)
-                if not ended:
+                ended = string_end(buffer, at)
+                if ended < 0:
                     return self._safe_cut(at), depth, True, False
-                at, string = ended.end(), False
+                at, string = ended, False
             found = _STRUCTURE.search(buffer, at)
             if not found:
                 return len(buffer), depth, False, False

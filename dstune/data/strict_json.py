@@ -10,8 +10,8 @@ from dstune.data.conversation import Refused
 MAX_DEPTH = 100
 """Brackets within brackets. Real tool schemas stay below 20; Python's reader overflows its stack at some thousands."""
 
-_WHITESPACE = b" \t\r\n"
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_BACKSLASH = ord("\\")
+_STRING_OR_BRACKET = re.compile(rb'["\[\]{}]')
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -56,15 +56,31 @@ def kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
+def string_end(raw: bytes, at: int) -> int:
+    """The place behind the quote that closes the string whose text starts at `at`; -1 where `raw` ends before it."""
+    while (quote := raw.find(b'"', at)) >= 0:
+        backslash = quote
+        while backslash > at and raw[backslash - 1] == _BACKSLASH:
+            backslash -= 1
+        if (quote - backslash) % 2 == 0:
+            return quote + 1
+        at = quote + 1
+    return -1
+
+
 def _check_depth(raw: bytes) -> None:
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(raw):
-        first = raw[match.start()]
-        if first in b"[{":
+    depth = at = 0
+    while found := _STRING_OR_BRACKET.search(raw, at):
+        at, byte = found.end(), found.group()
+        if byte == b'"':
+            at = string_end(raw, at)
+            if at < 0:
+                return
+        elif byte in b"[{":
             depth += 1
             if depth > MAX_DEPTH:
                 raise Refused("too_deep", f"more than {MAX_DEPTH} brackets within each other")
-        elif first in b"]}":
+        else:
             depth -= 1
 
 
