@@ -67,12 +67,12 @@ def collate(
     rows: Sequence[int | None],
     layout: Layout,
     pad_id: int,
-    decoder_start_id: int | None = None,
 ) -> Batch:
     """The micro-batch of `rows` (numbers of `rows.arrow`; None: a padding row of weight zero, which has no targets).
 
-    `packed`: one row [1, tokens], all examples end to end. `padded`: [examples, longest]. `seq2seq`: sources to the encoder,
-    targets to the decoder, which begins with `decoder_start_id`. A batch of padding rows alone is still a valid forward pass.
+    `packed`: one row [1, tokens], all examples end to end. `padded`: [examples, longest]. `seq2seq`: sources to the
+    encoder, targets to the decoder; what the decoder begins with is the model's to say (`model.loss` sets it).
+    A batch of padding rows alone is still a valid forward pass.
     """
     numbers = [int(number) for row in rows if row is not None for number in prepared.row(row)]
     examples = [prepared.example(number) for number in numbers]
@@ -81,8 +81,7 @@ def collate(
     elif layout == "padded":
         inputs, targets = _padded(examples, _height(rows, examples), pad_id)
     else:
-        assert decoder_start_id is not None, "a sequence-to-sequence batch begins with decoder_start_id"
-        inputs, targets = _seq2seq(examples, _height(rows, examples), pad_id, decoder_start_id)
+        inputs, targets = _seq2seq(examples, _height(rows, examples), pad_id)
     return Batch(
         inputs=inputs,
         targets=targets,
@@ -131,10 +130,11 @@ def _padded(examples: Sequence[StoredExample], height: int, pad_id: int) -> tupl
     return {"input_ids": ids, "attention_mask": mask}, targets
 
 
-def _seq2seq(
-    examples: Sequence[StoredExample], height: int, pad_id: int, start_id: int
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """`input_ids` = source + target; the mask marks the target. For target [5, 6] the decoder reads [start, 5], predicts [5, 6]."""
+def _seq2seq(examples: Sequence[StoredExample], height: int, pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """`input_ids` = source + target; the mask marks the target. For target [5, 6] the decoder reads [start, 5], predicts [5, 6].
+
+    `pad_id` stands in the place of the start.
+    """
     sources: list[np.ndarray] = []
     decoder_inputs: list[np.ndarray] = []
     decoder_targets: list[np.ndarray] = []
@@ -144,7 +144,7 @@ def _seq2seq(
         border = int(mask.argmax()) if mask.any() else len(ids)
         target = ids[border:]
         sources.append(ids[:border])
-        decoder_inputs.append(np.concatenate([[start_id], target[:-1]]) if len(target) else np.array([start_id]))
+        decoder_inputs.append(np.concatenate([[pad_id], target[:-1]]) if len(target) else np.array([pad_id]))
         decoder_targets.append(np.where(mask[border:], target, IGNORED) if len(target) else np.array([IGNORED]))
     source_ids, source_mask = _grid(sources, height, pad_id)
     decoder_ids, decoder_mask = _grid(decoder_inputs, height, pad_id)

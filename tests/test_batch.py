@@ -54,15 +54,15 @@ def test_padded_rows_have_one_example_each_and_a_mask():
 
 
 def test_source_and_target_go_to_encoder_and_decoder():
-    batch = collate(Prepared(), [1], "seq2seq", pad_id=0, decoder_start_id=7)
+    batch = collate(Prepared(), [1], "seq2seq", pad_id=7)
     assert batch.inputs["input_ids"].tolist() == [[20]]
     assert batch.inputs["decoder_input_ids"].tolist() == [[7]]
     assert batch.targets.tolist() == [[21]]
-    pair = collate(Prepared(), [0], "seq2seq", pad_id=0, decoder_start_id=7)
+    pair = collate(Prepared(), [0], "seq2seq", pad_id=7)
     # The first example's mask has a gap: 32 is read by the decoder and not predicted.
-    assert pair.inputs["input_ids"].tolist() == [[30, 0], [10, 11]]
+    assert pair.inputs["input_ids"].tolist() == [[30, 7], [10, 11]]
     assert pair.inputs["attention_mask"].tolist() == [[1, 0], [1, 1]]
-    assert pair.inputs["decoder_input_ids"].tolist() == [[7, 31, 32], [7, 0, 0]]
+    assert pair.inputs["decoder_input_ids"].tolist() == [[7, 31, 32], [7, 7, 7]]
     assert pair.inputs["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert pair.targets.tolist() == [[31, IGNORED, 33], [12, IGNORED, IGNORED]]
     assert pair.supervised == 3
@@ -70,13 +70,13 @@ def test_source_and_target_go_to_encoder_and_decoder():
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "seq2seq"])
 def test_padding_rows_have_no_targets(layout):
-    alone = collate(Prepared(), [None, None], layout, pad_id=3, decoder_start_id=3)
+    alone = collate(Prepared(), [None, None], layout, pad_id=3)
     assert alone.supervised == 0
     assert alone.num_tokens == 0 and alone.num_examples == 0
     assert alone.inputs["input_ids"].numel() >= 1
     assert (alone.targets == IGNORED).all()
-    mixed = collate(Prepared(), [1, None], layout, pad_id=3, decoder_start_id=3)
-    assert mixed.supervised == collate(Prepared(), [1], layout, pad_id=3, decoder_start_id=3).supervised == 1
+    mixed = collate(Prepared(), [1, None], layout, pad_id=3)
+    assert mixed.supervised == collate(Prepared(), [1], layout, pad_id=3).supervised == 1
     if layout != "packed":
         assert mixed.inputs["input_ids"].shape[0] == 2
         assert mixed.inputs["attention_mask"][1].sum() == 1

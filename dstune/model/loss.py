@@ -5,6 +5,9 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
+from transformers import PretrainedConfig
+
+from dstune.errors import ConfigError, Problem
 
 IGNORED = -100
 """A target that is no target."""
@@ -26,9 +29,12 @@ def summed_token_loss(module: Any, batch: TokenBatch) -> tuple[torch.Tensor, int
     `module`: the model, or the engine's callable around it. `batch.targets` [rows, length] holds at each position the
     token that it should predict, or -100. A batch without targets gives exactly 0, and gradients of 0.
     """
+    model: Any = unwrapped(module)
     supervised = batch.targets != IGNORED
-    takes = _takes(type(unwrapped(module)))
+    takes = _takes(type(model))
     inputs = {key: value for key, value in batch.inputs.items() if takes.anything or key in takes.names}
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = _started(inputs["decoder_input_ids"], model.config)
     if "logits_to_keep" in takes.names:
         # The model itself projects only the supervised positions, with its own scaling and soft caps: [count, vocabulary].
         logits = module(**inputs, logits_to_keep=supervised, use_cache=False).logits
@@ -51,6 +57,22 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
 def unwrapped(module: Any) -> torch.nn.Module:
     """The model inside an engine, or `module` itself."""
     return module.module if hasattr(module, "module") else module
+
+
+def _started(ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """`ids` [rows, length] with the token in its first place that this model's decoder begins with."""
+    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+    if start is None:
+        raise ConfigError(
+            Problem(
+                "model.overrides",
+                f"{config.model_type}'s config has no decoder_start_token_id",
+                do="Set it: `overrides: {decoder_start_token_id: …}`.",
+            )
+        )
+    ids = ids.clone()
+    ids[:, 0] = start
+    return ids
 
 
 class _Takes:

@@ -24,7 +24,16 @@ _SETTINGS = {
     "mistral": {**_COMMON, "sliding_window": 8},
     "gemma2": {**_COMMON, "head_dim": 8},
     "gemma3_text": {**_COMMON, "head_dim": 8, "sliding_window": 8},
-    "gpt2": {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt2": {
+        **_IDS,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "mixtral": {**_COMMON, "num_local_experts": 4},
     "qwen3_moe": {**_COMMON, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "bart": {
@@ -37,6 +46,7 @@ _SETTINGS = {
         "encoder_ffn_dim": 32,
         "decoder_ffn_dim": 32,
         "max_position_embeddings": 64,
+        "dropout": 0.0,
     },
     "cohere": {**_COMMON, "num_hidden_layers": 1},
     "t5": {

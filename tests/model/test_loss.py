@@ -11,6 +11,7 @@ from dstune.batch import collate
 from dstune.config.schema import ModelSection
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
+from dstune.errors import ConfigError
 from dstune.model.build import build
 from dstune.model.loss import IGNORED, summed_cross_entropy, summed_token_loss
 from tests.model.architectures import tiny
@@ -20,7 +21,11 @@ from tests.test_batch import Prepared
 
 def plain(module: torch.nn.Module, batch) -> torch.Tensor:
     """Full logits, torch's own loss."""
-    logits = module(**batch.inputs, use_cache=False).logits.float()
+    inputs = dict(batch.inputs)
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"].clone()
+        inputs["decoder_input_ids"][:, 0] = module.config.decoder_start_token_id
+    logits = module(**inputs, use_cache=False).logits.float()
     return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
@@ -48,7 +53,7 @@ def test_the_gradient_is_the_derivative():
     step[2, 3] = 1e-2
     change = summed_cross_entropy(logits + step, targets) - summed_cross_entropy(logits - step, targets)
     (gradient,) = torch.autograd.grad(summed_cross_entropy(logits, targets), logits)
-    assert float(gradient[2, 3]) == pytest.approx(float(change) / 2e-2, rel=1e-2, abs=1e-4)
+    assert float(gradient[2, 3]) == pytest.approx(float(change.detach()) / 2e-2, rel=1e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "cohere", "mixtral", "bart", "t5"])
@@ -57,7 +62,7 @@ def test_every_architecture_gives_its_own_full_loss(name, kind):
     """Scaled and capped logits (Gemma 2, Cohere), tied heads and T5's scale among them."""
     module = tiny(name).eval()
     layout = "seq2seq" if module.config.is_encoder_decoder else kind
-    batch = collate(Prepared(), [0, 1], layout, pad_id=0, decoder_start_id=0)
+    batch = collate(Prepared(), [0, 1], layout, pad_id=0)
     losses, gradients = [], []
     for compute in (lambda: summed_token_loss(module, batch)[0], lambda: plain(module, batch)):
         loss = compute()
@@ -76,10 +81,23 @@ def test_every_architecture_gives_its_own_full_loss(name, kind):
 def test_a_batch_of_padding_rows_costs_nothing(name, kind):
     module = tiny(name)
     layout = "seq2seq" if module.config.is_encoder_decoder else kind
-    loss, count = summed_token_loss(module, collate(Prepared(), [None], layout, pad_id=0, decoder_start_id=0))
-    assert count == 0 and float(loss) == 0.0 and loss.requires_grad
+    loss, count = summed_token_loss(module, collate(Prepared(), [None], layout, pad_id=0))
+    assert count == 0 and loss.item() == 0.0 and loss.requires_grad
     loss.backward()
     assert all(p.grad is None or float(p.grad.abs().max()) == 0.0 for p in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "start"), [("t5", 0), ("bart", 2)])
+def test_a_decoder_begins_with_its_models_own_token(name, start):
+    """As the model itself does with labels: T5 begins with its padding, BART with its end of sequence."""
+    module = tiny(name).eval()
+    assert module.config.decoder_start_token_id == start
+    batch = collate(Prepared(), [1], "seq2seq", pad_id=9)
+    own = module(input_ids=batch.inputs["input_ids"], labels=batch.targets).loss * batch.supervised
+    assert torch.allclose(summed_token_loss(module, batch)[0], own)
+    module.config.decoder_start_token_id = module.config.bos_token_id = None
+    with pytest.raises(ConfigError, match="decoder_start_token_id"):
+        summed_token_loss(module, batch)
 
 
 def test_only_supervised_positions_reach_the_head():
@@ -115,7 +133,7 @@ def partitioned_norms(folder: Path) -> dict[str, list[float]]:
         layout = "seq2seq" if module.config.is_encoder_decoder else "packed"
         shares = [[0, 1], [None, None]][world.rank]
         for number, row in enumerate(shares):
-            batch = collate(Prepared(), [row], layout, pad_id=0, decoder_start_id=0)
+            batch = collate(Prepared(), [row], layout, pad_id=0)
             loss, _ = summed_token_loss(engine.module, batch)
             engine.backward(loss * world.world_size, last=number == len(shares) - 1)
         found[name] = [engine.step(0.0).grad_norm]
@@ -135,7 +153,7 @@ def test_gradients_under_zero_are_those_of_the_whole_batch_on_one_worker(tmp_pat
             module = tiny(name)
             module.save_pretrained(tmp_path / name)
         layout = "seq2seq" if module.config.is_encoder_decoder else "padded"
-        plain(module.train(), collate(Prepared(), [0, 1], layout, pad_id=0, decoder_start_id=0)).backward()
+        plain(module.train(), collate(Prepared(), [0, 1], layout, pad_id=0)).backward()
         expected[name] = float(torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm())
     torch.distributed.destroy_process_group()
     for found in run_workers(partitioned_norms, 2, tmp_path):
