@@ -26,8 +26,8 @@ def digest(split: str) -> str:
 
 
 def test_the_first_records_never_change() -> None:
-    assert digest("train") == "6de7c21cf9e0bd4c46433021182759689c9f736b075d1db0f2d2ed3a052ac79a"
-    assert digest("test") == "ed7f23bc3db75d094d47915fc66d8fcc5f97e31ced58f8db59fdb3dbeba64ae6"
+    assert digest("train") == "48ebffdb5032c7f2f81433327fc1a944a205ff440b2bf7c3f704caeb57105ac0"
+    assert digest("test") == "10a6544f58df3424cb87ca92fb12efa970651e0e361ace4930e0ba9229628c76"
 
 
 def test_the_records_do_not_depend_on_the_process() -> None:
@@ -46,7 +46,7 @@ def test_splits_have_their_size_and_share_nothing() -> None:
 
 
 def test_a_test_task_is_not_in_training_under_another_wording() -> None:
-    backwards = {"Reverse these words.", "Write the words backwards."}
+    backwards = {"Reverse these words.", "Write backwards."}
     train = {r["input"] for r in records() if r["instruction"] in backwards}
     test = {r["input"] for r in records("test") if r["instruction"] in backwards}
     assert train and test and not train & test
@@ -56,7 +56,7 @@ def test_answers_are_right() -> None:
     checked = 0
     for record in itertools.chain(records(), records("test")):
         question, given, answer = record["instruction"], record["input"], record["output"]
-        if question in ("Reverse these words.", "把下面的词倒过来写。"):
+        if question in ("Reverse these words.", "倒过来写。"):
             assert answer.split() == given.split()[::-1]
         elif question == "Sort from small to large.":
             assert [int(n) for n in answer.split()] == sorted(int(n) for n in given.split())

@@ -26,7 +26,9 @@ _WORDS = [
 _NAMES = ["Adam", "Ben", "Cora", "Dan", "Emma", "Hugo", "Jack", "Kim"]
 _WORDS_ZH = [*"山水火木日月星云风雪花草树米茶糖鱼鸟马牛羊狗猫门灯笔书船车桥"]
 _NAMES_ZH = ["小明", "小红", "小刚", "小丽", "小华", "小强", "小芳", "小军"]
-_ORDINALS = ["first", "second", "third"]
+_ORDINALS = ("first", "second", "third")
+_LIST = 3
+"""Words in a list, rows in a table: always three, or a tiny model would need much longer to learn to count them off."""
 _DIGITS_ZH = "零一二三四五六七八九"
 
 _Made = tuple[str, str, str, str]
@@ -57,108 +59,95 @@ class _Draws:
 
 
 def _reverse(draw: _Draws) -> _Made:
-    words = draw.different(_WORDS, draw.between(2, 4))
-    wording = ["Reverse these words.", "Write the words backwards."]
+    words = draw.different(_WORDS, _LIST)
+    wording = ["Reverse these words.", "Write backwards."]
     return "reverse", draw.one(wording), " ".join(words), " ".join(reversed(words))
 
 
 def _extract(draw: _Draws) -> _Made:
-    words = draw.different(_WORDS, draw.between(3, 5))
-    place = draw.below(4)
-    name = "last" if place == 3 else _ORDINALS[place]
-    answer = words[-1] if place == 3 else words[place]
-    return name, draw.one([f"What is the {name} word?", f"Give the {name} word."]), " ".join(words), answer
+    words = draw.different(_WORDS, _LIST)
+    place = draw.below(_LIST)
+    name = _ORDINALS[place]
+    return name, draw.one([f"The {name} word?", f"Give the {name} word."]), " ".join(words), words[place]
 
 
 def _capitals(draw: _Draws) -> _Made:
-    text = " ".join(draw.different(_WORDS, draw.between(1, 3)))
-    return "capitals", draw.one(["Write this in capital letters.", "Make all letters large."]), text, text.upper()
+    text = " ".join(draw.different(_WORDS, _LIST))
+    return "capitals", draw.one(["Write in capitals.", "Make the letters large."]), text, text.upper()
 
 
 def _plus(draw: _Draws) -> _Made:
-    left, right = draw.between(0, 12), draw.between(0, 12)
-    return (
-        f"{left}+{right}",
-        draw.one([f"What is {left} + {right}?", f"Add {left} and {right}."]),
-        "",
-        str(left + right),
-    )
+    left, right = draw.between(0, 9), draw.between(0, 9)
+    wording = [f"What is {left} + {right}?", f"Add {left} and {right}."]
+    return f"{left}+{right}", draw.one(wording), "", str(left + right)
 
 
 def _minus(draw: _Draws) -> _Made:
-    right, answer = draw.between(0, 12), draw.between(0, 12)
+    right, answer = draw.between(0, 9), draw.between(0, 9)
     left = right + answer
     wording = [f"What is {left} - {right}?", f"Take {right} from {left}."]
     return f"{left}-{right}", draw.one(wording), "", str(answer)
 
 
 def _sort(draw: _Draws) -> _Made:
-    numbers = [int(n) for n in draw.different([str(n) for n in range(21)], draw.between(3, 4))]
-    down = draw.below(2) == 1
-    wording = (
-        ["Sort from large to small.", "Sort in falling order."]
-        if down
-        else ["Sort from small to large.", "Sort in rising order."]
-    )
+    numbers = [int(n) for n in draw.different([str(n) for n in range(21)], _LIST)]
+    way, down = (("small to large", False), ("large to small", True))[draw.below(2)]
     ordered = sorted(numbers, reverse=down)
-    return f"sort {down}", draw.one(wording), " ".join(map(str, numbers)), " ".join(map(str, ordered))
+    return way, f"Sort from {way}.", " ".join(map(str, numbers)), " ".join(map(str, ordered))
 
 
 def _largest(draw: _Draws) -> _Made:
-    numbers = [int(n) for n in draw.different([str(n) for n in range(21)], draw.between(2, 4))]
+    numbers = [int(n) for n in draw.different([str(n) for n in range(21)], _LIST)]
     name, answer = (("largest", max(numbers)), ("smallest", min(numbers)))[draw.below(2)]
-    wording = [f"Which number is the {name}?", f"Find the {name} number."]
+    wording = [f"The {name} number?", f"Find the {name} number."]
     return name, draw.one(wording), " ".join(map(str, numbers)), str(answer)
 
 
 def _count(draw: _Draws) -> _Made:
     words = [draw.one(_WORDS) for _ in range(draw.between(1, 6))]
-    return "count", draw.one(["How many words are there?", "Count the words."]), " ".join(words), str(len(words))
+    return "count", draw.one(["How many words?", "Count the words."]), " ".join(words), str(len(words))
 
 
 def _look_up(draw: _Draws) -> _Made:
-    number = draw.between(2, 4)
-    names, things = draw.different(_NAMES, number), draw.different(_WORDS, number)
+    names, things = draw.different(_NAMES, _LIST), draw.different(_WORDS, _LIST)
     table = "\n".join(f"{name}: {thing}" for name, thing in zip(names, things, strict=True))
-    asked = draw.below(number)
+    asked = draw.below(_LIST)
     if draw.below(2):
         return f"who {asked}", f"Who has the {things[asked]}?", table, names[asked]
     return f"what {asked}", f"What does {names[asked]} have?", table, things[asked]
 
 
 def _reverse_zh(draw: _Draws) -> _Made:
-    words = draw.different(_WORDS_ZH, draw.between(2, 4))
-    wording = ["把下面的词倒过来写。", "从后往前写出这些词。"]
+    words = draw.different(_WORDS_ZH, _LIST)
+    wording = ["倒过来写。", "从后往前写。"]
     return "reverse", draw.one(wording), " ".join(words), " ".join(reversed(words))
 
 
 def _extract_zh(draw: _Draws) -> _Made:
-    words = draw.different(_WORDS_ZH, draw.between(3, 5))
-    place = draw.below(4)
-    name = "最后一个" if place == 3 else f"第{'一二三'[place]}个"
-    answer = words[-1] if place == 3 else words[place]
-    return name, draw.one([f"{name}词是什么?", f"写出{name}词。"]), " ".join(words), answer
+    words = draw.different(_WORDS_ZH, _LIST)
+    place = draw.below(_LIST)
+    name = f"第{'一二三'[place]}个"
+    return name, draw.one([f"{name}词?", f"写出{name}词。"]), " ".join(words), words[place]
 
 
 def _digits_zh(draw: _Draws) -> _Made:
-    digits = [draw.below(10) for _ in range(draw.between(2, 4))]
+    digits = [draw.below(10) for _ in range(_LIST)]
     there, back = " ".join(map(str, digits)), " ".join(_DIGITS_ZH[d] for d in digits)
     if draw.below(2):
-        return "to digits", draw.one(["把汉字写成数字。", "用数字写出来。"]), back, there
-    return "from digits", draw.one(["把数字写成汉字。", "用汉字写出来。"]), there, back
+        return "to digits", draw.one(["写成数字。", "用数字写。"]), back, there
+    return "from digits", draw.one(["写成汉字。", "用汉字写。"]), there, back
 
 
 def _plus_zh(draw: _Draws) -> _Made:
-    left, right = draw.between(0, 12), draw.between(0, 12)
+    left, right = draw.between(0, 9), draw.between(0, 9)
     wording = [f"{left} 加 {right} 等于几?", f"算一算: {left} + {right}"]
     return f"{left}+{right}", draw.one(wording), "", str(left + right)
 
 
 def _look_up_zh(draw: _Draws) -> _Made:
-    number = draw.between(2, 4)
-    names, things = draw.different(_NAMES_ZH, number), draw.different(_WORDS_ZH, number)
+    names, things = draw.different(_NAMES_ZH, _LIST), draw.different(_WORDS_ZH, _LIST)
     table = "\n".join(f"{name}: {thing}" for name, thing in zip(names, things, strict=True))
-    asked = draw.below(number)
+    asked = draw.below(_LIST)
     if draw.below(2):
         return f"who {asked}", f"谁有{things[asked]}?", table, names[asked]
     return f"what {asked}", f"{names[asked]}有什么?", table, things[asked]
