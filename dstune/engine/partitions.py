@@ -40,6 +40,10 @@ class Partitions(Protocol):
         """Make the forward weights follow the fp32 tensors. A collective call; only before the first forward pass."""
         ...
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step that was skipped."""
+        ...
+
 
 class Stage3Partitions:
     """ZeRO-3: every flattened parameter is cut into `world_size` equal pieces, the last ones padded.
@@ -77,6 +81,9 @@ class Stage3Partitions:
             forward.data.copy_(master.data)
             optimizer._unflatten_partitioned_parameters(group)
 
+    def drop_gradients(self) -> None:
+        """Nothing to do: the next step's first micro-batch overwrites them."""
+
 
 class FlatGroupPartitions:
     """ZeRO-1 and 2: the parameters of a group are laid end to end and that tensor is cut: a cut may fall inside a parameter."""
@@ -84,9 +91,9 @@ class FlatGroupPartitions:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         # DeepSpeed has a class of its own for ZeRO-1 in bf16 with fp32 accumulation.
-        is_bf16_class = type(optimizer).__name__ == "BF16_Optimizer"
+        self._is_bf16_class = type(optimizer).__name__ == "BF16_Optimizer"
         self._flats: list[torch.Tensor] = (
-            optimizer.fp32_groups_flat_partition if is_bf16_class else optimizer.single_partition_of_fp32_groups
+            optimizer.fp32_groups_flat_partition if self._is_bf16_class else optimizer.single_partition_of_fp32_groups
         )
 
     def flats(self) -> list[torch.Tensor]:
@@ -104,6 +111,12 @@ class FlatGroupPartitions:
 
     def refresh(self) -> None:
         self._optimizer.update_lp_params()
+
+    def drop_gradients(self) -> None:
+        # NOTE: DeepSpeed 0.19.8 goes on adding to a skipped step's sums where the optimizer is offloaded: after one NaN
+        # every later step would be skipped as well.
+        if not self._is_bf16_class:
+            self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
 
 
 def pieces(partitions: Partitions, module: torch.nn.Module) -> Iterator[tuple[str, Piece]]:

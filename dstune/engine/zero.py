@@ -82,6 +82,8 @@ class ZeroEngine:
             group["lr"] = lr
         self._engine.step()
         skipped = not self._engine.was_step_applied()
+        if skipped:
+            self._partitions.drop_gradients()
         self._optimizer_steps += not skipped
         return StepResult(grad_norm=float(self._engine.get_global_grad_norm()), skipped=skipped)
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from dstune.checkpoint.layout import SliceEntry, tile
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.world import World
 from dstune.errors import ConfigError
@@ -53,6 +54,7 @@ POISONED: dict[str, dict[str, Any]] = {
     "zero1-fp32": {"stage": 1, "dtype": "fp32"},
     "zero3-offload": {"stage": 3, "offload": True},
     "zero2-offload": {"stage": 2, "offload": True},
+    "zero1-offload": {"stage": 1, "offload": True},
 }
 
 
@@ -99,36 +101,44 @@ def test_one_workers_nan_skips_the_update_everywhere_and_leaves_no_trace(
         assert facts["later"] == facts["undisturbed"]
 
 
-def _facts(stage: int) -> dict[str, Any]:
+def _facts() -> dict[int, dict[str, Any]]:
     world = World.from_environment()
     world.init(60)
-    engine = tiny.engine(world, stage, dtype="fp32")
-    pieces = [(piece.state, piece.name, piece.shape, piece.offset, piece.tensor.numel()) for piece in engine.slices()]
-    decays = [(group["weight_decay"], group["lr"]) for group in engine._adamw.param_groups]
+    facts: dict[int, dict[str, Any]] = {}
     ids, _ = tiny.batch(0)
-    engine.backward(engine.module(input_ids=ids).logits.logsumexp(-1).sum(), last=True)
-    norm = engine.step(0.25).grad_norm
-    lrs = {group["lr"] for group in engine._adamw.param_groups}
-    with pytest.raises(AssertionError, match="fresh"):
-        engine.load(lambda piece: None, 0)
+    for stage in (1, 2, 3):
+        engine = tiny.engine(world, stage, dtype="fp32")
+        pieces = [(part.state, part.name, part.shape, part.offset, part.tensor.numel()) for part in engine.slices()]
+        decays = [(group["weight_decay"], group["lr"]) for group in engine._adamw.param_groups]
+        engine.backward(engine.module(input_ids=ids).logits.logsumexp(-1).sum(), last=True)
+        norm = engine.step(0.25).grad_norm
+        lrs = {group["lr"] for group in engine._adamw.param_groups}
+        with pytest.raises(AssertionError, match="fresh"):
+            engine.load(lambda piece: None, 0)
+        facts[stage] = {"pieces": pieces, "decays": decays, "norm": norm, "lrs": lrs, "extra": engine.extra_state()}
     world.close()
-    return {"pieces": pieces, "decays": decays, "norm": norm, "lrs": lrs, "extra": engine.extra_state()}
+    return facts
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[dict[int, dict[str, Any]]]:
+    return run_workers(_facts, 2)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_slices_are_disjoint_and_whole_and_decay_is_on_matrices(stage: int) -> None:
-    from dstune.checkpoint.layout import SliceEntry, tile
-
-    workers = run_workers(_facts, 2, stage)
-    pieces = [SliceEntry(*piece) for worker in workers for piece in worker["pieces"]]
+def test_slices_are_disjoint_and_whole_and_decay_is_on_matrices(
+    facts: list[dict[int, dict[str, Any]]], stage: int
+) -> None:
+    pieces = [SliceEntry(*piece) for worker in facts for piece in worker[stage]["pieces"]]
     shapes, problems = tile(pieces)
     assert problems == []
     model = {name: tuple(parameter.shape) for name, parameter in tiny.build(dtype="fp32").named_parameters()}
     assert shapes == {"fp32": model, "exp_avg": model, "exp_avg_sq": model}
-    for worker in workers:
-        assert worker["decays"] == [(0.1, 1e-3), (0.0, 1e-3)]
-        assert worker["lrs"] == {0.25} and worker["norm"] == workers[0]["norm"] > 1 and worker["extra"] == {}
+    for worker in facts:
+        seen = worker[stage]
+        assert seen["decays"] == [(0.1, 1e-3), (0.0, 1e-3)]
+        assert seen["lrs"] == {0.25} and seen["norm"] == facts[0][stage]["norm"] > 1 and seen["extra"] == {}
 
 
 def test_dstunes_own_settings_are_filled_in() -> None:
