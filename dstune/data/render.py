@@ -104,7 +104,7 @@ class Renderer:
         for number in wanted:
             before = spans[-1].end if spans else 0
             found = self._framed(conversation, rendered.text, number, ranges, before)
-            spans.append(Span(*(found or self._compared(conversation, rendered.text, number, before)), number))
+            spans.append(Span(*(found or self._compared(conversation, rendered.text, number, ranges, before)), number))
         return spans
 
     def _unverified(self, number: int) -> Refused:
@@ -146,7 +146,9 @@ class Renderer:
             return None
         return start, end
 
-    def _compared(self, conversation: Conversation, text: str, number: int, before: int) -> tuple[int, int]:
+    def _compared(
+        self, conversation: Conversation, text: str, number: int, ranges: list[Range], before: int
+    ) -> tuple[int, int]:
         """The span that the rendering up to this answer, with the generation prompt, and the one up to its end leave between."""
         tools = list(conversation.tools) or None
         messages = conversation.to_dicts()
@@ -156,6 +158,12 @@ class Renderer:
         whole = self._render(messages[: number + 1], tools, False).text
         if not text.startswith(prompt) or not text.startswith(whole) or not before <= len(prompt) < len(whole):
             raise self._unverified(number)
+        if (
+            prompt == self._render(messages[:number], tools, False).text
+        ):  # no generation prompt: a header would not show
+            mine = [found for found in ranges if found.message == number]
+            if not mine or text[len(prompt) : mine[0].start].strip():
+                raise self._unverified(number)
         written = text[len(prompt) : len(whole)]
         for said in _must_appear(conversation.messages[number]):
             if said not in written and _escaped(said) not in written:
