@@ -16,7 +16,7 @@ from dstune.checkpoint.layout import FileRecord, Manifest, tile
 from dstune.checkpoint.resolve import Checkpoint, verify
 from dstune.checkpoint.shards import StoredSlice, entries, read_header, write_shard
 from dstune.errors import CheckpointError, DstuneError, Problem
-from dstune.logs import get_logger
+from dstune.loggers import get_logger
 from dstune.paths import CheckpointPaths, step_directory
 from dstune.protocols import Control, Slice
 

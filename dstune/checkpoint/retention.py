@@ -8,7 +8,7 @@ from dstune.atomic import remove_directory
 from dstune.checkpoint.layout import load_manifest
 from dstune.checkpoint.resolve import committed, file_problems
 from dstune.errors import CheckpointError
-from dstune.logs import get_logger
+from dstune.loggers import get_logger
 from dstune.paths import step_directory
 from dstune.protocols import Control
 
