@@ -74,11 +74,11 @@ class Renderer:
         for number, message in enumerate(conversation.messages):
             last = number + 1 == len(conversation.messages)
             for said in _must_appear(message) + (_thoughts(message) if last else []):
-                if said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+                if not any(spelling in text for spelling in _spellings(said)):
                     detail = f"template {self.template.name} leaves out or changes what message {number} ({message.role}) says"
                     raise Refused("template_drops_content", detail)
         for tool in conversation.tools:
-            if tool["function"].get("name", "") not in text:
+            if not any(name in text for name in _spellings(tool["function"].get("name", ""))):
                 raise Refused("template_drops_content", f"template {self.template.name} does not show the tools")
 
     def annotate(
@@ -120,8 +120,9 @@ class Renderer:
             spans = _attributed(blocks, ranges)
         for number in wanted:
             written = "".join(rendered.text[span.start : span.end] for span in spans if span.message == number)
-            if any(said not in written for said in _must_appear(conversation.messages[number])):
-                raise self._unverified(number)
+            for said in _must_appear(conversation.messages[number]):
+                if not any(spelling in written for spelling in _spellings(said)):
+                    raise self._unverified(number)
         if any(span.message not in wanted for span in spans):
             raise self._unverified(wanted[-1])
         return spans
@@ -161,12 +162,13 @@ class Renderer:
         if (
             prompt == self._render(messages[:number], tools, False).text
         ):  # no generation prompt: a header would not show
+            ranges = self.annotate(conversation, text) or ranges
             mine = [found for found in ranges if found.message == number]
             if not mine or text[len(prompt) : mine[0].start].strip():
                 raise self._unverified(number)
         written = text[len(prompt) : len(whole)]
         for said in _must_appear(conversation.messages[number]):
-            if said not in written and _escaped(said) not in written:
+            if not any(spelling in written for spelling in _spellings(said)):
                 raise self._unverified(number)
         return len(prompt), len(prompt) + self._turn_end(written)
 
@@ -285,8 +287,9 @@ def _attributed(blocks: list[tuple[int, int]], ranges: list[Range]) -> list[Span
     return spans
 
 
-def _escaped(said: str) -> str:
-    return json.dumps(said, ensure_ascii=False)[1:-1]
+def _spellings(said: str) -> tuple[str, str]:
+    """As it is, and as JSON writes it within a string."""
+    return said, json.dumps(said, ensure_ascii=False)[1:-1]
 
 
 def _must_appear(message: Message) -> list[str]:
