@@ -100,15 +100,17 @@ class RayExecutor:
 
     def run(self, run_directory: str, attempt: int, world_size: int, environment: Mapping[str, str]) -> AttemptOutcome:
         """Start the workers and block until they are gone. `environment` goes over this process's own variables."""
-        variables = passed_environment(os.environ) | dict(environment)
-        variables.setdefault("OMP_NUM_THREADS", str(self._cpus))
-        if self._address is None:
-            variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        variables = dict(environment)
+        if self._address is not None:  # an embedded Ray's workers inherit this process's variables
+            variables = {"OMP_NUM_THREADS": str(self._cpus)} | passed_environment(os.environ) | variables
         facts = {"run_directory": run_directory, "attempt": attempt, "world_size": world_size, "entry": self._entry}
-        answer = self._running_host().ask("run", None, environment=variables, **facts)
+        host = self._running_host()
+        answer = host.ask("run", None, environment=variables, **facts)
         if answer is None:
             self._drop_host()
-            return AttemptOutcome("lost", "Ray went away (its process ended)")
+            return AttemptOutcome(
+                "lost", "killed by the driver" if host.killed else "Ray went away (its process ended)"
+            )
         if answer["kind"] == "lost":
             self._drop_host()
         elif answer["kind"] == "failed" and self._host is not None:
@@ -116,9 +118,9 @@ class RayExecutor:
         return AttemptOutcome(answer["kind"], answer["message"], tuple(answer["failed_ranks"]))
 
     def kill(self) -> None:
-        """End the attempt's workers at once."""
+        """End the attempt's workers at once, and with them the process that holds Ray: a cluster ends a lost driver's workers."""
         if self._host is not None:
-            self._host.tell("kill")
+            self._host.kill()
 
     def close(self) -> None:
         """End the embedded Ray, or leave the cluster."""
@@ -156,7 +158,7 @@ class _HostProcess:
         self._answers: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {0: queue.SimpleQueue()}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self.alive = True
+        self.alive, self.killed = True, False
         command = [sys.executable, "-m", "dstune.launch.ray_host", json.dumps(asdict(settings)), str(theirs.fileno())]
         with self._output() as output:
             self._process = subprocess.Popen(
@@ -187,9 +189,11 @@ class _HostProcess:
         except queue.Empty:
             return None
 
-    def tell(self, do: str) -> None:
-        """Send a request that has no answer."""
-        self._send(next(self._numbers), do, {})
+    def kill(self) -> None:
+        """End the process and an embedded Ray without a word; whoever waits for an answer gets None."""
+        self.killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def keep_logs(self) -> None:
         """Copy what an embedded Ray's processes wrote to logs/ray, where a crash in native code left its last words."""
@@ -261,6 +265,7 @@ class _HostProcess:
         if self._address is not None:
             return environment
         environment.pop("RAY_ADDRESS", None)
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's way to say: one node, on the loopback address
         if "RAY_AUTH_MODE" not in environment:
             token = self._temporary / "token"

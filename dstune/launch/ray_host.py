@@ -31,32 +31,13 @@ from dstune.launch.local import HostSettings
 from dstune.paths import RunPaths
 
 _OBJECT_STORE_BYTES = 128 << 20
-_KILL_SECONDS = 30.0
-
-
-class Workers:
-    """An actor that knows the running attempt's workers, so that they can be killed from outside Ray Train."""
-
-    def __init__(self) -> None:
-        self._actors: list[Any] = []
-        self._cancelled = False
-
-    def register(self, actors: list[Any]) -> bool:
-        """Note the workers; False where the attempt was cancelled before they came up."""
-        self._actors = actors
-        return not self._cancelled
-
-    def cancel(self) -> list[Any]:
-        """The workers to kill."""
-        self._cancelled = True
-        return self._actors
 
 
 class WorldConfig(BackendConfig):
     """Says to Ray Train who gives the workers their world."""
 
-    def __init__(self, registry: Any, workers_file: str, loopback: bool) -> None:
-        self.registry, self.workers_file, self.loopback = registry, workers_file, loopback
+    def __init__(self, workers_file: str, loopback: bool) -> None:
+        self.workers_file, self.loopback = workers_file, loopback
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -79,9 +60,6 @@ class WorldBackend(Backend):
             Path(backend_config.workers_file),
             [{"rank": rank, "node": node, "pid": pid} for rank, (node, pid) in enumerate(seats)],
         )
-        actors = [worker.actor for worker in worker_group.get_workers()]
-        if not ray.get(backend_config.registry.register.remote(actors)):
-            raise RuntimeError("the attempt was cancelled")
 
 
 def _rendezvous(loopback: bool) -> tuple[str, int]:
@@ -123,8 +101,6 @@ class Host:
         self._settings, self._channel = settings, channel
         self._writing = threading.Lock()
         self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._registry: Any = None
-        self._ended = threading.Event()
         self._embedded = settings.address is None
 
     def serve(self) -> None:
@@ -140,10 +116,7 @@ class Host:
             if request["do"] == "available":
                 self._reply(request["id"], available=self._available())
             elif request["do"] == "run":
-                self._ended.clear()
                 threading.Thread(target=self._run, args=(request,), name="attempt", daemon=True).start()
-            elif request["do"] == "kill":
-                threading.Thread(target=self._kill, name="kill", daemon=True).start()
         ray.shutdown()
         self._reply(request["id"])
 
@@ -186,17 +159,15 @@ class Host:
             facts = self._fit(request)
         except Exception as error:  # noqa: BLE001 - the driver decides what follows from it
             facts = {"kind": "lost", "message": f"{type(error).__name__}: {error}", "failed_ranks": []}
-        self._ended.set()
         self._reply(request["id"], **facts)
 
     def _fit(self, request: dict[str, Any]) -> dict[str, Any]:
         paths, attempt = RunPaths(Path(request["run_directory"])), request["attempt"]
-        self._registry = ray.remote(num_cpus=0)(Workers).remote()
         resources = self._resources()
         trainer = DataParallelTrainer(
             train_function,
             train_loop_config={"entry": request["entry"], "run_directory": str(paths.root), "attempt": attempt},
-            backend_config=WorldConfig(self._registry, str(paths.workers(attempt)), self._embedded),
+            backend_config=WorldConfig(str(paths.workers(attempt)), self._embedded),
             scaling_config=ScalingConfig(
                 num_workers=request["world_size"], use_gpu="GPU" in resources, resources_per_worker=resources
             ),
@@ -204,7 +175,7 @@ class Host:
                 name="ray-train",
                 storage_path=str(paths.attempt(attempt)),
                 failure_config=FailureConfig(max_failures=0),
-                worker_runtime_env={"env_vars": request["environment"]},
+                worker_runtime_env={"env_vars": request["environment"]} if request["environment"] else None,
             ),
         )
         try:
@@ -214,13 +185,6 @@ class Host:
         except RayError as error:
             return {"kind": "lost", "message": f"the Ray cluster was lost: {_first_line(error)}", "failed_ranks": []}
         return {"kind": "finished", "message": "", "failed_ranks": []}
-
-    def _kill(self) -> None:
-        """Kill the attempt's workers; those that are not up yet end as soon as they register."""
-        if self._registry is None:
-            return
-        for actor in ray.get(self._registry.cancel.remote(), timeout=_KILL_SECONDS):
-            ray.kill(actor)
 
 
 def _failed(error: WorkerGroupError, seats: list[dict[str, Any]]) -> dict[str, Any]:
@@ -241,8 +205,6 @@ def _why_dead(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
         return f"out of memory ({text.strip().splitlines()[0]})"
-    if "ray.kill" in text:
-        return "killed by the driver"
     if "node" in text and "terminated" in text:
         return "its node went away"
     return "it was killed (signal 9; out of memory?) or crashed in native code; its last words are in logs/ray"

@@ -107,13 +107,6 @@ async def _next(chunks: Any) -> str | None:
     return await anext(chunks, None)
 
 
-def forget_token() -> None:
-    """Read the token from the environment again: Ray keeps the first one that it saw."""
-    from ray._raylet import AuthenticationTokenLoader
-
-    AuthenticationTokenLoader.instance().reset_cache()
-
-
 class _speaking_to:
     """A client of the job server; what it raises for the outside world's faults becomes a UsageError that says what to do."""
 

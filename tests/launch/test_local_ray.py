@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from dstune.errors import UsageError
 from dstune.launch.driver import DriveLimits, drive
 from dstune.launch.local import RayExecutor, passed_environment
 from tests.launch.process_executor import events, lines, planner, steps, stub_run
+from tests.launch.slurm_cluster import ticks
 
 pytestmark = pytest.mark.ray
 ENTRY = "tests.launch.stub_worker:main"
@@ -41,6 +43,14 @@ def when_training(paths, act):
         act()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def lives(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def session(executor):
@@ -87,7 +97,12 @@ def test_kill_ends_the_workers_at_once(tmp_path, executor):
     paths = stub_run(tmp_path, steps=100_000, seconds=0.1)
     when_training(paths, executor.kill)
     outcome = attempt(executor, paths)
-    assert outcome.kind == "failed" and "killed by the driver" in outcome.message
+    assert outcome.kind == "lost" and outcome.message == "killed by the driver"
+    workers = [seat["pid"] for seat in json.loads(paths.workers(1).read_text())]
+    for _ in ticks(20):
+        if not any(lives(pid) for pid in workers):
+            return
+    raise AssertionError(f"workers live on: {workers}")
 
 
 def test_a_lost_raylet_and_a_lost_host_are_lost_and_come_back(tmp_path, executor):
