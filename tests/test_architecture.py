@@ -4,9 +4,9 @@ import ast
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -60,13 +60,15 @@ def test_a_light_command_imports_nothing_heavy(words: list[str], tmp_path: Path)
 
 
 def test_help_answers_at_once() -> None:
+    """In processor seconds, which are what it takes on a machine that has a core to spare, however busy this one is."""
+
     def seconds() -> float:
-        start = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run(
-            [sys.executable, "-m", "dstune.cli.main", "--help"], env=environment, check=True, capture_output=True
-        )
-        return time.monotonic() - start
+        program = [sys.executable, "-m", "dstune.cli.main", "--help"]
+        subprocess.run(program, env=environment, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.3
 
