@@ -60,8 +60,9 @@ def _pattern(names: Iterable[str]) -> re.Pattern[str]:
 class TextTokenizer:
     """A tokenizer to which spelled control tokens are plain text."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, control: ControlTokens) -> None:
-        self._serialised = tokenizer.to_str()
+    def __init__(self, serialised: str, control: ControlTokens) -> None:
+        """`serialised` is the tokenizer's tokenizer.json."""
+        self._serialised = serialised
         self._control = control
         self._made: dict[int, tokenizers.Tokenizer] = {}
 
@@ -80,9 +81,8 @@ class TextTokenizer:
         return self._made[opening].encode_batch(list(texts), add_special_tokens=False)
 
 
-def unknown_token(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The token that the model itself writes for what it does not know."""
-    model = json.loads(tokenizer.to_str())["model"]
+def unknown_token(tokenizer: tokenizers.Tokenizer, model: dict[str, Any]) -> int | None:
+    """The token that the `model` of a tokenizer.json writes for what it does not know."""
     if model.get("unk_id") is not None:
         return int(model["unk_id"])
     return None if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])

@@ -1,6 +1,5 @@
 """Text that a tokenizer cannot give back: characters that no token stands for, or only the unknown token."""
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -14,9 +13,8 @@ _NUM_BYTES = 256
 class LossCheck:
     """Compares texts with what their tokens decode to; a tokenizer that has a token for every byte needs no comparison."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, unknown: int | None) -> None:
-        """`unknown` is the token that stands for what the tokenizer does not know: it gives nothing back."""
-        serialised = json.loads(tokenizer.to_str())
+    def __init__(self, tokenizer: tokenizers.Tokenizer, serialised: dict[str, Any], unknown: int | None) -> None:
+        """`serialised` is its tokenizer.json; `unknown` the token for what it does not know, which gives nothing back."""
         self.lossless = is_lossless(serialised)
         """Nothing can be lost: the vocabulary has every byte."""
         self._tokenizer = tokenizer

@@ -1,47 +1,26 @@
 """Conversations become examples: token ids exactly as `apply_chat_template` gives them, and which of them are targets."""
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 
-from dstune.data.annotate import TRUSTED_ROLES, Pieces, Range
+from dstune.data.annotate import TRUSTED_ROLES
 from dstune.data.control import ControlTokens, TextTokenizer, unknown_token
 from dstune.data.conversation import Conversation, Example, Message, Refused
 from dstune.data.identity import fingerprint
 from dstune.data.lossy import LossCheck, describe
 from dstune.data.render import Renderer, Span
+from dstune.data.spelled import Laid, Match, SpelledTokens, token_ids
 from dstune.data.templates import Template, resolve_template
+from dstune.data.token_mask import token_mask
 from dstune.data.tokenizer_files import load_tokenizer
 from dstune.errors import ConfigError, Problem
 
 __all__ = ["Encoder", "Template", "load_tokenizer", "resolve_template"]
-
-_PROBED_CHARACTERS = 16
-
-
-@dataclass(frozen=True)
-class _Laid:
-    """One conversation as text, cut into the pieces that are tokenised each by itself (causal: one; else source, target)."""
-
-    conversation: Conversation
-    text: str
-    pieces: tuple[tuple[int, int], ...]
-    spans: tuple[tuple[int, int], ...]
-    """Characters that are targets."""
-
-
-@dataclass(frozen=True)
-class _Match:
-    """A control token in a tokenised text."""
-
-    number: int
-    start: int
-    end: int
 
 
 class Encoder:
@@ -73,11 +52,15 @@ class Encoder:
         self.seq2seq = seq2seq
         self.now = now or datetime.now()
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+        serialised = self._backend.to_str()
+        parsed = json.loads(serialised)
         written = template.source + (template.tool_source or "")
-        self._control = ControlTokens(tokenizer.added_tokens_decoder, written, unknown_token(self._backend))
+        self._control = ControlTokens(
+            tokenizer.added_tokens_decoder, written, unknown_token(self._backend, parsed["model"])
+        )
         self._renderer = Renderer(template, tokenizer.special_tokens_map, self._control.pattern, self.now)
-        self._as_text = TextTokenizer(self._backend, self._control)
-        self._loss = LossCheck(self._backend, self._control.unknown)
+        self._spelled = SpelledTokens(self._control, self._renderer, TextTokenizer(serialised, self._control))
+        self._loss = LossCheck(self._backend, parsed, self._control.unknown)
         self._expected: dict[tuple[Any, ...], list[int] | None] = {}
         self._probe()
 
@@ -113,7 +96,7 @@ class Encoder:
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Example | Refused]:
         """Each conversation's example, or why there is none, in order."""
         results: list[Example | Refused] = []
-        laid: list[tuple[int, _Laid]] = []
+        laid: list[tuple[int, Laid]] = []
         for place, conversation in enumerate(conversations):
             results.append(Refused("pending"))
             try:
@@ -148,22 +131,22 @@ class Encoder:
         self._backend.no_padding()
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
-    def _lay(self, conversation: Conversation) -> _Laid:
+    def _lay(self, conversation: Conversation) -> Laid:
         if self.seq2seq:
             conversation = _up_to_answer(conversation)
         rendered = self._renderer.render(conversation)
         text = rendered.text
         if self.train_on == "all":
-            return _Laid(conversation, text, ((0, len(text)),), ((0, len(text)),))
+            return Laid(conversation, text, ((0, len(text)),), ((0, len(text)),))
         spans = self._targets(conversation, self._renderer.spans(conversation, rendered))
         if not spans:
             raise Refused("no_supervised_tokens", "no answer to learn in this conversation")
         if not self.seq2seq:
-            return _Laid(conversation, text, ((0, len(text)),), tuple((span.start, span.end) for span in spans))
+            return Laid(conversation, text, ((0, len(text)),), tuple((span.start, span.end) for span in spans))
         start, end = spans[0].start, spans[-1].end
         if not text[:start].strip():
             raise Refused("empty_prompt", "nothing stands before the answer")
-        return _Laid(conversation, text, ((0, start), (start, end)), ((start, end),))
+        return Laid(conversation, text, ((0, start), (start, end)), ((start, end),))
 
     def _targets(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
         """The spans that `train_on` and the file's own weights leave."""
@@ -174,20 +157,21 @@ class Encoder:
             spans = [span for span in spans if span.message == last]
         return [span for span in spans if conversation.messages[span.message].train is not False]
 
-    def _example(self, laid: _Laid, encodings: list[tokenizers.Encoding]) -> Example:
-        ids = _ids(encodings)
-        spelled: list[_Match] = []
+    def _example(self, laid: Laid, encodings: list[tokenizers.Encoding]) -> Example:
+        ids = token_ids(encodings)
+        spelled: frozenset[Match] = frozenset()
+        own: list[Match] = []
         where: Callable[[int], int] = int
         if self.control_tokens != "allow" and not self._as_expected(laid.conversation, ids):
-            matches = self._matches(laid, encodings)
-            spelled = self._spelled(laid, matches)
+            matches = self._spelled.matches(laid, encodings)
+            spelled = self._spelled.among(laid, matches)
+            own = [match for match in matches if match not in spelled]
         if spelled:
             if self.control_tokens == "error":
                 names = sorted({self._control.names[match.number] for match in spelled})
                 raise Refused("control_tokens", f"the text spells {', '.join(names)}")
-            own = [match for match in self._matches(laid, encodings) if match not in spelled]
-            encodings, where = self._reencoded(laid, own)
-            ids = _ids(encodings)
+            encodings, where = self._spelled.reencode(laid, own)
+            ids = token_ids(encodings)
         lost = self._lost(laid, ids)
         mask = self._mask(laid, encodings, where)
         if self.seq2seq and self.tokenizer.eos_token_id not in (None, int(ids[-1])):
@@ -214,78 +198,9 @@ class Encoder:
             laid = self._lay(conversation)
         except Refused:
             return None
-        return self._control.sequence(_ids(self._encode([laid.text[start:end] for start, end in laid.pieces])))
+        return self._control.sequence(token_ids(self._encode([laid.text[start:end] for start, end in laid.pieces])))
 
-    def _matches(self, laid: _Laid, encodings: list[tokenizers.Encoding]) -> list[_Match]:
-        """The control tokens among the tokens, with the characters of the text that they stand for."""
-        matches: list[_Match] = []
-        for (offset, _), encoding in zip(laid.pieces, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            for place in self._control.positions(ids).tolist():
-                characters = encoding.token_to_chars(place)
-                assert characters is not None
-                match = _Match(int(ids[place]), offset + characters[0], offset + characters[1])
-                name = self._control.names[match.number]
-                if match.number != self._control.unknown or laid.text[match.start : match.end].strip() == name:
-                    matches.append(match)
-        return matches
-
-    def _spelled(self, laid: _Laid, matches: list[_Match]) -> list[_Match]:
-        """Those matches that come from the conversation's own text. Raises Refused where that cannot be told."""
-        if not matches:
-            return []
-        ranges = self._renderer.annotate(laid.conversation, laid.text)
-        if ranges is None:
-            ranges = self._renderer.annotate(
-                laid.conversation, laid.text, self._spellings(laid.conversation), lenient=True
-            )
-        if ranges is None:
-            came = f"template {self.template.name}: cannot tell the template's control tokens from spelled ones"
-            raise Refused("control_tokens_unresolved", came)
-        starts = [found.start for found in ranges]
-        return [match for match in matches if self._is_spelled(match, ranges, starts, laid.conversation)]
-
-    def _spellings(self, conversation: Conversation) -> Pieces:
-        """Marks only the control tokens that are spelled, apart from those that an assistant may write."""
-
-        def pieces(text: str, owner: int) -> Iterator[tuple[int, int]]:
-            speech = owner >= 0 and conversation.messages[owner].role == "assistant"
-            pattern = self._control.special_pattern if speech else self._control.pattern
-            return (match.span() for match in pattern.finditer(text))
-
-        return pieces
-
-    def _is_spelled(self, match: _Match, ranges: list[Range], starts: list[int], conversation: Conversation) -> bool:
-        first = max(bisect_right(starts, match.start) - 1, 0)
-        for found in ranges[first : bisect_right(starts, match.end)]:
-            empty = found.start == found.end and match.start <= found.start <= match.end
-            if empty or (found.start < match.end and match.start < found.end):
-                speaker = conversation.messages[found.message].role if found.message >= 0 else ""
-                return not (speaker == "assistant" and self._control.is_speech(match.number))
-        return False
-
-    def _reencoded(self, laid: _Laid, own: list[_Match]) -> tuple[list[tokenizers.Encoding], Callable[[int], int]]:
-        """Tokens of the text in which only the template's `own` control tokens are control tokens, and where a character went."""
-        names = self._as_text.names(laid.text)
-        if names is None:
-            raise Refused("control_tokens_unresolved", "the text uses every private character")
-        pieces: list[str] = []
-        for start, end in laid.pieces:
-            written, at = "", start
-            for match in own:
-                if start <= match.start < end:
-                    written += laid.text[at : match.start] + names[match.number]
-                    at = match.end
-            pieces.append(written + laid.text[at:end])
-        encodings = self._as_text.encode(pieces, names)
-        ids = _ids(encodings)
-        if self._control.sequence(ids) != [match.number for match in own if match.number != self._control.unknown]:
-            raise Refused("control_tokens_unresolved", "the tokenizer makes a control token out of ordinary text")
-        ends = [match.end for match in own]
-        grown = np.cumsum([0] + [len(names[m.number]) - (m.end - m.start) for m in own]).tolist()
-        return encodings, lambda at: at + grown[bisect_right(ends, at)]
-
-    def _lost(self, laid: _Laid, ids: np.ndarray) -> int:
+    def _lost(self, laid: Laid, ids: np.ndarray) -> int:
         if self._loss.lossless:
             return 0
         text = "".join(laid.text[start:end] for start, end in laid.pieces)
@@ -294,48 +209,18 @@ class Encoder:
             raise Refused("lossy_text", f"the tokenizer has no tokens for {describe(lost)}")
         return lost.total()
 
-    def _mask(self, laid: _Laid, encodings: list[tokenizers.Encoding], where: Callable[[int], int]) -> np.ndarray:
+    def _mask(self, laid: Laid, encodings: list[tokenizers.Encoding], where: Callable[[int], int]) -> np.ndarray:
         """bool [length]: the tokens of which any character is a target."""
         if self.seq2seq:
             source, target = (len(encoding.ids) for encoding in encodings)
             return np.repeat([False, True], [source, target])
         (encoding,) = encodings
-        mask = np.zeros(len(encoding.ids), dtype=bool)
         if self.train_on == "all":
-            mask[:] = True
+            mask = np.ones(len(encoding.ids), dtype=bool)
         else:
-            for start, end in laid.spans:
-                first, last = _token_range(encoding, where(start), where(end))
-                mask[first:last] = True
+            mask = token_mask(encoding, ((where(start), where(end)) for start, end in laid.spans))
         mask[:1] = False
         return mask
-
-
-def _ids(encodings: Sequence[tokenizers.Encoding]) -> np.ndarray:
-    if len(encodings) == 1:
-        return np.array(encodings[0].ids, dtype=np.int32)
-    return np.concatenate([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
-
-
-def _token_range(encoding: tokenizers.Encoding, start: int, end: int) -> tuple[int, int]:
-    """The tokens (first, past the last) that stand for any character from `start` to before `end`."""
-    first, past = _first_token(encoding, start), _first_token(encoding, end)
-    if past < len(encoding.ids):
-        begins = encoding.token_to_chars(past)
-        if begins is not None and begins[0] < end:  # the token at the border holds the span's last characters too
-            past += 1
-    return first, past
-
-
-def _first_token(encoding: tokenizers.Encoding, at: int) -> int:
-    """The first token of a character at or after `at`; characters without a token (blanks that a tokenizer drops) are passed."""
-    for position in range(at, at + _PROBED_CHARACTERS):
-        token = encoding.char_to_token(position)
-        if token is not None:
-            return token
-    ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
-    later = np.flatnonzero(ends > at)
-    return int(later[0]) if len(later) else len(ends)
 
 
 def _harmless(conversation: Conversation) -> Conversation:
