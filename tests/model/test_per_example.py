@@ -81,3 +81,20 @@ def test_flash_attention_on_a_gpu_equals_the_cpu(window):
     theirs, _ = per_example_attention(torch.nn.Module(), *on_cpu, None, cu_seq_lens_q=starts(), **arguments)
     assert torch.allclose(ours.float().cpu(), theirs, atol=2e-2)
     assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(ours.float().sum(), tensors))
+
+
+@pytest.mark.parametrize("length", [3, 700])
+def test_bf16_examples_short_and_long_agree_with_fp32(length):
+    """A CPU attends in fp32 where that is faster (short examples): a choice of speed, not of result."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, heads, length, 32, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+    starts = torch.tensor([0, length], dtype=torch.int32)
+    ours, _ = per_example_attention(torch.nn.Module(), *tensors, None, cu_seq_lens_q=starts, max_length_q=length)
+    exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    theirs, _ = per_example_attention(torch.nn.Module(), *exact, None, cu_seq_lens_q=starts, max_length_q=length)
+    assert ours.dtype is torch.bfloat16
+    assert torch.allclose(ours.float(), theirs, atol=2e-2)
+    mine = torch.autograd.grad(ours.float().square().sum(), tensors)
+    wanted = torch.autograd.grad(theirs.square().sum(), exact)
+    for a, b in zip(mine, wanted, strict=True):
+        assert float((a.float() - b).norm() / b.norm()) < 2e-2
