@@ -17,6 +17,7 @@ from dstune.data.builtin import SPLIT_SIZES, records
 from dstune.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
+BACKWARDS = ("Reverse these words.", "Write backwards.", "倒过来写。", "从后往前写。")
 TOKENIZER = ROOT / "dstune" / "data" / "builtin_tokenizer"
 
 
@@ -26,8 +27,8 @@ def digest(split: str) -> str:
 
 
 def test_the_first_records_never_change() -> None:
-    assert digest("train") == "48ebffdb5032c7f2f81433327fc1a944a205ff440b2bf7c3f704caeb57105ac0"
-    assert digest("test") == "10a6544f58df3424cb87ca92fb12efa970651e0e361ace4930e0ba9229628c76"
+    assert digest("train") == "ae5e70d39f433bb9606e36552b539aecf7188a9420f3739928ca029551498959"
+    assert digest("test") == "132b2310bddd2309418b92bbec235c802eb74d51fa358b7b7b6ce06ce75ba34e"
 
 
 def test_the_records_do_not_depend_on_the_process() -> None:
@@ -46,9 +47,8 @@ def test_splits_have_their_size_and_share_nothing() -> None:
 
 
 def test_a_test_task_is_not_in_training_under_another_wording() -> None:
-    backwards = {"Reverse these words.", "Write backwards."}
-    train = {r["input"] for r in records() if r["instruction"] in backwards}
-    test = {r["input"] for r in records("test") if r["instruction"] in backwards}
+    train = {r["input"] for r in records() if r["input"] and r["instruction"] in BACKWARDS}
+    test = {r["input"] for r in records("test") if r["input"] and r["instruction"] in BACKWARDS}
     assert train and test and not train & test
 
 
@@ -56,7 +56,7 @@ def test_answers_are_right() -> None:
     checked = 0
     for record in itertools.chain(records(), records("test")):
         question, given, answer = record["instruction"], record["input"], record["output"]
-        if question in ("Reverse these words.", "倒过来写。"):
+        if question in BACKWARDS:
             assert answer.split() == given.split()[::-1]
         elif question == "Sort from small to large.":
             assert [int(n) for n in answer.split()] == sorted(int(n) for n in given.split())
@@ -69,6 +69,14 @@ def test_answers_are_right() -> None:
             continue
         checked += 1
     assert checked > 1000
+
+
+def test_some_questions_stand_on_one_line() -> None:
+    asked = [r for r in records() if r["instruction"].startswith("Reverse these words.")]
+    alone = [r for r in asked if not r["input"]]
+    assert 0.15 < len(alone) / len(asked) < 0.35
+    for record in alone:
+        assert record["output"].split() == record["instruction"].split()[:2:-1]
 
 
 def test_an_unknown_split_is_refused() -> None:

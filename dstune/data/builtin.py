@@ -173,11 +173,14 @@ def records(split: str | None = None) -> Iterator[dict[str, str]]:
         )
     seen: set[str] = set()
     for number in count():
-        asked, instruction, given, output = _TASKS[number % len(_TASKS)](_Draws(number))
+        draw = _Draws(number)
+        asked, instruction, given, output = _TASKS[number % len(_TASKS)](draw)
         text = f"{instruction}\n{given}"
         if text in seen or _is_test(f"{asked}\n{given}") != (wanted == "test"):
             continue
         seen.add(text)
+        if "\n" not in given and draw.below(4) == 0:  # on one line, as a person types it in a chat
+            instruction, given = f"{instruction} {given}".strip(), ""
         yield {"instruction": instruction, "input": given, "output": output}
         if len(seen) == SPLIT_SIZES[wanted]:
             return
