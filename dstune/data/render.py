@@ -76,10 +76,14 @@ class Renderer:
             for said in _must_appear(message) + (_thoughts(message) if last else []):
                 if not any(spelling in text for spelling in _spellings(said)):
                     detail = f"template {self.template.name} leaves out or changes what message {number} ({message.role}) says"
-                    raise Refused("template_drops_content", detail)
+                    hint = "; it knows no tool calls: `data.template: chatml` does" if message.tool_calls else ""
+                    raise Refused("template_drops_content", detail + hint)
         for tool in conversation.tools:
             if not any(name in text for name in _spellings(tool["function"].get("name", ""))):
-                raise Refused("template_drops_content", f"template {self.template.name} does not show the tools")
+                raise Refused(
+                    "template_drops_content",
+                    f"template {self.template.name} does not show the tools; `data.template: chatml` does",
+                )
 
     def annotate(
         self, conversation: Conversation, text: str, pieces: Pieces = core, lenient: bool = False

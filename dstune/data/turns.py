@@ -197,10 +197,9 @@ def tools(value: Any) -> tuple[dict[str, Any], ...]:
         return ()
     made: list[dict[str, Any]] = []
     for tool in value if isinstance(value, list) else [value]:
-        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-            made.append(tool)
-        elif isinstance(tool, dict) and isinstance(tool.get("name"), str):
-            made.append({"type": "function", "function": tool})
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            made.append({"type": "function", "function": tool} if function is tool else tool)
         else:
             raise Refused("bad_tools", f"{kind(tool)} among the tools; expected an object with `name` and `parameters`")
     return tuple(made)

@@ -116,6 +116,11 @@ def test_a_named_format_settles_it():
         ({"conversations": [{"from": "function_call", "value": "no json"}]}, "bad_tool_call", "conversations[0]"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "tools": "[3]"}, "bad_tools", "a number"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "tools": "{"}, "bad_tools", ""),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}], "tools": [{"function": {"name": []}}]},
+            "bad_tools",
+            "name",
+        ),
         ({"messages": [{"role": "system", "content": "s"}], "system": "t"}, "ambiguous_format", "system"),
         ({"messages": [1], "conversations": [1]}, "ambiguous_format", "'messages', 'conversations'"),
         ({"instruction": "q", "output": "a", "history": 3}, "bad_turn", "history"),
