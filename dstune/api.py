@@ -66,12 +66,16 @@ def init(directory: str | Path = ".", recipe: str = "quickstart") -> Path:
     return known.write(Path(directory), recipe)
 
 
-def prepare(run: RunFile, overrides: Sequence[str] = ()) -> "Prepared":
+def prepare(run: RunFile, overrides: Sequence[str] = (), *, progress: bool = False) -> "Prepared":
     """The run's data as a prepared directory; a finished one is reused. Raises DataError, ConfigError."""
     from dstune.data import prepare as room
+    from dstune.records.console import PreparationProgress
 
     loaded = _loaded(run, overrides)
-    return room.prepare(loaded.config, loaded.base)
+    if not progress:
+        return room.prepare(loaded.config, loaded.base)
+    with PreparationProgress() as show:
+        return room.prepare(loaded.config, loaded.base, lambda p: show(p.stage, p.file, p.records, p.examples))
 
 
 def preview(
@@ -115,7 +119,7 @@ def train(
     from dstune.launch import rundir
 
     loaded = _loaded(run, overrides)
-    paths = _create(loaded)
+    paths = _create(loaded, progress)
     return _drive(rundir.load(paths), paths, address, progress, (on_step, on_evaluate, on_commit))
 
 
@@ -329,13 +333,13 @@ def _loaded(run: RunFile, overrides: Sequence[str]) -> LoadedRun:
     return load_run(run, overrides)
 
 
-def _create(loaded: LoadedRun) -> "RunPaths":
+def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
     """Everything that can be wrong is found before the run directory is made; the data is ready when it is there."""
     from dstune.launch import rundir, start
 
     rundir.refuse_existing(loaded)
     start.check(loaded)
-    prepared = prepare(loaded)
+    prepared = prepare(loaded, progress=progress)
     paths = rundir.create(loaded)
     rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
     return paths

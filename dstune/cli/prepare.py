@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dstune import api
 
-    prepared = api.prepare(args.run, args.overrides)
+    prepared = api.prepare(args.run, args.overrides, progress=not args.json)
     counts = prepared.manifest["counts"]
     lines = [f"{name.replace('_', ' '):<20} {value}" for name, value in counts.items() if not isinstance(value, dict)]
     emit(args, {"prepared": str(prepared.root), "counts": counts}, [*lines, f"prepared: {prepared.root}"])

@@ -5,6 +5,7 @@ import time
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
@@ -64,3 +65,23 @@ class StepProgress:
             f"step {step}/{self._total}  loss {loss}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s{tail}",
             markup=False,
         )
+
+
+class PreparationProgress:
+    """What a preparation is doing: a live line in a terminal, nothing elsewhere. Call it with each report."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr, highlight=False)
+        self._status = self._console.status("preparing the data")
+
+    def __enter__(self) -> "PreparationProgress":
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def __call__(self, stage: str, file: str, records: int, examples: int) -> None:
+        where = f" {escape(file)}" if file else ""
+        self._status.update(f"{stage}{where}: {records:,} records, {examples:,} examples")
