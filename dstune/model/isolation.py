@@ -48,6 +48,11 @@ _SIZES: dict[str, int] = {
     "topk_group": 1,
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
+    "rotary_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
     "vocab_size": _VOCABULARY,
     "vocab_size_per_layer_input": _VOCABULARY,
 }
@@ -68,6 +73,7 @@ _PERIODS = (
     "no_rope_layer_interval",
 )
 _OFFSETS = ("first_k_dense_replace", "attn_layer_offset", "expert_layer_offset", "moe_layer_start_index")
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _FAILURES = (
     ValueError, RuntimeError, TypeError, NotImplementedError, KeyError, IndexError, AttributeError, ImportError, AssertionError,
     StrictDataclassError,
@@ -128,9 +134,12 @@ def _verdict(alone: torch.Tensor, packed: torch.Tensor, joined: torch.Tensor) ->
     for number, (start, stop) in enumerate(itertools.pairwise(starts)):
         difference = float((alone - packed)[:, start:stop].abs().max() / scale)
         if difference > TOLERANCE:
+            cause = (
+                "something carries over from one example to the next" if number else "it is not this model's attention"
+            )
             return (
                 f"example {number + 1} of {len(_LENGTHS)} in a packed row differs from itself alone by {difference:.1e} "
-                f"(tolerance {TOLERANCE:.0e}): something carries over from one example to the next"
+                f"(tolerance {TOLERANCE:.0e}): {cause}"
             )
     return None
 
@@ -195,8 +204,8 @@ def shrunk(config: PretrainedConfig, sizes: bool) -> PretrainedConfig:
             if getattr(config, name) is text and isinstance(values.get(name), dict):
                 _shrink(values[name], sizes)
     values.pop("quantization_config", None)
-    # Their ids lie beyond the small vocabulary.
-    values.update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
+    # Their own ids lie beyond the small vocabulary.
+    values.update({key: token for key, token in _SPECIAL.items() if values.get(key) is not None})
     return type(config).from_dict(values)
 
 
@@ -222,6 +231,8 @@ def _shrink_depth(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == depth:
             values[name] = value[:wanted]
+        elif name == "per_layer_config" and isinstance(value, dict):
+            values[name] = {index: own for index, own in value.items() if int(index) < wanted}
 
 
 def _prefix(kinds: list[Any]) -> int:
@@ -249,3 +260,8 @@ def _shrink_width(values: dict[str, Any]) -> None:
         values["num_key_value_heads"] = values[head_key] if grouped == heads else min(grouped, 2)
     if isinstance(values.get("head_dim"), int) and "qk_rope_head_dim" not in values:
         values["head_dim"] = 16
+    if isinstance(values.get("mamba_n_heads"), int) and isinstance(values.get("hidden_size"), int):
+        inner = values.get("mamba_expand", 2) * values["hidden_size"]
+        values.update(mamba_d_head=16, mamba_n_heads=inner // 16)
+        if isinstance(values.get("mamba_d_ssm"), int):
+            values["mamba_d_ssm"] = inner

@@ -47,6 +47,13 @@ def test_what_carries_state_over_or_has_no_positions_to_restart_is_refused(name)
     assert config.model_type in str(caught.value)
 
 
+def test_short_convolutions_between_attention_layers_are_seen_or_kept_apart():
+    """LFM 2's convolutions look back two tokens; its default config has none of them."""
+    config = AutoConfig.for_model("lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "conv"])
+    with pytest.raises(ConfigError, match="carries over"):
+        choose(ModelSection(path="x"), config, "packed")
+
+
 def test_soft_caps_go_to_the_attention_that_has_them():
     config = tiny_config("gemma2")
     with pytest.raises(ConfigError, match="softcap"):
