@@ -12,22 +12,14 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+import dstune.data
 from dstune.data.builtin import SPLIT_SIZES, records
 
 VOCABULARY = 2048
 """An upper bound: training ends where every word of the data is one token."""
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PIECES = r"\p{Han}|\p{L}+|\p{N}+|\s|[^\s\p{L}\p{N}]+"
-TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}{{- message['content'] + '<|im_end|>' -}}{%- endif -%}"
-    "{{- '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
+TEMPLATE = (Path(dstune.data.__file__).parent / "chat_templates" / "chatml.jinja").read_text(encoding="utf-8")
 CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "pad_token": PAD,
