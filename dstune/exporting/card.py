@@ -10,6 +10,14 @@ from typing import Any
 from dstune.config.schema import RunConfig
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_USE = """\
+from transformers import AutoTokenizer, {kind}
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), {kind}.from_pretrained(".")
+question = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs)[0]))
+"""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
@@ -22,6 +30,8 @@ class CardFacts:
     """Mean loss of the step that was exported, per supervised token; None where it is not known."""
     dtype: str
     parameters: int
+    auto_class: str = "AutoModelForCausalLM"
+    """transformers' class that opens it."""
     counts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The prepared data's counts, from its manifest."""
     sources: Sequence[Mapping[str, Any]] = ()
@@ -45,11 +55,7 @@ def model_card(config: RunConfig, facts: CardFacts) -> str:
         ),
         _data(config, facts),
         _table("Training", _training(config, facts)),
-        "## Use\n\n```python\n"
-        "from transformers import AutoTokenizer, pipeline\n\n"
-        'pipe = pipeline("text-generation", model=".", tokenizer=AutoTokenizer.from_pretrained("."))\n'
-        'print(pipe([{"role": "user", "content": "..."}]))\n'
-        "```\n",
+        f"## Use\n\n```python\n{_USE.format(kind=facts.auto_class)}```\n",
     ]
     return "\n".join(parts)
 

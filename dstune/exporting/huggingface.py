@@ -86,7 +86,7 @@ def _write(
     template = resolve_template(config.data.template, tokenizer, base, model_config.is_encoder_decoder)
     _write_tokenizer(directory, tokenizer, template)
     write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
-    facts = _facts(reader, weights, dtype, prepared)
+    facts = _facts(reader, weights, dtype, model_config.is_encoder_decoder, prepared)
     write_text(directory / "README.md", model_card(config, facts))
 
 
@@ -153,7 +153,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return special[max(found, key=len)] if found else None
 
 
-def _facts(reader: Reader, weights: tensors.Weights, dtype: str, prepared: Path | None) -> CardFacts:
+def _facts(reader: Reader, weights: tensors.Weights, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
     losses = reader.state.get("losses") or [None]
     manifest: dict[str, Any] = {}
     if prepared is not None and prepared.is_dir():
@@ -163,6 +163,7 @@ def _facts(reader: Reader, weights: tensors.Weights, dtype: str, prepared: Path 
         loss=losses[-1],
         dtype=dtype,
         parameters=weights.num_parameters,
+        auto_class="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
         counts=manifest.get("counts", {}),
         sources=manifest.get("sources", ()),
     )

@@ -1,6 +1,9 @@
 """Exports against real checkpoints of real engines: bit for bit the masters, opened by transformers itself."""
 
+import errno
 import json
+import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from dstune.config.schema import RunConfig
 from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
-from dstune.errors import CheckpointError, UsageError
+from dstune.errors import CheckpointError, RunFailed, UsageError
 from dstune.exporting.card import CardFacts, model_card, plain
 from dstune.exporting.huggingface import export
 from dstune.model import names
@@ -112,20 +115,9 @@ def test_weights_are_the_masters_bit_for_bit_after_the_cast(committed, tmp_path,
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("architecture", "stage"),
-    [
-        ("llama", 3),
-        ("llama-tied", 2),
-        ("gpt2", 1),
-        ("mixtral", 3),
-        ("qwen3_moe", 2),
-        ("bart", 3),
-        ("builtin:tiny-t5", 3),
-    ],
-)
-def test_transformers_opens_the_export_with_exactly_the_masters(committed, tmp_path, architecture, stage):
-    path, checkpoint = committed(architecture, stage)
+@pytest.mark.parametrize("architecture", list(CASES))
+def test_transformers_opens_the_export_with_exactly_the_masters(committed, tmp_path, architecture):
+    path, checkpoint = committed(architecture)
     out = tmp_path / "out"
     export(checkpoint, out, config_of(path), Path(), dtype="fp32", max_file_bytes=60_000)
     assert (out / "model.safetensors.index.json").is_file()
@@ -173,6 +165,7 @@ def test_the_directory_is_complete(committed, tmp_path):
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
     card = (out / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained" in card
     assert "builtin:instructions" in card and "| steps taken | 2 |" in card and "1.5000" in card
     everything = "".join(file.read_text(errors="ignore") for file in out.iterdir() if file.suffix in (".json", ".md"))
     assert str(Path(__file__).parents[2]) not in everything and str(tmp_path) not in everything
@@ -209,3 +202,33 @@ def test_a_card_escapes_what_people_wrote():
     assert "<script>" not in card and "<b>" not in card and "/secret" not in card
     assert "\n# <" not in card and "](javascript" not in card
     assert plain("a\n\n| b") == "a \\| b"
+
+
+@pytest.mark.dist
+def test_a_full_disk_leaves_nothing_behind(committed, tmp_path, monkeypatch):
+    path, checkpoint = committed("builtin:tiny-llama")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dstune.exporting.tensors._write_file", full)
+    with pytest.raises(RunFailed, match="No space left"):
+        export(checkpoint, tmp_path / "out", config_of(path), Path())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.dist
+def test_only_one_tensor_is_in_memory_at_a_time(committed, tmp_path, monkeypatch):
+    path, checkpoint = committed("mixtral")
+    alive, most = [], [0]
+    read = Reader.read
+
+    def counting(self, state, name, *rest):
+        tensor = read(self, state, name, *rest)
+        alive.append(weakref.ref(tensor))
+        most[0] = max(most[0], sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(Reader, "read", counting)
+    export(checkpoint, tmp_path / "out", config_of(path), Path())
+    assert most[0] <= 2 < len(alive)
