@@ -19,7 +19,8 @@ VOCABULARY = 2048
 """An upper bound: training ends where every word of the data is one token."""
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PIECES = r"\p{Han}|\p{L}+|\p{N}+|\s|[^\s\p{L}\p{N}]+"
-TEMPLATE = (Path(dstune.data.__file__).parent / "chat_templates" / "chatml.jinja").read_text(encoding="utf-8")
+CHATML = Path(dstune.data.__file__).parent / "chat_templates" / "chatml.jinja"
+TEMPLATE = CHATML.read_text(encoding="utf-8").replace("{{- BOS }}\n", "").replace("{{- END }}", "{{- '<|im_end|>' }}")
 CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "pad_token": PAD,
