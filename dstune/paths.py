@@ -103,8 +103,13 @@ class RunPaths:
         """How the workers ended, written by worker 0 at the end of its loop; absent after a crash."""
         return self.attempt(attempt) / "outcome.json"
 
+    @property
+    def workers_lock(self) -> Path:
+        """Held (flock, shared) by every worker for as long as it lives: an attempt starts when nobody holds it."""
+        return self.control / "workers.lock"
+
     def workers(self, attempt: int) -> Path:
-        """Which process is which rank: a list of {"rank", "node", "pid"}, written by the executor."""
+        """Which process is which rank: a list of {"rank", "node", "pid", "started"}, written by the executor."""
         return self.attempt(attempt) / "workers.json"
 
     def make(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from dstune.atomic import read_json_lines
 from dstune.checkpoint.resolve import newest_whole
 from dstune.errors import EXIT_FAILED, CheckpointError, DstuneError, Problem, UsageError
-from dstune.launch import control
+from dstune.launch import control, fence
 from dstune.launch.attempts import RESIZE, Again, DriveLimits, Ended, Facts, Stop, Wait, can_grow, decide
 from dstune.launch.failures import Cause, root_cause
 from dstune.launch.follow import LineFollower, cut_back
@@ -199,6 +199,7 @@ class _Drive:
     # --- one attempt -------------------------------------------------------------------------------------------------
 
     def _run_attempt(self, world_size: int) -> Ended:
+        fence.clear(self.paths, self.attempt)
         resume_from, start_step = self._starting_point()
         self.attempt += 1
         self.paths.attempt(self.attempt).mkdir(parents=True)

@@ -7,7 +7,6 @@ import os
 import queue
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.errors import Problem, UsageError
+from dstune.launch import fence
 from dstune.loggers import get_logger
 from dstune.protocols import AttemptOutcome
 
@@ -192,8 +192,7 @@ class _HostProcess:
     def kill(self) -> None:
         """End the process and an embedded Ray without a word; whoever waits for an answer gets None."""
         self.killed = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        fence.kill_session(self._process.pid)
 
     def keep_logs(self) -> None:
         """Copy what an embedded Ray's processes wrote to logs/ray, where a crash in native code left its last words."""
@@ -209,16 +208,11 @@ class _HostProcess:
 
     def close(self) -> None:
         """End the process, its Ray, and the temporary directory."""
-        if self.alive and self._process.poll() is None:
+        if self.alive:
             self.ask("close", _CLOSE_SECONDS)
+        fence.kill_session(self._process.pid)  # before `wait`: until then its number is nobody else's
+        self._process.wait()
         self._channel.close()
-        try:
-            self._process.wait(_CLOSE_SECONDS / 4)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # a Ray that outlived its host is in the host's session
-            os.killpg(self._process.pid, signal.SIGKILL)
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _await_start(self) -> None:

@@ -27,6 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from dstune.atomic import write_json
+from dstune.launch import fence
 from dstune.launch.local import HostSettings
 from dstune.paths import RunPaths
 
@@ -55,11 +56,8 @@ class WorldBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: WorldConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         address, port = worker_group.execute_single(0, _rendezvous, backend_config.loopback)
         worker_group.execute(_set_world, address, port)
-        seats: list[tuple[str, int]] = worker_group.execute(_seat)
-        write_json(
-            Path(backend_config.workers_file),
-            [{"rank": rank, "node": node, "pid": pid} for rank, (node, pid) in enumerate(seats)],
-        )
+        seats: list[dict[str, Any]] = worker_group.execute(_seat)
+        write_json(Path(backend_config.workers_file), [{"rank": rank} | seat for rank, seat in enumerate(seats)])
 
 
 def _rendezvous(loopback: bool) -> tuple[str, int]:
@@ -82,12 +80,13 @@ def _set_world(address: str, port: int) -> None:
     }
 
 
-def _seat() -> tuple[str, int]:
-    return socket.gethostname(), os.getpid()
+def _seat() -> dict[str, Any]:
+    return {"node": socket.gethostname(), "pid": os.getpid(), "started": fence.started(os.getpid())}
 
 
 def train_function(config: dict[str, Any]) -> None:
     """What Ray Train runs in each worker: the entry `module:function(run_directory, attempt)`."""
+    fence.hold(RunPaths(Path(config["run_directory"])))
     module, _, function = config["entry"].partition(":")
     status = vars(importlib.import_module(module))[function](Path(config["run_directory"]), config["attempt"])
     if status:
@@ -124,7 +123,9 @@ class Host:
         with self._channel.makefile("r", encoding="utf-8") as lines:
             for line in lines:
                 self._requests.put(json.loads(line))
-        os._exit(1)  # the driver is gone: the embedded Ray, or the job's actors, end with this process
+        # The driver is gone: an embedded Ray is in this process's session, a cluster ends the actors of a lost job.
+        fence.kill_session(os.getsid(0), but=os.getpid())
+        os._exit(1)
 
     def _reply(self, identity: int, **facts: Any) -> None:
         with self._writing:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.atomic import write_json
+from dstune.launch.fence import started
 from dstune.paths import RunPaths
 from dstune.protocols import AttemptOutcome
 
@@ -47,7 +48,9 @@ class ProcessExecutor:
         ]
         if self._killed.is_set():
             self.kill()
-        seats = [{"rank": rank, "node": socket.gethostname(), "pid": p.pid} for rank, p in enumerate(self._processes)]
+        here = socket.gethostname()
+        pids = [process.pid for process in self._processes]
+        seats = [{"rank": rank, "node": here, "pid": pid, "started": started(pid)} for rank, pid in enumerate(pids)]
         write_json(RunPaths(Path(run_directory)).workers(attempt), seats)
         return self._join()
 

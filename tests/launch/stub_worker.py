@@ -18,7 +18,7 @@ import torch
 from dstune.atomic import append_line, write_json
 from dstune.checkpoint import commit as checkpoint_commit
 from dstune.errors import DataError
-from dstune.launch import control
+from dstune.launch import control, fence
 from dstune.paths import RunPaths, step_directory
 from dstune.protocols import Slice
 from dstune.records.sinks import EventLog
@@ -26,6 +26,7 @@ from dstune.records.sinks import EventLog
 
 def main(run_directory: Path, attempt: int) -> None:
     paths = RunPaths(run_directory)
+    fence.hold(paths)
     rank = int(os.environ["RANK"])
     stub = json.loads((run_directory / "stub.json").read_text())
     plan = json.loads(paths.plan(attempt).read_text())
