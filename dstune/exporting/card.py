@@ -35,7 +35,7 @@ class CardFacts:
     counts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The prepared data's counts, from its manifest."""
     sources: Sequence[Mapping[str, Any]] = ()
-    """The prepared data's sources, from its manifest: path, read, kept."""
+    """The prepared data's sources, as its manifest has them."""
 
 
 def model_card(config: RunConfig, facts: CardFacts) -> str:
@@ -75,19 +75,21 @@ def _header(config: RunConfig) -> str:
 
 def _data(config: RunConfig, facts: CardFacts) -> str:
     """Sources as the manifest counts them, else as the run file names them."""
-    rows = [
-        [_shown(str(source.get("path", "?"))), *(f"{int(source[key]):,}" if key in source else "" for key in _COUNTED)]
-        for source in facts.sources
-    ] or [[_shown(source.path), *("" for _ in _COUNTED)] for source in config.data.sources]
-    lines = ["## Data", "", f"| source | {' | '.join(_COUNTED)} |", "|---" * (1 + len(_COUNTED)) + "|"]
+    rows = [_counted(source) for source in facts.sources]
+    rows = rows or [[_shown(source.path), "", "", ""] for source in config.data.sources]
+    lines = ["## Data", "", "| source | records read | conversations kept | tokens |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows]
     shown = {key: value for key, value in facts.counts.items() if key in _SHOWN_COUNTS}
     lines += ["", *(f"- {plain(key.replace('_', ' '))}: {value:,}" for key, value in shown.items())]
     return "\n".join([*lines, ""])
 
 
-_COUNTED = ("read", "kept")
 _SHOWN_COUNTS = ("examples", "rows", "tokens", "supervised_tokens")
+
+
+def _counted(source: Mapping[str, Any]) -> list[str]:
+    numbers = (source["records"]["read"], source["conversations"]["kept"], source["tokens"])
+    return [_shown(source["path"]), *(f"{number:,}" for number in numbers)]
 
 
 def _training(config: RunConfig, facts: CardFacts) -> dict[str, Any]:

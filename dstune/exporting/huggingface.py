@@ -127,9 +127,9 @@ def _generation(source: Path, config: PretrainedConfig, tokenizer: Any) -> dict[
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise ConfigError(Problem(str(file), f"is not JSON: {error}")) from None
-    text = config.get_text_config(decoder=True)
+    tokens = config.get_text_config().to_dict() | config.to_dict()
     for key in _GENERATION_KEYS:
-        token = getattr(text, key, None)
+        token = tokens.get(key)
         if key not in values and token is not None:
             values[key] = token
     stops = values.get("eos_token_id", [])

@@ -61,7 +61,9 @@ def unwrapped(module: Any) -> torch.nn.Module:
 
 def _started(ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """`ids` [rows, length] with the token in its first place that this model's decoder begins with."""
-    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+    # Not every config has the keys at all.
+    start = getattr(config, "decoder_start_token_id", None)
+    start = getattr(config, "bos_token_id", None) if start is None else start
     if start is None:
         raise ConfigError(
             Problem(

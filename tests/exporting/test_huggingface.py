@@ -131,6 +131,8 @@ def test_transformers_opens_the_export_with_exactly_the_masters(committed, tmp_p
     for name, parameter in parameters.items():
         wanted = masters.read("fp32", renamed.get(name, name)).view(parameter.shape)
         assert torch.equal(parameter.detach(), wanted), name
+    if model.config.is_encoder_decoder:
+        assert model.generation_config.decoder_start_token_id == model.config.decoder_start_token_id is not None
     # And it is not what training began with.
     before = kind.from_pretrained(path) if architecture[:7] != "builtin" else None
     if before is not None:
@@ -201,6 +203,10 @@ def test_a_card_escapes_what_people_wrote():
     card = model_card(config, CardFacts(step=1, loss=None, dtype="bf16", parameters=1))
     assert "<script>" not in card and "<b>" not in card and "/secret" not in card
     assert "\n# <" not in card and "](javascript" not in card
+    counted = {"path": "/home/me/x|y.json", "records": {"read": 1234}, "conversations": {"kept": 7}, "tokens": 99}
+    facts = CardFacts(step=1, loss=None, dtype="bf16", parameters=1, counts={"rows": 3}, sources=[counted])
+    card = model_card(config, facts)
+    assert "| x\\|y.json | 1,234 | 7 | 99 |" in card and "- rows: 3" in card and "/home" not in card
     assert plain("a\n\n| b") == "a \\| b"
 
 
