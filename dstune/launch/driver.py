@@ -181,19 +181,19 @@ class _Drive:
             decision = decide(facts, self.limits)
             if isinstance(decision, Wait):  # the cluster is asked only where its answer matters: asking may start a Ray
                 waited = time.monotonic() - began
-                decision = decide(
-                    replace(facts, workers_available=self._available(), waited_seconds=waited), self.limits
-                )
+                room = self.executor.available_workers() if ended == "not_started" else self._available()
+                decision = decide(replace(facts, workers_available=room, waited_seconds=waited), self.limits)
             if isinstance(decision, Again | Stop):
                 return decision
             self.status.write(state="queued", reason=decision.why)
             self.signals.wait(_WAIT_SECONDS)
 
     def _available(self) -> int:
+        """Free places; none while a cluster that was there before is away (it may come back)."""
         try:
             return self.executor.available_workers()
-        except OSError as error:
-            log.warning("the cluster does not answer: %s", error)
+        except UsageError as error:
+            log.warning("%s", error)
             return 0
 
     # --- one attempt -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from dstune.protocols import AttemptOutcome
 log = get_logger(__name__)
 
 _START_SECONDS = 120.0
+_LISTENER_SECONDS = 10.0
 _ANSWER_SECONDS = 30.0
 _CLOSE_SECONDS = 20.0
 _LONGEST_TEMPORARY = 40
@@ -91,12 +92,15 @@ class RayExecutor:
         self._starting = threading.Lock()
 
     def available_workers(self) -> int:
-        """How many workers could be placed now; 0 where an existing cluster is away. Starts Ray where none runs."""
-        answer = self._running_host().ask("available", _ANSWER_SECONDS)
-        if answer is None:
+        """How many workers could be placed now; 0 where Ray does not answer. Starts Ray where none runs.
+
+        Raises UsageError where it cannot be started or reached.
+        """
+        host = self._running_host()
+        answer = host.ask("available", _ANSWER_SECONDS)
+        if answer is None and not host.alive:
             self._drop_host()
-            return 0
-        return int(answer["available"])
+        return 0 if answer is None else int(answer["available"])
 
     def run(self, run_directory: str, attempt: int, world_size: int, environment: Mapping[str, str]) -> AttemptOutcome:
         """Start the workers and block until they are gone. `environment` goes over this process's own variables."""
@@ -137,6 +141,8 @@ class RayExecutor:
             if self._host is None or not self._host.alive:
                 if self._host is not None:
                     self._host.close()
+                    self._host = None
+                _require_listener(self._address)
                 self._host = _HostProcess(self._address, self._workers, self._cpus, self._logs)
             return self._host
 
@@ -274,6 +280,18 @@ class _HostProcess:
             return open(os.devnull, "wb")  # noqa: PTH123 - closed by the caller's `with`
         self._logs.mkdir(parents=True, exist_ok=True)
         return (self._logs / "driver.log").open("ab")
+
+
+def _require_listener(address: str | None) -> None:
+    """Raises UsageError where nobody listens at HOST:PORT: Ray itself would try for two minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENER_SECONDS).close()
+    except OSError as error:
+        do = "is the address right (HOST:PORT, as `ray start` printed it) and the cluster up?"
+        raise UsageError(Problem(str(address), f"cannot reach Ray: {error.strerror or error}", do=do)) from None
 
 
 def _short_temporary() -> str:

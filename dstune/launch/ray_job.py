@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dstune.errors import Problem, UsageError
@@ -107,6 +108,15 @@ async def _next(chunks: Any) -> str | None:
     return await anext(chunks, None)
 
 
+def _authorization() -> dict[str, str]:
+    """The token's header, given by hand: Ray itself sends a token only where RAY_AUTH_MODE said so before it was imported."""
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token and file.is_file():
+        token = file.read_text("utf-8").strip()
+    return {"authorization": f"Bearer {token}"} if token else {}
+
+
 class _speaking_to:
     """A client of the job server; what it raises for the outside world's faults becomes a UsageError that says what to do."""
 
@@ -114,18 +124,21 @@ class _speaking_to:
         self._address = address
 
     def __enter__(self) -> Any:
-        if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray sends a token only where this says so
         from ray.job_submission import JobSubmissionClient
 
         try:
-            return JobSubmissionClient(self._address)
-        except (ConnectionError, RuntimeError, OSError) as error:
+            return JobSubmissionClient(self._address, headers=_authorization())
+        except self._faults() as error:
             raise self._problem(error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ConnectionError | RuntimeError | OSError):
+        if isinstance(error, self._faults()):
             raise self._problem(error) from None
+
+    def _faults(self) -> tuple[type[Exception], ...]:
+        from ray.exceptions import AuthenticationError
+
+        return ConnectionError, RuntimeError, OSError, AuthenticationError
 
     def _problem(self, error: BaseException) -> UsageError:
         came = f"the Ray cluster refuses: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

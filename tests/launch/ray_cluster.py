@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dstune.launch.fence import kill_session
 from tests.launch.process_executor import ROOT
 from tests.launch.slurm_cluster import ticks
 from tests.spawn import free_port
@@ -27,7 +28,7 @@ class RayHead:
         token.touch(mode=0o600)
         token.write_text(self.token)
         self._before = dict(os.environ)
-        self._temporary = tempfile.TemporaryDirectory(prefix="dstune-head-", dir="/tmp")
+        self._temporary = tempfile.TemporaryDirectory(prefix="dstune-head-", dir="/tmp", ignore_cleanup_errors=True)
         loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} | loopback
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
@@ -53,10 +54,11 @@ class RayHead:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         try:
-            self._process.wait(30)
+            self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+        kill_session(self._process.pid)
+        self._process.wait()
         self._temporary.cleanup()
         os.environ.clear()
         os.environ |= self._before
@@ -67,7 +69,7 @@ class RayHead:
         for _ in ticks(120, every=1):
             assert self._process.poll() is None, (self.folder / "head.log").read_text()
             try:
-                JobSubmissionClient(self.address).list_jobs()
+                JobSubmissionClient(self.address, headers={"authorization": f"Bearer {self.token}"}).list_jobs()
                 return
             except (ConnectionError, RuntimeError) as error:
                 last = error
