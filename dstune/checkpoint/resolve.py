@@ -130,7 +130,9 @@ def choose(checkpoints: Path, wanted: str, metric: str | None) -> Checkpoint:
         values = [(load_manifest(one.directory).metrics.get(metric or "loss"), one) for one in found]
         known = [(value, -one.step, one) for value, one in values if value is not None]
         if not known:
-            raise CheckpointError(Problem(where, f"no checkpoint has a value of {metric or 'loss'!r}", "a validation set"))
+            raise CheckpointError(
+                Problem(where, f"no checkpoint has a value of {metric or 'loss'!r}", "a validation set")
+            )
         chosen = min(known)[2]
     else:
         steps = [one for one in found if str(one.step) == wanted]
