@@ -45,8 +45,11 @@ def main(run_directory: Path, attempt: int) -> None:
             write_json(paths.outcome(attempt), {"state": "succeeded", "step": stub["steps"], "reason": "done"})
     except Exception as error:
         paths.rank_error(rank).write_text(f"Traceback of rank {rank}\n{error}")
+        final = {"exit_status": error.exit_status if isinstance(error, DataError) else None}
         record = {"time": time.time(), "rank": rank, "node": socket.gethostname(), "collateral": False}
-        write_json(paths.rank_failure(attempt, rank), record | {"kind": type(error).__name__, "message": str(error)})
+        write_json(
+            paths.rank_failure(attempt, rank), record | {"kind": type(error).__name__, "message": str(error)} | final
+        )
         raise
 
 
