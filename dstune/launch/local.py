@@ -28,7 +28,7 @@ _START_SECONDS = 120.0
 _LISTENER_SECONDS = 10.0
 _ANSWER_SECONDS = 30.0
 _CLOSE_SECONDS = 20.0
-_LONGEST_TEMPORARY = 40
+_LONGEST_TEMPORARY = 36
 _LARGEST_LOG_BYTES = 1 << 20
 
 _PASSED_PREFIXES = ("DSTUNE_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_NCCL_")
@@ -159,7 +159,8 @@ class _HostProcess:
     def __init__(self, address: str | None, workers: int, cpus: int, logs: Path | None) -> None:
         self._address, self._logs = address, logs
         self._temporary = Path(tempfile.mkdtemp(prefix="dstune-", dir=_short_temporary()))
-        settings = HostSettings(address, workers, cpus, str(self._temporary))
+        # Ray opens its directory to everybody: it gets one below ours, which is private.
+        settings = HostSettings(address, workers, cpus, str(self._temporary / "ray"))
         self._channel, theirs = socket.socketpair()
         self._answers: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {0: queue.SimpleQueue()}
         self._lock = threading.Lock()
@@ -204,7 +205,7 @@ class _HostProcess:
         """Copy what an embedded Ray's processes wrote to logs/ray, where a crash in native code left its last words."""
         if self._logs is None:
             return
-        for file in self._temporary.glob("session_*/logs/*"):
+        for file in self._temporary.glob("ray/session_*/logs/*"):
             if file.is_symlink() or not file.is_file() or file.stat().st_size == 0 or file.parent.parent.is_symlink():
                 continue
             self._logs.mkdir(parents=True, exist_ok=True)
