@@ -340,6 +340,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
     rundir.refuse_existing(loaded)
     start.check(loaded)
     prepared = prepare(loaded, progress=progress)
+    start.require_vocabulary(loaded, prepared)
     paths = rundir.create(loaded)
     rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
     return paths

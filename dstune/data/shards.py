@@ -206,6 +206,10 @@ class Prepared:
         for shard in self._shards:
             yield from shard.batches
 
+    def largest_token(self) -> int:
+        """The largest token number in it (every token is read)."""
+        return max(int(batch.column("input_ids").flatten().to_numpy().max()) for batch in self.batches())
+
     def validation(self) -> "Prepared | None":
         """The held-out examples, opened and checked the same way; None where none were asked for."""
         if self.manifest["validation"] is None:

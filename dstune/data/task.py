@@ -1,4 +1,4 @@
-"""Whether a model turns one sequence into another, found from its config.json without torch or transformers."""
+"""What preparing data must know of a model, read from its config.json without torch or transformers: its task, its vocabulary."""
 
 import json
 import re
@@ -48,6 +48,22 @@ def is_seq2seq(model: ModelSection, base: Path) -> bool:
     """
     if model.task != "auto":
         return model.task == "seq2seq-lm"
+    config = read_config(model, base)
+    if "is_encoder_decoder" in config:
+        return bool(config["is_encoder_decoder"])
+    return config.get("model_type") in _SEQ2SEQ_TYPES
+
+
+def vocabulary_size(model: ModelSection, base: Path) -> int | None:
+    """How many tokens the model has embeddings for, `model.overrides` heeded; None where its config.json leaves it to its class."""
+    config = read_config(model, base) | model.overrides
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return size if isinstance(size, int) else None
+
+
+def read_config(model: ModelSection, base: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ConfigError for a model that is not there, or whose config.json cannot be read."""
     path = _config_file(model, base)
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -57,9 +73,7 @@ def is_seq2seq(model: ModelSection, base: Path) -> bool:
         raise ConfigError(Problem(str(path), f"no valid JSON ({error})", "a model's config.json")) from None
     if not isinstance(config, dict):
         raise ConfigError(Problem(str(path), "no JSON object", "a model's config.json"))
-    if "is_encoder_decoder" in config:
-        return bool(config["is_encoder_decoder"])
-    return config.get("model_type") in _SEQ2SEQ_TYPES
+    return config
 
 
 def _config_file(model: ModelSection, base: Path) -> Path:

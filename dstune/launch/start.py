@@ -11,7 +11,8 @@ from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
 from dstune.data import order
 from dstune.data.prepare import prepare
 from dstune.data.shards import Prepared
-from dstune.errors import DataError
+from dstune.data.task import vocabulary_size
+from dstune.errors import ConfigError, DataError, Problem
 from dstune.launch import rundir
 from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer, drive
@@ -69,6 +70,15 @@ def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
     deepspeed.make(run.config, run.base)
     plan.require_rows(run.config, workers_range(run.config.cluster, 1)[0])
+
+
+def require_vocabulary(run: LoadedRun, prepared: Prepared) -> None:
+    """Every token must have an embedding: another model's tokenizer is found before a worker meets it. Raises ConfigError."""
+    known = vocabulary_size(run.config.model, run.base)
+    largest = prepared.largest_token()
+    if known is not None and largest >= known:
+        came = f"the data holds token {largest}, the model has embeddings for {known}"
+        raise ConfigError(Problem("model.tokenizer", came, "the tokenizer that the model was trained with"))
 
 
 def open_prepared(run: LoadedRun, paths: RunPaths) -> Prepared:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dstune import api
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, FitError
 from dstune.paths import RunPaths
@@ -95,3 +96,14 @@ def test_what_deepspeed_would_ignore_silently_is_refused(section: dict[str, obje
     with pytest.raises(ConfigError) as caught:
         deepspeed.make(config(deepspeed=section), Path("/"))
     assert words in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_found_before_training(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "name: x\nmodel: {path: builtin:tiny-llama, overrides: {vocab_size: 300}}\n"
+        "data: {sources: [{path: builtin:instructions, limit: 50}], max_length: 128, num_processes: 1}\n"
+    )
+    with pytest.raises(ConfigError, match="the model has embeddings for 300"):
+        api.train(run)
+    assert not (tmp_path / "runs").exists()
