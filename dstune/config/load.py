@@ -21,6 +21,7 @@ from dstune.paths import config_directory
 Model = TypeVar("Model", bound=BaseModel)
 Path_ = tuple[str | int, ...]
 _MAX_FILE_BYTES = 4 << 20
+_MAX_VALUES = 100_000
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def validate(document: CommentedMap, model: type[Model], file: Path, overrides: 
     """`document` with overrides as a `model`. Raises ConfigError."""
     overridden = {_override(document, text): text for text in overrides}
     try:
-        return model.model_validate(_plain(document))
+        return model.model_validate(_Plain(file).copy(document))
     except ValidationError as error:
         raise ConfigError(_problems(error, document, model, file, overridden)) from None
     except RecursionError:
@@ -113,17 +114,28 @@ def dump(model: BaseModel) -> str:
     return stream.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool) or value is None:
+class _Plain:
+    """Copies a document into plain values: so many at most, for a few lines of aliases can stand for billions."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._left = file, _MAX_VALUES
+
+    def copy(self, value: Any) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ConfigError(
+                Problem(str(self._file), f"more than {_MAX_VALUES:,} values", "a run file (aliases multiply)")
+            )
+        if isinstance(value, Mapping):
+            return {str(key): self.copy(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.copy(item) for item in value]
+        if isinstance(value, bool) or value is None:
+            return value
+        for kind in (int, float, str):
+            if isinstance(value, kind):
+                return kind(value)
         return value
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
 
 
 def _override(document: CommentedMap, text: str) -> Path_:

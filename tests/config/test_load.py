@@ -113,7 +113,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
 def test_an_alias_bomb_costs_nothing(tmp_path: Path) -> None:
     levels = "\n".join(f"l{n + 1}: &l{n + 1} [{', '.join([f'*l{n}'] * 9)}]" for n in range(8))
     path = write(tmp_path, f"l0: &l0 [x, x]\n{levels}\n")
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="aliases multiply"):
         load_run(path)
 
 
