@@ -34,7 +34,7 @@ def main(run_directory: Path, attempt: int) -> None:
     try:
         for step in range(plan["start_step"] + 1, stub["steps"] + 1):
             pause.wait(stub.get("seconds", 0.01) if not _waits_for_a_lost_neighbour(stub, rank, step, attempt) else 600)
-            _mishaps(stub, rank, step, attempt)
+            _mishaps(paths, stub, rank, step, attempt)
             stopping = control.stop_requested(paths)
             if rank == 0:
                 _keep_books(paths, stub, attempt, step, stopping)
@@ -94,10 +94,22 @@ def _waits_for_a_lost_neighbour(stub: dict[str, Any], rank: int, step: int, atte
     return any(attempt in m["attempts"] and rank != m["rank"] and step > m["step"] for m in mishaps)
 
 
-def _mishaps(stub: dict[str, Any], rank: int, step: int, attempt: int) -> None:
+def _mishaps(paths: RunPaths, stub: dict[str, Any], rank: int, step: int, attempt: int) -> None:
     for what in ("fail", "die"):
         mishap = stub.get(what)
         if mishap and mishap["rank"] == rank and step == mishap["step"] and attempt in mishap["attempts"]:
+            _await_books(paths, rank, step - 1)
             if what == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise {"ValueError": ValueError, "DataError": DataError}[mishap["kind"]]("bad luck")
+
+
+def _await_books(paths: RunPaths, rank: int, step: int) -> None:
+    """What a collective does too: nobody is at this step before worker 0 has the last one behind it (its commit as well)."""
+    pause = threading.Event()
+    while rank != 0 and not _noted(paths, step):
+        pause.wait(0.01)
+
+
+def _noted(paths: RunPaths, step: int) -> bool:
+    return paths.metrics.exists() and any(f'"step": {step},' in line for line in paths.metrics.read_text().splitlines())
