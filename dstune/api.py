@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.load import LoadedRun, load_run
-from dstune.errors import Problem, UsageError
+from dstune.errors import EXIT_DONE, Problem, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,7 +102,9 @@ def plan(run: RunFile, overrides: Sequence[str] = (), *, workers: int | None = N
 
     loaded = _loaded(run, overrides)
     start.check(loaded)
-    return dict(start.preview_plan(loaded, prepare(loaded), workers))
+    prepared = prepare(loaded)
+    start.warn_of_few_rows(loaded, prepared)
+    return dict(start.preview_plan(loaded, prepared, workers))
 
 
 def train(
@@ -141,6 +143,8 @@ def resume(
     with driver_lock(paths):
         loaded = rundir.change(paths, list(overrides))
         control.clear(paths)
+    if (done := _finished(loaded, paths)) is not None:
+        return done
     return _drive(loaded, paths, address, progress, (on_step, on_evaluate, on_commit))
 
 
@@ -341,6 +345,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
     start.check(loaded)
     prepared = prepare(loaded, progress=progress)
     start.require_vocabulary(loaded, prepared)
+    start.warn_of_few_rows(loaded, prepared)
     paths = rundir.create(loaded)
     rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
     return paths
@@ -354,8 +359,25 @@ def _drive(
 
     prepared = start.open_prepared(loaded, paths)
     with Watcher(_total_steps(loaded, prepared), loaded.config.report.console if progress else None, *hooks) as observe:
+        observe.say(f"starting Ray{' at ' + address if address else ''} and the workers; logs: {paths.logs}")
         end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
     return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message)
+
+
+def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:
+    """The result of a run that has nothing left to do; no worker is started for it."""
+    from dstune.data.shards import Prepared
+    from dstune.launch import rundir
+    from dstune.launch.status import read_status
+
+    status, noted = read_status(paths), rundir.environment(paths).get("prepared")
+    if status["state"] != "succeeded" or noted is None or not Path(noted["directory"]).is_dir():
+        return None
+    if status["step"] < _total_steps(loaded, Prepared.open(noted["directory"])):
+        return None
+    return RunResult(
+        loaded.config.name, str(paths.root), "succeeded", status["step"], EXIT_DONE, "every step was done already"
+    )
 
 
 def _total_steps(loaded: LoadedRun, prepared: "Prepared") -> int:

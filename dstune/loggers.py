@@ -20,4 +20,5 @@ def configure(verbose: bool = False, file: Path | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error at their end is ours to tell
     logging.getLogger("dstune").setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -10,7 +10,10 @@ from pathlib import Path
 from dstune.checkpoint.layout import FileRecord, Manifest, load_manifest, tile
 from dstune.checkpoint.shards import entries, read_header
 from dstune.errors import CheckpointError, Problem
+from dstune.loggers import get_logger
 from dstune.paths import CheckpointPaths, step_of
+
+log = get_logger(__name__)
 
 _HASH_BLOCK_BYTES = 8 << 20
 _MAX_THREADS = 8
@@ -124,6 +127,8 @@ def choose(checkpoints: Path, wanted: str, metric: str | None) -> Checkpoint:
         newest, passed_over = newest_whole(checkpoints)
         if newest is None:
             raise CheckpointError(Problem(where, "; ".join(passed_over) or "nothing is committed"))
+        for reason in passed_over:
+            log.warning("%s; step %d is the newest whole one", reason, newest.step)
         return newest
     found = committed(checkpoints)
     if wanted == "best":

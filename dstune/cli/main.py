@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from dstune import __version__, loggers
+from dstune.cli.output import printable
 from dstune.errors import EXIT_FAILED, EXIT_USAGE, DstuneError
 
 COMMANDS = {
@@ -90,7 +91,7 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
 
 
 def _say(args: argparse.Namespace, message: str, status: int) -> int:
-    print(f"dstune: {message}", file=sys.stderr)
+    print(f"dstune: {printable(message)}", file=sys.stderr)
     if args.json:
         print(json.dumps({"error": message, "exit_status": status}, ensure_ascii=False))
     return status

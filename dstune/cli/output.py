@@ -29,7 +29,12 @@ def emit(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> None:
         print_json(value)
         return
     for line in lines:
-        print(line)
+        print(printable(line))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters (but line ends) spelled out: a file's name must not drive the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def report_end(args: argparse.Namespace, result: "RunResult") -> int:

@@ -15,7 +15,15 @@ def run(args: argparse.Namespace) -> int:
 
     plan = api.plan(args.run, args.overrides, workers=args.workers)
     lines = [f"{name.replace('_', ' '):<22} {value}" for name, value in plan.items() if not isinstance(value, dict)]
-    emit(args, plan, [*lines, "DeepSpeed config:", *_indented(plan["deepspeed"])])
+    emit(
+        args,
+        plan,
+        [
+            *lines,
+            "DeepSpeed config (dstune feeds and weighs the forward passes, so its batch sizes stay 1):",
+            *_indented(plan["deepspeed"]),
+        ],
+    )
     return 0
 
 

@@ -22,6 +22,23 @@ Model = TypeVar("Model", bound=BaseModel)
 Path_ = tuple[str | int, ...]
 _MAX_FILE_BYTES = 4 << 20
 _MAX_VALUES = 100_000
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "num_train_epochs": "epochs",
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "model_name_or_path": "path",
+    "gradient_checkpointing": "activation_checkpointing",
+    "save_steps": "every",
+    "eval_steps": "every",
+    "save_total_limit": "keep",
+}
+"""What other trainers call a key of ours."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +144,8 @@ class _Plain:
                 Problem(str(self._file), f"more than {_MAX_VALUES:,} values", "a run file (aliases multiply)")
             )
         if isinstance(value, Mapping):
+            if strange := [key for key in value if not isinstance(key, str)]:
+                raise ConfigError(Problem(str(self._file), f"the key {strange[0]!r} is no text", "names of keys"))
             return {str(key): self.copy(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self.copy(item) for item in value]
@@ -186,8 +205,12 @@ def _problem(place: Path_, details: Sequence[Any], model: type[BaseModel], where
     name = ".".join(str(part) for part in place)
     first = details[0]
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), fields_at(model, place[:-1]), n=1, cutoff=0.5)
-        known = ", ".join(fields_at(model, place[:-1]))
+        fields = fields_at(model, place[:-1])
+        elsewhere = _ELSEWHERE.get(str(place[-1]))
+        near = (
+            [elsewhere] if elsewhere in fields else difflib.get_close_matches(str(place[-1]), fields, n=1, cutoff=0.5)
+        )
+        known = ", ".join(fields)
         return Problem(
             where, f"unknown key {name!r}", do=f"did you mean {near[0]!r}?" if near else f"known keys: {known}"
         )

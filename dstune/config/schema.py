@@ -45,7 +45,7 @@ class Source(Section):
     """File, glob, directory or URL; relative to the run file. `builtin:instructions` is the quickstart's generator."""
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
     """How a record becomes a conversation; `auto` looks at every record's keys and refuses when unsure."""
-    repeat: float = Field(default=1.0, gt=0)
+    repeat: float = Field(default=1.0, gt=0, le=10_000)
     """How often each example comes per epoch; a fraction is drawn by `train.seed`, the same in every epoch."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many records, from the top."""
@@ -92,6 +92,9 @@ class DataSection(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSection(Section):
     """How it is tuned."""
 
@@ -103,7 +106,7 @@ class TrainSection(Section):
     """Rows per step over all workers."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Rows per forward pass and worker; does not change the loss."""
-    lr: float = Field(default=2e-5, gt=0)
+    lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up; cosine and linear end at zero."""
@@ -115,13 +118,13 @@ class TrainSection(Section):
     """The update rule."""
     states: Literal["fp32"] = "fp32"
     """Precision of masters and moments."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Decoupled; on matrices only, never on biases and norms."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Clip the global gradient norm; 0: never."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seeds order, initialisation and dropout."""

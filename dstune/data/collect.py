@@ -34,7 +34,9 @@ class Collector:
         self._writer = writer
         self._rejects = rejects
         self._files = array("i")
-        self._lines = array("q")
+        self._records = array("q")
+        self._place = (-1, -1)
+        self._next_part = 0
         self._problems: list[Problem] = []
         self._current = -1
         self.num_records = 0
@@ -48,15 +50,11 @@ class Collector:
     @property
     def records(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """[examples] number of the record that each example comes from, ascending."""
-        files, lines = self.files, np.array(self._lines, dtype=np.int64)
-        if not len(lines):
-            return lines
-        new = (files[1:] != files[:-1]) | (lines[1:] != lines[:-1])
-        return np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
+        return np.array(self._records, dtype=np.int64)
 
     @property
     def num_examples(self) -> int:
-        return len(self._lines)
+        return len(self._records)
 
     def take(self, result: Result) -> None:
         """Count and store one chunk's records. Raises DataError naming every bad one of the chunk."""
@@ -64,9 +62,9 @@ class Collector:
         if tally.source != self._current:
             self.end_source()
             self._current = tally.source
-        self.num_records += len(result.records)
         for record in result.records:
             self._take_record(record, tally, result.file)
+            self.num_records += 1
         if self._problems:
             more = len(self._problems) - _SHOWN
             end = [Problem("", f"… and {more} more up to line {result.records[-1].line}")] if more > 0 else []
@@ -86,18 +84,25 @@ class Collector:
         raise DataError(Problem(where, came, f"at most {OVERLONG_LIMIT:.0%}", do))
 
     def _take_record(self, record: Done, tally: FileTally, file: int) -> None:
+        first = self._first_part((file, record.line), len(record.parts))
         if record.refused is not None:
             tally.records_dropped[record.refused.reason] += 1
-            self._refuse(record.refused, tally, record.line, None)
+            self._refuse(record.refused, tally, record.line, first or None)
             return
         tally.records_used += 1
-        for number, part in enumerate(record.parts):
+        for number, part in enumerate(record.parts, first):
             tally.longest = max(tally.longest, part.length)
             if part.refused is not None:
                 tally.dropped[part.refused.reason] += 1
                 self._refuse(part.refused, tally, record.line, number)
             else:
                 self._keep(part, tally, file, record.line, number)
+
+    def _first_part(self, place: tuple[int, int], count: int) -> int:
+        """The number of a record's first part: where records share a line (an array written on one), parts count on."""
+        first = self._next_part if place == self._place else 0
+        self._place, self._next_part = place, first + max(1, count)
+        return first
 
     def _keep(self, part: Part, tally: FileTally, file: int, line: int, number: int) -> None:
         example = part.example
@@ -112,7 +117,7 @@ class Collector:
         tally.lossy_examples += example.lossy_characters > 0
         self._writer.add(StoredExample(example.input_ids, example.loss_mask, file, line, number))
         self._files.append(file)
-        self._lines.append(line)
+        self._records.append(self.num_records)
 
     def _refuse(self, refused: Refused, tally: FileTally, line: int, part: int | None) -> None:
         detail = refused.detail[:_DETAIL_CHARACTERS]

@@ -7,7 +7,7 @@ held out is then parted from the rest (how many examples there are is only known
 import errno
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dstune import atomic
 from dstune.config.load import resolve
-from dstune.config.schema import RunConfig, Source
+from dstune.config.schema import DataSection, RunConfig, Source
 from dstune.data import inputs, manifest, pool, schedule
 from dstune.data.collect import Collector
 from dstune.data.inputs import Input
@@ -25,6 +25,7 @@ from dstune.data.pack import Packing, one_per_row, pack
 from dstune.data.place import build_once
 from dstune.data.shard_writer import ShardWriter, WrittenFile, write_dataset_files, write_hashed, write_rows
 from dstune.data.shards import FORMAT_VERSION, Prepared, read_examples
+from dstune.data.sources import expand
 from dstune.data.tally import FileTally, Rejects
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenize import Encoder
@@ -56,6 +57,7 @@ def prepare(config: RunConfig, base: Path, progress: Report | None = None) -> Pr
     With `data.prepared` that directory is opened and compared with the model's tokenizer instead. Raises ConfigError, DataError,
     and RunFailed where the disk is full or a process dies; then nothing is left behind.
     """
+    require_files(config.data, base)  # before a hub is asked for the model: this takes no time
     seq2seq = is_seq2seq(config.model, base)
     packing = _packing(config, seq2seq)
     encoder = make_encoder(config.model, config.data, base, seq2seq)
@@ -69,6 +71,15 @@ def prepare(config: RunConfig, base: Path, progress: Report | None = None) -> Pr
     except OSError as error:
         raise RunFailed(_disk_problem(error)) from error
     return Prepared.open(final)
+
+
+def require_files(data: DataSection, base: Path) -> None:
+    """Raises DataError or ConfigError where a source names nothing."""
+    held_out = data.validation if isinstance(data.validation, list) else []
+    for source in (*data.sources, *held_out):
+        if "://" not in source.path:
+            with suppress(OSError):  # what may not be read is named where it is read
+                expand(source, base)
 
 
 def _ignore(progress: Progress) -> None:

@@ -50,7 +50,7 @@ class StoredExample:
     line: int
     """Where the record stands in that file, from 1."""
     part: int
-    """Which conversation of the record, from 0."""
+    """Which conversation of the record, from 0; where several records stand on one line, which of that line."""
 
 
 class _Stream:

@@ -58,8 +58,10 @@ def expand(source: Source, base: Path, max_record_bytes: int = DEFAULT_RECORD_BY
     root = base / Path(written).expanduser()
     if root.is_dir():
         found = _in_directory(root, source.split)
-    elif root.exists():
+    elif root.is_file():
         found = [root]
+    elif root.exists():
+        raise ConfigError(Problem(written, "a device or a pipe", "a file, a directory or a pattern"))
     else:
         matches = glob.glob(str(root), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute patterns)
         found = sorted(path for path in map(Path, matches) if path.is_file())

@@ -30,6 +30,11 @@ class Watcher(Observer):
         if self._progress:
             self._progress.close()
 
+    def say(self, text: str) -> None:
+        """A line for the person who looks on, if one does."""
+        if self._progress:
+            self._progress.say(text)
+
     def on_step(self, record: dict[str, Any]) -> None:
         if self._progress:
             self._progress.step(record)

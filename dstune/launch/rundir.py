@@ -1,6 +1,7 @@
 """Run directories: made once from a run file, found again by file, name or path, never silently continued or overwritten."""
 
 import difflib
+import glob
 import json
 import platform
 import sys
@@ -14,7 +15,11 @@ from dstune.config.load import LoadedRun, dump, load_run, resolve
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UsageError
 from dstune.launch.status import StatusFile
+from dstune.loggers import get_logger
 from dstune.paths import RunPaths
+from dstune.records.sinks import EventLog
+
+log = get_logger(__name__)
 
 _PACKAGES = ("dstune", "torch", "deepspeed", "ray", "transformers", "datasets", "pyarrow", "numpy", "tokenizers")
 
@@ -109,7 +114,17 @@ def change(paths: RunPaths, overrides: list[str]) -> LoadedRun:
         raise UsageError(problem)
     if after != before.config:
         write_text(paths.config, dump(after))
+        _tell_change(paths, before.config, after)
     return LoadedRun(after, before.base, paths.config)
+
+
+def _tell_change(paths: RunPaths, before: RunConfig, after: RunConfig) -> None:
+    old, new = _flat(before.model_dump(by_alias=True)), _flat(after.model_dump(by_alias=True))
+    changed = {key: [old.get(key), new.get(key)] for key in _changed_keys(before, after)}
+    EventLog(paths.events).event("config_changed", changed=changed)
+    for key, (was, now) in changed.items():
+        stays = "; the schedule is fitted to the new length" if key in ("train.epochs", "train.max_steps") else ""
+        log.info("%s: %s -> %s%s", key, was, now, stays)
 
 
 def find(run: str | Path) -> RunPaths:
@@ -127,6 +142,11 @@ def find(run: str | Path) -> RunPaths:
     named = Path("runs").absolute() / str(run)
     if RunPaths(named).config.is_file():
         return RunPaths(named)
+    below = [
+        path for path in sorted(Path.cwd().glob(f"*/runs/{glob.escape(str(run))}")) if RunPaths(path).config.is_file()
+    ]
+    if len(below) == 1:
+        return RunPaths(below[0])
     known = (
         sorted(p.name for p in named.parent.glob("*") if RunPaths(p).config.is_file()) if named.parent.is_dir() else []
     )

@@ -72,6 +72,17 @@ def check(run: LoadedRun) -> None:
     plan.require_rows(run.config, workers_range(run.config.cluster, 1)[0])
 
 
+def warn_of_few_rows(run: LoadedRun, prepared: Prepared) -> None:
+    """A step that takes every row several times is seldom what was meant."""
+    batch = run.config.train.global_batch_size
+    if prepared.num_rows < batch:
+        log.warning(
+            "the data makes %d rows of up to %d tokens, and a step takes %d: each step sees every row more than once; "
+            "lower train.global_batch_size or data.max_length, or bring more data",
+            prepared.num_rows, run.config.data.max_length, batch,
+        )  # fmt: skip
+
+
 def require_vocabulary(run: LoadedRun, prepared: Prepared) -> None:
     """Every token must have an embedding: another model's tokenizer is found before a worker meets it. Raises ConfigError."""
     known = vocabulary_size(run.config.model, run.base)

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data import prepare, work
 from dstune.data.shards import Prepared
 from dstune.errors import ConfigError, DataError, RunFailed
+from dstune.paths import PreparedPaths
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -600,3 +602,23 @@ def test_real_data_is_accounted_for_and_reads_back(shared_data, cache, path, tok
         assert "\ufffd" not in text
         trained = opened.decode(example.input_ids[example.loss_mask].tolist())
         assert trained.strip() and "<|im_start|>user" not in trained
+
+
+def test_an_array_written_on_one_line_holds_as_many_records_as_elements(tmp_path: Path) -> None:
+    records = [{"instruction": f"q{n}", "output": f"a{n}"} for n in range(100)]
+    records[7] = {"odd": "record"}
+    (tmp_path / "one.json").write_text(json.dumps(records))
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "name: one\nmodel: {path: builtin:tiny-llama}\n"
+        "data: {sources: [{path: one.json}], validation: 0.1, bad_rows: skip, max_length: 64, num_processes: 1}\n"
+    )
+    loaded = load_run(run)
+    prepared = prepare.prepare(loaded.config, loaded.base)
+    held_out = prepared.validation()
+    assert held_out is not None
+    assert prepared.num_examples + held_out.num_examples == 99
+    places = [(e.line, e.part) for p in (prepared, held_out) for e in map(p.example, range(p.num_examples))]
+    assert sorted(places) == [(1, n) for n in range(100) if n != 7]
+    (reject,) = [json.loads(line) for line in PreparedPaths(prepared.root).rejects.read_text().splitlines()]
+    assert (reject["line"], reject["part"]) == (1, 7)
