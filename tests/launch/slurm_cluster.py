@@ -107,8 +107,11 @@ class SlurmCluster:
         )
 
     def release(self, job_id: str) -> None:
-        """Let a requeued job start now: Slurm holds it for two minutes."""
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        """Let a requeued job start soon: Slurm holds it for two minutes.
+
+        Not at once: slurmd refuses a job ("credential revoked") whose new credential is of the second in which the old one ended.
+        """
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+5seconds")
 
     def cancel_all(self) -> None:
         self.run("scancel", "--full", "--user=root", check=False)
