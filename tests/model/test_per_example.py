@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from dstune.model import per_example
 from dstune.model.per_example import per_example_attention
@@ -69,6 +70,7 @@ def test_without_starts_it_is_plain_causal_attention():
 def test_registering_twice_does_no_harm():
     per_example.register()
     per_example.register()
+    assert AttentionInterface()[per_example.PER_EXAMPLE] is per_example_attention
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's varlen_attn")
