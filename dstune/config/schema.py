@@ -43,8 +43,30 @@ class Source(Section):
 
     path: str
     """File, glob, directory or URL; relative to the run file. `builtin:instructions` is the quickstart's generator."""
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
-    """How a record becomes a conversation; `auto` looks at every record's keys and refuses when unsure."""
+    format: Literal[
+        "auto",
+        "alpaca",
+        "sharegpt",
+        "messages",
+        "prompt_completion",
+        "natural_instructions",
+        "self_instruct",
+        "oasst",
+        "p3",
+        "preference",
+        "documents",
+    ] = "auto"
+    """How a record becomes conversations; `auto` looks at every record's keys and refuses when unsure."""
+    entry: str | None = None
+    """Which data of a LLaMA-Factory registry (`path` is its `dataset_info.json`): the registry's columns and tags are taken."""
+    subset: str | None = None
+    """Which configuration of a hub id that has several."""
+    revision: str | None = None
+    """A hub id's commit: pin it, or the same run file gives other data tomorrow."""
+    use: Literal["chosen"] | None = None
+    """`chosen`: of preference data, tune on the preferred answer. Without it such data is refused."""
+    paths: Literal["all", "best"] = "all"
+    """Of message trees: every path from the root to a leaf, or the one whose replies are ranked best."""
     repeat: float = Field(default=1.0, gt=0, le=10_000)
     """How often each example comes per epoch; a fraction is drawn by `train.seed`, the same in every epoch."""
     limit: int | None = Field(default=None, ge=1)
@@ -55,6 +77,41 @@ class Source(Section):
     """A split of a `datasets` directory or of the builtin data."""
 
 
+class DeduplicateSection(Section):
+    """What counts as a repetition."""
+
+    method: Literal["exact", "near"] = "near"
+    """The same text but for case and blanks; or nearly the same (MinHash over word n-grams)."""
+    by: Literal["conversation", "prompt"] = "conversation"
+    """What is compared: all that is said, or what is asked alone."""
+    threshold: float = Field(default=0.8, gt=0, le=1)
+    """Jaccard similarity from which two count as the same."""
+    ngram: int = Field(default=5, ge=1, le=32)
+    """Words in a shingle; of text without blanks, characters."""
+
+
+class DecontaminateSection(Section):
+    """What must not be trained on."""
+
+    against: list[str | Source] = Field(min_length=1)
+    """Evaluation files: paths, or sources with their settings."""
+    ngram: int = Field(default=13, ge=3, le=64)
+    """Words that must be the same, one after another. Shorter evaluation texts are compared whole."""
+
+
+class SelectSection(Section):
+    """Which conversations are worth their tokens."""
+
+    budget: int | float = Field(gt=0)
+    """How many are kept: a number, or a share below 1."""
+    by: Literal["ifd", "diversity", "random"] = "ifd"
+    """Instruction-following difficulty by a model; k-center over TF-IDF; or a draw, the control."""
+    model: str | None = None
+    """The causal model that `ifd` asks; default: the run's own."""
+    max_ifd: float = Field(default=1.0, gt=0)
+    """Above this the instruction does not help the answer: such conversations are taken last."""
+
+
 class DataSection(Section):
     """From raw files to packed rows."""
 
@@ -62,14 +119,26 @@ class DataSection(Section):
     """In the user's order; each a path with its settings."""
     prepared: str | None = None
     """An existing prepared directory; then `sources` stays empty."""
-    template: str = "auto"
-    """`auto` (the tokenizer's), a built-in name (chatml, llama3, alpaca), or a `.jinja` file."""
+    template: str | list[str] = "auto"
+    """`auto` (the tokenizer's), a built-in name (chatml, llama3, …), a `.jinja` file, or texts with `{instruction}`: one is drawn per example."""
     max_length: int = Field(default=4096, ge=8)
     """Tokens in a row, and the longest example that is kept."""
     packing: Literal["auto"] | bool = "auto"
     """Several examples in a row. `auto`: yes for causal models, no for sequence-to-sequence ones."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are targets: every assistant answer, the last one, or everything."""
+    train_on: Literal["assistant", "last", "all", "weights"] = "assistant"
+    """Which tokens are targets: every assistant answer, the last one, everything, or the turns that the file gives a weight."""
+    turns: Literal["keep", "expand"] = "keep"
+    """`expand`: one example per answer, for templates that leave earlier reasoning out."""
+    clean: list[str | dict[str, Any]] = []
+    """Cleaning steps in the order given, each a name or `{name: {setting: value}}`; `dstune schema --cleaning` lists them. None by default."""
+    deduplicate: Literal["off", "exact", "near"] | DeduplicateSection = "off"
+    """Drop repeated conversations, within and across sources; the one in the earlier source stays."""
+    decontaminate: DecontaminateSection | None = None
+    """Drop conversations that share long n-grams with evaluation files."""
+    select: SelectSection | None = None
+    """Keep only the best of what is left, by budget."""
+    temperature: float = Field(default=1.0, ge=1.0, le=100.0)
+    """Mixing: sources are drawn as their size to the power of 1/temperature; 1 leaves them as they are."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """Examples above `max_length`. `error` drops and lists them up to 1% of a source, and refuses above."""
     control_tokens: Literal["encode", "error", "allow"] = "encode"
@@ -82,6 +151,8 @@ class DataSection(Section):
     """A fraction of the examples, drawn by seed, or sources of their own."""
     num_processes: int | None = Field(default=None, ge=1)
     """Processes that render and tokenise; default: the cores of this machine. Does not change the result."""
+    workers: Literal["local", "ray"] = "local"
+    """Where they run: here, or on the CPUs of the Ray cluster in `cluster.address`. Does not change the result."""
     max_record_bytes: int = Field(default=64 << 20, ge=1024)
     """A record longer than this is refused before it is parsed."""
 
