@@ -20,6 +20,7 @@ from dstune.config.load import resolve
 from dstune.config.schema import DataSection, RunConfig, Source
 from dstune.data import inputs, manifest, pool, schedule
 from dstune.data.collect import Collector
+from dstune.data.encoder import make_encoder
 from dstune.data.inputs import Input
 from dstune.data.pack import Packing, one_per_row, pack
 from dstune.data.place import build_once
@@ -29,7 +30,7 @@ from dstune.data.sources import expand
 from dstune.data.tally import FileTally, Rejects
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenize import Encoder
-from dstune.data.work import Job, make_encoder, setup
+from dstune.data.work import Job, setup
 from dstune.errors import ConfigError, DataError, Problem, RunFailed
 from dstune.paths import PreparedPaths, cache_directory
 

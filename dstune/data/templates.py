@@ -46,8 +46,10 @@ class Template:
         return self.tool_source if tools and self.tool_source is not None else self.source
 
 
-def resolve_template(written: str, tokenizer: Any, base: Path, seq2seq: bool = False) -> Template:
+def resolve_template(written: str | list[str], tokenizer: Any, base: Path, seq2seq: bool = False) -> Template:
     """The template that the run file's `data.template` names. Raises ConfigError, listing the choices, where there is none."""
+    if isinstance(written, list):
+        raise ConfigError(Problem("data.template", "a list of instruction templates", "one template"))
     if written in BUILTIN:
         return builtin_template(written, tokenizer)
     if written == "auto":

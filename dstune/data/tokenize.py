@@ -30,7 +30,7 @@ class Encoder:
         self,
         tokenizer: Any,
         template: Template,
-        train_on: Literal["assistant", "last", "all"] = "assistant",
+        train_on: Literal["assistant", "last", "all", "weights"] = "assistant",
         control_tokens: Literal["encode", "error", "allow"] = "encode",
         lossy_text: Literal["error", "skip", "allow"] = "error",
         seq2seq: bool = False,

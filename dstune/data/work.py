@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import date, datetime, time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dstune.config.schema import DataSection, ModelSection, Source
+from dstune.config.schema import Source
 from dstune.data.conversation import Conversation, Example, Refused
 from dstune.data.formats import to_conversations
 from dstune.data.sources import Record
-from dstune.data.templates import resolve_template
-from dstune.data.tokenize import Encoder, load_tokenizer
+from dstune.data.tokenize import Encoder
 
 OVERLONG = "overlong"
 NO_TARGETS = "no_supervised_tokens"
@@ -62,17 +59,6 @@ class Result(NamedTuple):
 
     file: int
     records: list[Done]
-
-
-def make_encoder(model: ModelSection, data: DataSection, base: Path, seq2seq: bool) -> Encoder:
-    """The tokenizer and template of a run. A template that tells the time is told the beginning of this day.
-
-    Raises ConfigError where they cannot do what the run asks.
-    """
-    tokenizer = load_tokenizer(model, base)
-    template = resolve_template(data.template, tokenizer, base, seq2seq)
-    today = datetime.combine(date.today(), time())
-    return Encoder(tokenizer, template, data.train_on, data.control_tokens, data.lossy_text, seq2seq, today)
 
 
 def setup(job: Job) -> Callable[[Chunk], Result]:

@@ -1,0 +1,19 @@
+"""The one encoder of a run: its tokenizer, its template, what it trains on."""
+
+from datetime import date, datetime, time
+from pathlib import Path
+
+from dstune.config.schema import DataSection, ModelSection
+from dstune.data.templates import resolve_template
+from dstune.data.tokenize import Encoder, load_tokenizer
+
+
+def make_encoder(model: ModelSection, data: DataSection, base: Path, seq2seq: bool) -> Encoder:
+    """The tokenizer and template of a run. A template that tells the time is told the beginning of this day.
+
+    Raises ConfigError where they cannot do what the run asks.
+    """
+    tokenizer = load_tokenizer(model, base)
+    template = resolve_template(data.template, tokenizer, base, seq2seq)
+    today = datetime.combine(date.today(), time())
+    return Encoder(tokenizer, template, data.train_on, data.control_tokens, data.lossy_text, seq2seq, today)
