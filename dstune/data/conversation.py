@@ -34,8 +34,15 @@ class Message:
     tool_call_id: str | None = None
     reasoning: str | None = None
     """Thoughts that the file keeps beside the content (`reasoning_content`)."""
+    context: str | None = None
+    """Of a question made of an instruction and its input: the input, with which `content` then ends. For instruction templates."""
     train: bool | None = None
     """The file's own word on whether this turn is a target (`weight`, `loss_weight`); None: `train_on` decides alone."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but a role and a content, to a template."""
+        return not self.tool_calls and self.name is None and self.tool_call_id is None and self.reasoning is None
 
     def to_dict(self) -> dict[str, Any]:
         """As chat templates expect it: absent fields absent, tool calls a list."""
@@ -57,6 +64,8 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    document: bool = False
+    """Plain text to go on with, no chat: one message of the role `document`, no template."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The messages as chat templates expect them."""

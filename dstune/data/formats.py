@@ -113,23 +113,24 @@ def _pair(record: dict[str, Any], prompt_key: str, answer_key: str) -> Conversat
         after = turns.to_messages(reply, answer_key) if isinstance(reply, list) else [turns.answer(reply, answer_key)]
         return Conversation((*_system(record, [*before, *after]),), listed)
     messages = _history(record.get("history"))
-    messages.append(Message("user", _question(record, prompt_key)))
+    messages.append(_question(record, prompt_key))
     messages.append(turns.answer(reply, answer_key))
     return Conversation((*_system(record, messages),), listed)
 
 
-def _question(record: dict[str, Any], key: str) -> str:
+def _question(record: dict[str, Any], key: str) -> Message:
     """The prompt; below an instruction, on a line of its own, what it is about."""
-    parts = [turns.text("" if record[key] is None else record[key], key)]
+    prompt = turns.text("" if record[key] is None else record[key], key)
+    context = None
     if key == "instruction":
         contexts = [name for name in _CONTEXT_KEYS if record.get(name) not in (None, "")]
         if len(contexts) > 1:
             raise Refused("ambiguous_format", f"both {_list(contexts)} beside `instruction`")
-        parts += [turns.text(record[name], name) for name in contexts]
-    question = "\n".join(part for part in parts if part)
+        context = turns.text(record[contexts[0]], contexts[0]) if contexts else None
+    question = "\n".join(part for part in (prompt, context) if part)
     if not question.strip():
         raise Refused("empty_prompt", f"`{key}` is empty")
-    return question
+    return Message("user", question, context=context if prompt else None)
 
 
 def _history(value: Any) -> list[Message]:

@@ -212,9 +212,7 @@ def _train(turn: dict[str, Any], role: str, place: str) -> bool | None:
         return None
     weight = given[0]
     if weight not in (0, 1):
-        raise Refused("unsupported_weight", f"{place} weighs {weight!r}; a turn is trained (1) or not (0)")
-    if weight and role != "assistant":
         raise Refused(
-            "unsupported_weight", f"{place} is a {role}'s turn marked for training; only the assistant's can be"
+            "unsupported_weight", f"{place} weighs {weight!r}; a token is a target (1) or not (0), nothing between"
         )
     return bool(weight)

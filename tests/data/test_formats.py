@@ -112,7 +112,6 @@ def test_a_named_format_settles_it():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "non_text_content", "image_url"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "empty_answer", "messages[0]"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "unsupported_weight", "0.5"),
-        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "unsupported_weight", "user"),
         ({"conversations": [{"from": "function_call", "value": "no json"}]}, "bad_tool_call", "conversations[0]"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "tools": "[3]"}, "bad_tools", "a number"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "tools": "{"}, "bad_tools", ""),
