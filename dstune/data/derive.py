@@ -1,0 +1,207 @@
+"""A prepared directory from another one: some of its examples, packed anew; the same choice gives the same bytes.
+
+What was left out is counted and listed like every other loss: `not_selected` in the manifest, a line each in `rejects.jsonl`. The
+validation set stays as it is. What the manifest says of the text that was read (the longest conversation, control tokens, lost
+characters, how many were cut) stays the base's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dstune import atomic
+from dstune.data import manifest, schedule
+from dstune.data.mixing import epoch_shares
+from dstune.data.pack import one_per_row, pack
+from dstune.data.place import build_once
+from dstune.data.shard_writer import HashedFile, ShardWriter, WrittenFile, write_dataset_files, write_hashed, write_rows
+from dstune.data.shards import FORMAT_VERSION, Prepared
+from dstune.errors import DataError, Problem
+from dstune.paths import PreparedPaths, cache_directory
+
+NOT_SELECTED = "not_selected"
+DERIVATION_VERSION = 1
+"""Raised when the same choice gives another directory than before."""
+
+_HASH_DIGITS = 16
+_BLOCK_BYTES = 1 << 20
+Keep = npt.NDArray[np.bool_]
+
+
+def derive(
+    base: Prepared, keep: Keep, *, name: str, selection: Mapping[str, Any], detail: Callable[[int], str]
+) -> Prepared:
+    """The directory `<cache>/prepared/<name>-<hash>` with the examples that `keep` [examples] says; `base` itself if that is all.
+
+    `selection` (plain JSON values) says how the choice was made: it goes into the manifest and, with the choice and the base's
+    content, into the directory's name. `detail(example number)` is why that one was left out, for `rejects.jsonl`; the same for the
+    same `selection`. Raises DataError where nothing is left, OSError as it comes; then nothing is left behind.
+    """
+    if len(keep) != base.num_examples:
+        raise ValueError(f"a choice among {len(keep)} examples of {base.num_examples}")
+    if keep.all():
+        return base
+    build = _Derivation(base, keep, selection, detail)
+    final = cache_directory() / "prepared" / f"{name}-{build.identity[:_HASH_DIGITS]}"
+    if not final.exists():
+        build_once(final, build)
+    return Prepared.open(final)
+
+
+class _Derivation:
+    """One choice: calling it writes the directory."""
+
+    def __init__(self, base: Prepared, keep: Keep, selection: Mapping[str, Any], detail: Callable[[int], str]) -> None:
+        self._base, self._keep, self._selection, self._detail = base, keep, selection, detail
+        content = {
+            "format": FORMAT_VERSION,
+            "derivation": DERIVATION_VERSION,
+            "base": base.fingerprint,
+            "selection": selection,
+            "keep": hashlib.sha256(np.packbits(keep).tobytes()).hexdigest(),
+        }
+        self.identity = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def __call__(self, root: Path) -> None:
+        """Write everything into the empty directory `root`, the manifest last."""
+        counts = _FileCounts(len(self._base.manifest["sources"]))
+        with closing(ShardWriter(root)) as writer:
+            rejects = self._share_out(root, writer, counts)
+            shards = writer.finish()
+            lengths, supervised = writer.lengths(), writer.supervised()
+        sources = self._epochs(counts.file_of_kept())
+        epoch = np.concatenate(sources)
+        if not len(epoch):
+            raise DataError(Problem("data.select", "no example is left in an epoch", do="Raise `data.select.budget`."))
+        settings = self._base.manifest["settings"]
+        taken = lengths[epoch]
+        rows = pack(taken, int(settings["max_length"])) if settings["packing"] else one_per_row(len(taken))
+        items = epoch[rows.items].astype(np.int32)
+        files = [
+            *shards,
+            rejects,
+            *write_dataset_files(root, shards, self.identity[:_HASH_DIGITS]),
+            write_rows(root, items, rows.offsets, rows.totals(taken), rows.totals(supervised[epoch])),
+        ]
+        content: dict[str, Any] = {
+            **self._base.manifest,
+            "identity": self.identity,
+            "selection": {**self._selection, "base": self._base.fingerprint},
+            "counts": manifest.counts(lengths, supervised, epoch, rows.num_rows, int(settings["max_length"])),
+            "sources": counts.described(self._base.manifest["sources"]),
+            "source_settings": self._source_settings(sources, counts.file_of_kept()),
+            "files": [file.to_dict() for file in files] + self._link_validation(root),
+        }
+        write_hashed(PreparedPaths(root).manifest, atomic.dump_json(content).encode("utf-8", "surrogatepass"))
+
+    def _share_out(self, root: Path, writer: ShardWriter, counts: "_FileCounts") -> WrittenFile:
+        """Every example to `writer` or, as a line, to the rejects; the base's own rejects stand before them."""
+        with closing(HashedFile(PreparedPaths(root).rejects)) as rejects:
+            with PreparedPaths(self._base.root).rejects.open("rb") as before:
+                while block := before.read(_BLOCK_BYTES):
+                    rejects.write(block)
+            for number in range(self._base.num_examples):
+                example = self._base.example(number)
+                kept = bool(self._keep[number])
+                counts.add(example.source, kept, len(example.input_ids), int(example.loss_mask.sum()))
+                if kept:
+                    writer.add(example)
+                else:
+                    rejects.write(self._reject(example.source, example.line, example.part, number))
+        return rejects.written()
+
+    def _reject(self, source: int, line: int, part: int, number: int) -> bytes:
+        path = self._base.manifest["sources"][source]["path"]
+        entry = {"file": path, "line": line, "part": part, "reason": NOT_SELECTED, "detail": self._detail(number)}
+        return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+    def _epochs(self, files: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
+        """What each source of the run file brings to an epoch; `files` [kept examples] as they are numbered here."""
+        settings, listed = self._base.manifest["settings"], self._base.manifest["source_settings"]
+        of_source = self._of_source(files)
+        sizes, repeats = [len(numbers) for numbers in of_source], [float(source["repeat"]) for source in listed]
+        shares = epoch_shares(sizes, repeats, float(settings.get("temperature", 1.0)))
+        # A preparation in which nothing is drawn has no seed, and then neither has this one.
+        seed = int(settings["seed"] or 0)
+        return [
+            schedule.epoch_of_source(numbers, share, seed, place)
+            for place, (numbers, share) in enumerate(zip(of_source, shares, strict=True))
+        ]
+
+    def _of_source(self, files: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
+        source_of_file = np.array([file["source"] for file in self._base.manifest["sources"]], dtype=np.int64)
+        return [
+            np.flatnonzero(source_of_file[files] == number)
+            for number in range(len(self._base.manifest["source_settings"]))
+        ]
+
+    def _source_settings(
+        self, epochs: Sequence[npt.NDArray[np.int64]], files: npt.NDArray[np.int32]
+    ) -> list[dict[str, Any]]:
+        return [
+            {**source, "examples": len(numbers), "examples_per_epoch": len(epoch)}
+            for source, epoch, numbers in zip(
+                self._base.manifest["source_settings"], epochs, self._of_source(files), strict=True
+            )
+        ]
+
+    def _link_validation(self, root: Path) -> list[dict[str, Any]]:
+        """The validation set under a second name (copied where the file system has no links); its entry for the manifest."""
+        if self._base.manifest["validation"] is None:
+            return []
+        below, its = PreparedPaths(root).validation, PreparedPaths(self._base.root).validation
+        below.mkdir()
+        for file in sorted(its.iterdir()):
+            try:
+                os.link(file, below / file.name)
+            except OSError:
+                with file.open("rb") as read, atomic.durable_file(below / file.name) as written:
+                    shutil.copyfileobj(read, written)
+        atomic.fsync_directory(below)
+        return [file for file in self._base.manifest["files"] if file["name"].startswith(f"{below.name}/")]
+
+
+class _FileCounts:
+    """What of each file was kept and what was not, in the order of the examples."""
+
+    def __init__(self, num_files: int) -> None:
+        self._dropped, self._stays = [0] * num_files, [0] * num_files
+        self._tokens, self._supervised = [0] * num_files, [0] * num_files
+        self._files: list[int] = []
+
+    def add(self, file: int, kept: bool, tokens: int, supervised: int) -> None:
+        if kept:
+            self._stays[file] += 1
+            self._files.append(file)
+        else:
+            self._dropped[file] += 1
+            self._tokens[file] += tokens
+            self._supervised[file] += supervised
+
+    def file_of_kept(self) -> npt.NDArray[np.int32]:
+        return np.array(self._files, dtype=np.int32)
+
+    def described(self, files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The manifest's entries: conversations made = kept + dropped as before."""
+        return [self._entry(number, file) for number, file in enumerate(files)]
+
+    def _entry(self, number: int, file: Mapping[str, Any]) -> dict[str, Any]:
+        lost = self._dropped[number]
+        made = file["conversations"]
+        reasons = {**made["dropped"], NOT_SELECTED: made["dropped"].get(NOT_SELECTED, 0) + lost}
+        dropped = dict(sorted((reason, count) for reason, count in reasons.items() if count))
+        return {
+            **file,
+            "conversations": {**made, "kept": made["kept"] - lost, "dropped": dropped},
+            "examples": self._stays[number],
+            "tokens": file["tokens"] - self._tokens[number],
+            "supervised_tokens": file["supervised_tokens"] - self._supervised[number],
+        }
