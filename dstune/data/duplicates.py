@@ -1,0 +1,235 @@
+"""Repeated conversations: the same text but for case and blanks, or nearly the same by MinHash (Broder 1997).
+
+`sketch` runs where the conversations are; `find_duplicates` sees the sketches of all of them, in the user's order.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rensa
+
+from dstune.config.schema import DeduplicateSection
+from dstune.data.conversation import Conversation, Message
+from dstune.data.words import HashArray, ngrams, words
+
+NUM_PERMUTATIONS = 128
+"""Of the whole text: the first columns of a signature."""
+ANSWER_PERMUTATIONS = 32
+"""Of the answers alone: the columns behind them, where conversations and not prompts are compared."""
+_SEED = 20_240_229
+_ROWS_AT_ONCE = 1 << 14
+_MISSED = 0.01
+"""The bands are so narrow that two conversations as alike as the threshold are missed less often than this."""
+_LEADERS = 64
+"""In a bucket of conversations that are all unlike each other, so many are compared with all the others."""
+
+Signatures = npt.NDArray[np.uint32]
+Digests = npt.NDArray[np.uint64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What is compared of one conversation; picklable, 0.7 KiB."""
+
+    exact: bytes
+    """16 bytes: a hash of the text in lower case and with single blanks."""
+    signature: Signatures | None
+    """[160, or 128 for prompts] MinHash of the word n-grams; None where only exact repetitions count."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What stays, and why the rest does not."""
+
+    kept: npt.NDArray[np.bool_]
+    """[examples]"""
+    of: IntArray
+    """[examples] The earlier, kept example that each dropped one repeats; -1 for kept ones."""
+    similarity: npt.NDArray[np.float32]
+    """[examples] To that example: 1 for exact repetitions, else the estimate; 0 for kept ones."""
+
+
+def sketch(conversation: Conversation, settings: DeduplicateSection) -> Sketch:
+    """What `find_duplicates` compares of `conversation`.
+
+    `by: conversation` takes every turn with its role, reasoning and tool calls; `by: prompt` the system's and the user's alone.
+    Conversations that are offered different tools are never alike.
+    """
+    turns = [turn for turn in conversation.messages if settings.by == "conversation" or turn.role in ("system", "user")]
+    tools = sorted(json.dumps(tool, sort_keys=True, default=str) for tool in conversation.tools)
+    normal = [f"{turn.role}\0{' '.join(_said(turn).lower().split())}" for turn in turns]
+    exact = _digest([*normal, "tools", *tools], 16)
+    if settings.method == "exact":
+        return Sketch(exact, None)
+    tool_hash = np.frombuffer(_digest(tools, 8), "<u8")
+    parts = [(NUM_PERMUTATIONS, turns)]
+    if settings.by == "conversation":
+        parts.append((ANSWER_PERMUTATIONS, [turn for turn in turns if turn.role == "assistant"]))
+    signatures = [_signature(_shingles(said, settings.ngram) ^ tool_hash, columns) for columns, said in parts]
+    return Sketch(exact, np.concatenate(signatures))
+
+
+def _said(message: Message) -> str:
+    calls = [_canonical(call) for call in message.tool_calls]
+    return "\n".join(part for part in (message.content, message.reasoning, *calls) if part)
+
+
+def _canonical(call: dict[str, Any]) -> str:
+    return json.dumps(call.get("function", call), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _digest(texts: Iterable[str], size: int) -> bytes:
+    return hashlib.blake2b("\0\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=size).digest()
+
+
+def _shingles(turns: list[Message], n: int) -> HashArray:
+    """The runs of `n` words; of a shorter text all its words as one, and of a text without words a hash of itself."""
+    text = "\n".join(_said(turn) for turn in turns)
+    found = words(text).hashes
+    return ngrams(found, min(n, len(found))) if len(found) else np.frombuffer(_digest([text], 8), "<u8")
+
+
+def _signature(shingles: HashArray, permutations: int) -> Signatures:
+    made = rensa.RMinHash.digest_matrix_from_flat_token_hashes  # pyright: ignore[reportAttributeAccessIssue]
+    matrix = made(shingles, [0, len(shingles)], permutations, _SEED)
+    return np.array(matrix.to_rows()[0], np.uint32)
+
+
+def as_digests(exact: bytes) -> Digests:
+    """[n, 2] The 16-byte hashes of n sketches, one after another, as `find_duplicates` takes them."""
+    return np.frombuffer(exact, "<u8").reshape(-1, 2)
+
+
+def find_duplicates(exact: Digests, signatures: Signatures | None, settings: DeduplicateSection) -> Duplicates:
+    """Of each group of alike examples the first stays; `exact` [n, 2] and `signatures` [n, 128 or 160] are in the user's order.
+
+    Exact repetitions are found with certainty. Every other dropped example is, as estimated, at least `threshold` alike to the
+    kept one that it names, and its answers are at least half as alike: two questions on one long passage are no duplicates. The
+    estimate of a Jaccard similarity J from k permutations has the standard error sqrt(J (1 - J) / k): 0.035 at 0.8 from 128.
+    Candidates share a band of their signatures (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4): a pair at the
+    threshold is missed in at most 1 of 100 cases, a more alike one less often.
+
+    Holds about 60 bytes per example beside its arguments, and `signatures` may be mapped from a file.
+    """
+    of = _exact(exact)
+    if signatures is None or settings.method == "exact":
+        return Duplicates(of < 0, of, (of >= 0).astype(np.float32))
+    return _Near(signatures, settings.threshold).find(of)
+
+
+def _exact(digests: Digests) -> IntArray:
+    """[n] The first example with the same digest; -1 for that one."""
+    of = np.full(len(digests), -1, np.int64)
+    if len(of):
+        order = np.lexsort((digests[:, 1], digests[:, 0]))
+        new = np.ones(len(of), np.bool_)
+        new[1:] = False
+        for column in range(digests.shape[1]):
+            ordered = digests[order, column]
+            new[1:] |= ordered[1:] != ordered[:-1]
+        leaders = order[new][np.cumsum(new) - 1]
+        of[order] = np.where(leaders == order, -1, leaders)
+    return of
+
+
+class _Near:
+    """Drops what is like something earlier that stays."""
+
+    def __init__(self, signatures: Signatures, threshold: float) -> None:
+        self._signatures, self._threshold = signatures, threshold
+        self._rows = rows_per_band(NUM_PERMUTATIONS, threshold)
+
+    def find(self, of: IntArray) -> Duplicates:
+        """Passes over what is left until no example was dropped for one that is dropped itself and stands for something else."""
+        while True:
+            left = np.flatnonzero(of < 0)
+            self._over_bands(of, left)
+            dropped = left[of[left] >= 0]
+            roots = _roots(of, dropped)
+            alike = self._alike(dropped, roots)
+            of[dropped] = np.where(alike, roots, -1)
+            if alike.all():
+                break
+        dropped = np.flatnonzero(of >= 0)
+        of[dropped] = _roots(of, dropped)
+        similarity = np.zeros(len(of), np.float32)
+        similarity[dropped] = self._similarities(dropped, of[dropped])[0]
+        return Duplicates(of < 0, of, similarity)
+
+    def _over_bands(self, of: IntArray, left: IntArray) -> None:
+        """Marks in `of` what is like the first of a bucket, or like the first of those that are unlike it, and so on."""
+        for start in range(0, NUM_PERMUTATIONS - self._rows + 1, self._rows):
+            left = left[of[left] < 0]
+            members, buckets = _shared(left, self._bands(left, start))
+            for _ in range(_LEADERS):
+                if not len(members):
+                    break
+                first = np.ones(len(members), np.bool_)
+                first[1:] = buckets[1:] != buckets[:-1]
+                leaders = members[first][np.cumsum(first) - 1]
+                alike = ~first
+                alike[alike] = self._alike(members[~first], leaders[~first])
+                of[members[alike]] = leaders[alike]
+                members, buckets = _crowded(members[~(first | alike)], buckets[~(first | alike)])
+
+    def _bands(self, examples: IntArray, start: int) -> HashArray:
+        """[examples] A hash of the band of each signature that begins at column `start`."""
+        bands = np.empty(len(examples), np.uint64)
+        for at in range(0, len(examples), _ROWS_AT_ONCE):
+            rows = self._signatures[examples[at : at + _ROWS_AT_ONCE], start : start + self._rows]
+            bands[at : at + _ROWS_AT_ONCE] = ngrams(rows.T.astype(np.uint64), self._rows)[0]
+        return bands
+
+    def _alike(self, some: IntArray, others: IntArray) -> npt.NDArray[np.bool_]:
+        whole, answers = self._similarities(some, others)
+        return (whole >= self._threshold) & (answers >= self._threshold / 2)
+
+    def _similarities(
+        self, some: IntArray, others: IntArray
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Estimates, pair by pair: of the whole texts and of the answers alone (1 where those are not compared)."""
+        whole, answers = np.empty(len(some), np.float32), np.ones(len(some), np.float32)
+        for at in range(0, len(some), _ROWS_AT_ONCE):
+            part = slice(at, at + _ROWS_AT_ONCE)
+            same = self._signatures[some[part]] == self._signatures[others[part]]
+            whole[part] = same[:, :NUM_PERMUTATIONS].mean(1)
+            if same.shape[1] > NUM_PERMUTATIONS:
+                answers[part] = same[:, NUM_PERMUTATIONS:].mean(1)
+        return whole, answers
+
+
+def _shared(examples: IntArray, bands: HashArray) -> tuple[IntArray, HashArray]:
+    """The examples that share their band with another one, bucket by bucket, each bucket in the user's order."""
+    order = np.argsort(bands, kind="stable")
+    return _crowded(examples[order], bands[order])
+
+
+def _crowded(members: IntArray, buckets: HashArray) -> tuple[IntArray, HashArray]:
+    """Without the buckets that hold one."""
+    same = buckets[1:] == buckets[:-1]
+    crowded = np.zeros(len(members), np.bool_)
+    crowded[1:] |= same
+    crowded[:-1] |= same
+    return members[crowded], buckets[crowded]
+
+
+def _roots(of: IntArray, examples: IntArray) -> IntArray:
+    """[examples] Where the chain of each ends: an example that stays."""
+    roots = of[examples]
+    while (inner := of[roots] >= 0).any():
+        roots = np.where(inner, of[roots], roots)
+    return roots
+
+
+def rows_per_band(permutations: int, threshold: float) -> int:
+    """The widest band with which two examples that are `threshold` alike share one with a probability of 0.99."""
+    fitting = [
+        rows for rows in range(1, permutations + 1) if (1 - threshold**rows) ** (permutations // rows) <= _MISSED
+    ]
+    return max(fitting, default=1)

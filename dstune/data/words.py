@@ -1,0 +1,108 @@
+"""A text as hashed words, and as hashed runs of n words: what duplicates and contamination are found by.
+
+A word is a run of letters and digits in lower case; punctuation, blanks and case do not count. Scripts that are written without
+blanks (Chinese, Japanese, Thai, …) have a word per character. Hashes are the same on every machine and in every process.
+"""
+
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+HashArray = npt.NDArray[np.uint64]
+IntArray = npt.NDArray[np.int64]
+
+_CHARACTER_BASE = np.uint64(0x9E3779B97F4A7C15)
+_WORD_BASE = np.uint64(0xD1342543DE82EF95)
+_OUTSIDE, _LETTER, _ALONE = 0, 1, 2
+_TABLE_SIZE = 0x20000
+"""Above stand ideographs (to 0x3FFFF) and what is no word."""
+_WITHOUT_BLANKS = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),  # ideographs
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of one text, in order."""
+
+    hashes: HashArray
+    """[words]"""
+    starts: IntArray
+    """[words] Where each begins in `text`."""
+    ends: IntArray
+    """[words] Where each ends in `text`."""
+    text: str
+    """In lower case."""
+
+    def between(self, first: int, count: int) -> str:
+        """The text from word `first` on, `count` words long."""
+        return self.text[self.starts[first] : self.ends[first + count - 1]]
+
+
+def words(text: str) -> Words:
+    """The words of `text` with their hashes."""
+    lower = text.lower()
+    codes = np.frombuffer(lower.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds = _kinds()[np.minimum(codes, _TABLE_SIZE + (codes >= 0x40000))]
+    inside = np.flatnonzero(kinds)
+    if not len(inside):
+        empty = np.zeros(0, np.int64)
+        return Words(np.zeros(0, np.uint64), empty, empty, lower)
+    before = np.concatenate([kinds[:1] * 0, kinds[:-1]])
+    begins = ((kinds == _ALONE) | ((kinds == _LETTER) & (before != _LETTER)))[inside]
+    first = np.flatnonzero(begins)
+    lengths = np.diff(first, append=len(inside))
+    place = np.arange(len(inside)) - np.repeat(first, lengths)
+    terms = (codes[inside].astype(np.uint64) + np.uint64(1)) * _powers(int(lengths.max()))[place]
+    starts = inside[first]
+    return Words(_mixed(np.add.reduceat(terms, first)), starts, starts + lengths, lower)
+
+
+def ngrams(hashes: HashArray, n: int) -> HashArray:
+    """[words - n + 1] A hash of each run of `n` words, in order; of fewer than `n` words: none."""
+    count = len(hashes) - n + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    total = np.zeros(count, np.uint64)
+    for offset in range(n):
+        total = total * _WORD_BASE + hashes[offset : offset + count]
+    return _mixed(total)
+
+
+def _mixed(values: HashArray) -> HashArray:
+    """Every bit of the result depends on every bit of the value (the finaliser of SplitMix64, Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _powers(count: int) -> HashArray:
+    """The first `count` powers of the characters' base, modulo 2^64."""
+    few = _few_powers()
+    return few if count <= len(few) else np.multiply.accumulate(np.full(count, _CHARACTER_BASE))
+
+
+@cache
+def _few_powers() -> HashArray:
+    return np.multiply.accumulate(np.full(64, _CHARACTER_BASE))
+
+
+@cache
+def _kinds() -> npt.NDArray[np.uint8]:
+    """[code points] Whether a character is part of a word, a word by itself, or neither; the last two: ideographs, all above."""
+    kinds = np.zeros(_TABLE_SIZE + 2, np.uint8)
+    kinds[:_TABLE_SIZE] = [unicodedata.category(chr(code))[0] in "LNM" for code in range(_TABLE_SIZE)]
+    for first, last in _WITHOUT_BLANKS:
+        kinds[first : last + 1] *= _ALONE
+    kinds[_TABLE_SIZE] = _ALONE
+    return kinds
