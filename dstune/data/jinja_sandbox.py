@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import jinja2.exceptions
@@ -85,15 +85,21 @@ class _Generation(jinja2.ext.Extension):
     def mark(self, caller: Callable[[], str]) -> str:
         written = caller()
         environment = self.environment
-        assert isinstance(environment, _Environment)
+        assert isinstance(environment, Environment)
         environment.blocks.append((environment.written, environment.written + len(written)))
         return written
 
 
-class _Environment(_Sandbox):
+class Environment(_Sandbox):
+    """What templates run in."""
+
     written: int = 0
     """Characters that the template has put out so far."""
     blocks: list[tuple[int, int]]
+
+    def start(self) -> None:
+        """Before each rendering."""
+        self.written, self.blocks = 0, []
 
 
 class _TemplateDict:
@@ -136,23 +142,30 @@ def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
+E = TypeVar("E", bound=Environment)
+
+
+def template_environment(kind: type[E], now: datetime) -> E:
+    """An environment with all that chat templates use; `now` is what `strftime_now` tells."""
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _tojson
+    given: dict[str, Any] = {
+        "raise_exception": _raise_exception,
+        "strftime_now": now.strftime,
+        "dict": _TemplateDict(),
+        "namespace": _TemplateNamespace,
+    }
+    environment.globals.update(given)
+    environment.start()
+    return environment
+
+
 class ChatTemplate:
     """One compiled template. Not picklable: compile it where it is used."""
 
     def __init__(self, source: str, now: datetime) -> None:
         """Compile `source`; `now` is what `strftime_now` tells. Raises jinja2.TemplateSyntaxError."""
-        environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        given: dict[str, Any] = {
-            "raise_exception": _raise_exception,
-            "strftime_now": now.strftime,
-            "dict": _TemplateDict(),
-            "namespace": _TemplateNamespace,
-        }
-        environment.globals.update(given)
-        environment.blocks = []
+        environment = template_environment(Environment, now)
         self._environment = environment
         self._template = environment.from_string(source)
 
@@ -165,7 +178,7 @@ class ChatTemplate:
     ) -> Rendered:
         """The conversation's text. Raises jinja2.TemplateError (the template refuses) or TemplateLimit, or what it stumbles on."""
         environment = self._environment
-        environment.written, environment.blocks = 0, []
+        environment.start()
         pieces: list[str] = []
         with _time_limit():
             for piece in self._template.generate(

@@ -11,16 +11,27 @@ import tokenizers
 from dstune.data.annotate import TRUSTED_ROLES
 from dstune.data.control import ControlTokens, TextTokenizer, unknown_token
 from dstune.data.conversation import Conversation, Example, Message, Refused
+from dstune.data.fast_tokens import FastTokens, byte_places, covered, fast_tokens
 from dstune.data.identity import fingerprint
 from dstune.data.lossy import LossCheck, describe
 from dstune.data.render import Renderer, Span
+from dstune.data.skeleton import Skeletons
 from dstune.data.spelled import Laid, Match, SpelledTokens, token_ids
 from dstune.data.templates import Template, resolve_template
 from dstune.data.token_mask import token_mask
 from dstune.data.tokenizer_files import load_tokenizer
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, Problem, RunFailed
 
 __all__ = ["Encoder", "Template", "load_tokenizer", "resolve_template"]
+
+
+_ALL_COMPARED = 64
+_EVERY = 128
+"""Of a process's conversations the first ones, and then each so-manieth, take the long way beside the shortcut."""
+
+
+class ShortcutDiffers(RunFailed):
+    """A shortcut gave other tokens than the long way: what it gave before is not to be used either."""
 
 
 class Encoder:
@@ -35,8 +46,11 @@ class Encoder:
         lossy_text: Literal["error", "skip", "allow"] = "error",
         seq2seq: bool = False,
         now: datetime | None = None,
+        shortcuts: bool = True,
     ) -> None:
-        """`now` is what a template's `strftime_now` tells. Raises ConfigError where the template cannot mark the assistant."""
+        """`now` is what a template's `strftime_now` tells; without `shortcuts` everything goes the long way.
+
+        Raises ConfigError where the template cannot mark the assistant."""
         if not isinstance(tokenizer.backend_tokenizer, tokenizers.Tokenizer):
             raise ConfigError(
                 Problem("model.tokenizer", "a tokenizer without a `tokenizers` backend", "a tokenizer.json")
@@ -61,11 +75,15 @@ class Encoder:
         self._renderer = Renderer(template, tokenizer.special_tokens_map, self._control.pattern, self.now)
         self._spelled = SpelledTokens(self._control, self._renderer, TextTokenizer(serialised, self._control))
         self._loss = LossCheck(self._backend, parsed, self._control.unknown)
-        self._expected: dict[tuple[Any, ...], list[int] | None] = {}
+        self._expected: dict[tuple[str, ...], list[int] | None] = {}
+        self.shortcuts = shortcuts
+        self._skeletons = Skeletons(template, tokenizer.special_tokens_map, self.now, self._rendered)
+        self._fast = fast_tokens(self._backend, parsed) if shortcuts and self._loss.lossless else None
+        self._encoded = 0
         self._probe()
 
     def __reduce__(self) -> tuple[type["Encoder"], tuple[Any, ...]]:
-        settings = (self.train_on, self.control_tokens, self.lossy_text, self.seq2seq, self.now)
+        settings = (self.train_on, self.control_tokens, self.lossy_text, self.seq2seq, self.now, self.shortcuts)
         return Encoder, (self.tokenizer, self.template, *settings)
 
     def _probe(self) -> None:
@@ -94,15 +112,26 @@ class Encoder:
         return result
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Example | Refused]:
-        """Each conversation's example, or why there is none, in order."""
+        """Each conversation's example, or why there is none, in order.
+
+        Raises ShortcutDiffers where a shortcut and the long way, both of which some conversations take, give other tokens.
+        """
         results: list[Example | Refused] = []
         laid: list[tuple[int, Laid]] = []
         for place, conversation in enumerate(conversations):
             results.append(Refused("pending"))
             try:
-                laid.append((place, self._lay(conversation)))
+                laid.append((place, self._lay(conversation, self.shortcuts)))
             except Refused as error:
                 results[place] = error
+        if self._fast is not None:
+            laid = self._encode_fast(self._fast, laid, results)
+        self._encode_long(laid, results)
+        if self.shortcuts:
+            self._compare(conversations, results)
+        return results
+
+    def _encode_long(self, laid: list[tuple[int, Laid]], results: list[Example | Refused]) -> None:
         texts = [one.text[start:end] for _, one in laid for start, end in one.pieces]
         encodings = iter(self._encode(texts))
         for place, one in laid:
@@ -111,7 +140,62 @@ class Encoder:
                 results[place] = self._example(one, mine)
             except Refused as error:
                 results[place] = error
-        return results
+
+    def _encode_fast(
+        self, fast: FastTokens, laid: list[tuple[int, Laid]], results: list[Example | Refused]
+    ) -> list[tuple[int, Laid]]:
+        """Fill in the results that are certain; returns what is left for the long way."""
+        if not laid:
+            return laid
+        left: list[tuple[int, Laid]] = []
+        tokens = fast.encode([one.text[start:end] for _, one in laid for start, end in one.pieces])
+        offsets, starts, faithful = tokens.offsets.tolist(), tokens.starts.tolist(), tokens.faithful.tolist()
+        spans: list[tuple[int, int]] = []
+        taken: list[tuple[int, int, int]] = []
+        controls = self._control.positions(tokens.ids)
+        numbers, borders = tokens.ids[controls].tolist(), np.searchsorted(controls, tokens.offsets).tolist()
+        unknown = self._control.unknown
+        piece = 0
+        for place, one in laid:
+            first, piece = piece, piece + len(one.pieces)
+            begin, end = offsets[first], offsets[piece]
+            found = numbers[borders[first] : borders[piece]]
+            certain = unknown not in found and found == self._expects(one.conversation)
+            if certain and all(faithful[first:piece]):
+                taken.append((place, begin, end))
+                spans += byte_places(one.text, one.spans, starts[first])
+            else:
+                left.append((place, one))
+        mask = covered(tokens, spans)
+        for place, begin, end in taken:
+            results[place] = self._finished(tokens.ids[begin:end], mask[begin:end])
+        return left
+
+    def _finished(self, ids: np.ndarray, mask: np.ndarray) -> Example | Refused:
+        """The example of tokens in which nothing was spelled and nothing lost."""
+        if self.seq2seq:
+            ids, mask = self._ended(ids, mask)
+        else:
+            mask[:1] = False
+        return Example(ids, mask) if mask.any() else _no_targets()
+
+    def _compare(self, conversations: Sequence[Conversation], results: list[Example | Refused]) -> None:
+        """Take the long way too for the first conversations and some of the others."""
+        first, self._encoded = self._encoded, self._encoded + len(conversations)
+        chosen = [at for at in range(len(conversations)) if first + at < _ALL_COMPARED or (first + at) % _EVERY == 0]
+        again: list[Example | Refused] = [Refused("pending") for _ in chosen]
+        laid: list[tuple[int, Laid]] = []
+        for place, at in enumerate(chosen):
+            try:
+                laid.append((place, self._lay(conversations[at], False)))
+            except Refused as error:
+                again[place] = error
+        self._encode_long(laid, again)
+        for at, theirs in zip(chosen, again, strict=True):
+            if not _same(results[at], theirs):
+                raise ShortcutDiffers(
+                    f"a shortcut and the long way differ for a conversation of {len(conversations[at].messages)} messages"
+                )
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """What the result of encoding depends on, beside the conversations."""
@@ -131,14 +215,22 @@ class Encoder:
         self._backend.no_padding()
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
-    def _lay(self, conversation: Conversation) -> Laid:
+    def _rendered(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, int]]]:
+        """The text, and the assistant's spans in it where they matter."""
+        rendered = self._renderer.render(conversation)
+        if self.train_on == "all":
+            return rendered.text, []
+        return rendered.text, [
+            (span.start, span.end, span.message) for span in self._renderer.spans(conversation, rendered)
+        ]
+
+    def _lay(self, conversation: Conversation, shortcut: bool) -> Laid:
         if self.seq2seq:
             conversation = _up_to_answer(conversation)
-        rendered = self._renderer.render(conversation)
-        text = rendered.text
+        text, found = self._skeletons.lay(conversation) if shortcut else self._rendered(conversation)
         if self.train_on == "all":
             return Laid(conversation, text, ((0, len(text)),), ((0, len(text)),))
-        spans = self._targets(conversation, self._renderer.spans(conversation, rendered))
+        spans = self._targets(conversation, [Span(*span) for span in found])
         if not spans:
             raise Refused("no_supervised_tokens", "no answer to learn in this conversation")
         if not self.seq2seq:
@@ -174,28 +266,42 @@ class Encoder:
             ids = token_ids(encodings)
         lost = self._lost(laid, ids)
         mask = self._mask(laid, encodings, where)
-        if self.seq2seq and self.tokenizer.eos_token_id not in (None, int(ids[-1])):
-            ids, mask = np.append(ids, np.int32(self.tokenizer.eos_token_id)), np.append(mask, True)
+        if self.seq2seq:
+            ids, mask = self._ended(ids, mask)
         if not mask.any():
-            raise Refused("no_supervised_tokens", "no token of this conversation is a target")
+            raise _no_targets()
         return Example(ids, mask, len(spelled), lost)
+
+    def _ended(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """With the end of sequence that a sequence-to-sequence model's answer ends by, also where the template writes none."""
+        if self.tokenizer.eos_token_id in (None, int(ids[-1])):
+            return ids, mask
+        return np.append(ids, np.int32(self.tokenizer.eos_token_id)), np.append(mask, True)
 
     def _as_expected(self, conversation: Conversation, ids: np.ndarray) -> bool:
         """Whether the control tokens are those of the same conversation with harmless contents: then none was spelled."""
-        if conversation.tools or any(m.tool_calls or m.role not in TRUSTED_ROLES for m in conversation.messages):
-            return False
-        shape = tuple(
-            (m.role, bool(m.content.strip()), m.name is None, m.tool_call_id is None, m.reasoning is None)
-            for m in conversation.messages
-        )
-        if shape not in self._expected:
-            self._expected[shape] = self._control_sequence(_harmless(conversation))
         unknown = self._control.unknown
-        return self._expected[shape] == self._control.sequence(ids) and (unknown is None or not (ids == unknown).any())
+        if unknown is not None and (ids == unknown).any():
+            return False
+        return self._expects(conversation) == self._control.sequence(ids)
+
+    def _expects(self, conversation: Conversation) -> list[int] | None:
+        """The control tokens of a conversation of this shape with harmless contents; None where that says nothing."""
+        if conversation.tools:
+            return None
+        shape: list[str] = []
+        for m in conversation.messages:
+            if m.tool_calls or m.role not in TRUSTED_ROLES:
+                return None
+            shape += (m.role, "") if m.is_plain and m.content and not m.content.isspace() else (m.role, _traits(m))
+        key = tuple(shape)
+        if key not in self._expected:
+            self._expected[key] = self._control_sequence(_harmless(conversation))
+        return self._expected[key]
 
     def _control_sequence(self, conversation: Conversation) -> list[int] | None:
         try:
-            laid = self._lay(conversation)
+            laid = self._lay(conversation, False)
         except Refused:
             return None
         return self._control.sequence(token_ids(self._encode([laid.text[start:end] for start, end in laid.pieces])))
@@ -221,6 +327,22 @@ class Encoder:
             mask = token_mask(encoding, ((where(start), where(end)) for start, end in laid.spans))
         mask[:1] = False
         return mask
+
+
+def _traits(message: Message) -> str:
+    """What else a template may go by, but for what is said."""
+    present = (message.content.strip(), message.name, message.tool_call_id, message.reasoning)
+    return "".join("-" if value is None else "x" if value else "0" for value in present)
+
+
+def _no_targets() -> Refused:
+    return Refused("no_supervised_tokens", "no token of this conversation is a target")
+
+
+def _same(one: Example | Refused, other: Example | Refused) -> bool:
+    if isinstance(one, Refused) or isinstance(other, Refused):
+        return str(one) == str(other)
+    return np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.loss_mask, other.loss_mask)
 
 
 def _harmless(conversation: Conversation) -> Conversation:
