@@ -1,8 +1,11 @@
 """One turn of a chat, whatever its file calls its parts, becomes a Message."""
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from dstune.data.calls import spelled_calls, tool_calls
 from dstune.data.conversation import Message, Refused
 from dstune.data.strict_json import kind, parse
 
@@ -12,22 +15,74 @@ _ROLES = {
     "user": "user",
     "human": "user",
     "prompter": "user",
+    "usr": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
     "function_response": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
     "function_call": "call",
     "tool_call": "call",
 }
-_WEIGHT_KEYS = ("weight", "loss_weight", "train", "loss")
+_TAGS = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+    "observation_tag": "tool",
+    "function_tag": "call",
+}
+_WEIGHT_KEYS = ("weight", "loss_weight", "train", "training", "loss")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_TURN_KEYS = {"role", "from", "content", "value"}
+_PAIR_KEYS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
+"""A turn that holds a question and its answer."""
+_UNREAD_KEYS = (
+    *("image", "images", "video", "videos", "audio", "audios", "objects"),
+    *("train_detail", "training_detail"),  # a part of a turn as target, by characters
+)
+
+
+@dataclass(frozen=True)
+class TurnNames:
+    """What a source calls the parts of a turn and its speakers."""
+
+    role: tuple[str, ...] = ("role", "from")
+    content: tuple[str, ...] = ("content", "value")
+    roles: Mapping[str, str] | None = None
+    """Speakers that the user or a registry names, before the usual ones."""
+
+    @classmethod
+    def of(cls, columns: Mapping[str, str]) -> "TurnNames":
+        """The `role_tag`, `content_tag`, `user_tag`, `assistant_tag`, … among `columns`."""
+        roles = {columns[tag]: role for tag, role in _TAGS.items() if tag in columns}
+        role, content = columns.get("role_tag"), columns.get("content_tag")
+        return cls((role,) if role else cls.role, (content,) if content else cls.content, {**_ROLES, **roles})
+
+    @staticmethod
+    def tags() -> frozenset[str]:
+        """The keys of `columns` that name parts of turns rather than columns."""
+        return frozenset(("role_tag", "content_tag", *_TAGS))
+
+
+USUAL_NAMES = TurnNames(roles=_ROLES)
+
+
+def plain(role: str, content: str) -> Message:
+    """`Message(role, content)` in a fifth of the time: millions are made, and a frozen dataclass sets each default anew."""
+    message = Message.__new__(Message)
+    message.__dict__["role"] = role
+    message.__dict__["content"] = content
+    return message
 
 
 def text(value: Any, where: str) -> str:
@@ -39,7 +94,7 @@ def text(value: Any, where: str) -> str:
     return value
 
 
-def to_messages(turns: Any, where: str) -> list[Message]:
+def to_messages(turns: Any, where: str, names: TurnNames = USUAL_NAMES) -> list[Message]:
     """The turns of a `messages` or `conversations` list; a table's cell may spell it as JSON."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = parse(turns.encode("utf-8"))
@@ -49,34 +104,69 @@ def to_messages(turns: Any, where: str) -> list[Message]:
         )
     messages: list[Message] = []
     for number, turn in enumerate(turns):
-        place = f"{where}[{number}]"
-        if not isinstance(turn, dict):
-            raise Refused("bad_turn", f"{place} is {kind(turn)}; expected an object with `role` and `content`")
-        if "human" in turn and "assistant" in turn and not _TURN_KEYS & turn.keys():
-            messages.append(Message("user", text(turn["human"], f"{place}.human")))
-            messages.append(answer(turn["assistant"], f"{place}.assistant"))
+        if message := _plain_turn(turn, names):
+            messages.append(message)
         else:
-            messages.append(_message(turn, place))
+            messages += _turn(turn, f"{where}[{number}]", names)
     return messages
 
 
 def answer(value: Any, where: str) -> Message:
     """An assistant's message of plain text; an empty one has nothing to teach and is refused."""
     content = text(value, where)
-    if not content.strip():
+    if not content or content.isspace():
         raise Refused("empty_answer", f"{where} is empty")
-    return Message("assistant", content)
+    return plain("assistant", content)
 
 
-def _message(turn: dict[str, Any], place: str) -> Message:
-    said = turn.get("role", turn.get("from"))
+def _plain_turn(turn: Any, names: TurnNames) -> Message | None:
+    """A turn of a known role and a text and nothing else, which most are; None for any other."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    said = content = None
+    for key, value in turn.items():
+        if key in names.role:
+            said = value
+        elif key in names.content:
+            content = value
+    if type(said) is not str or type(content) is not str or content.isspace() or not content:
+        return None
+    role = (names.roles or _ROLES).get(said)
+    return plain(role, content) if role is not None and role != "call" else None
+
+
+def _turn(turn: Any, place: str, names: TurnNames) -> list[Message]:
+    if not isinstance(turn, dict):
+        raise Refused("bad_turn", f"{place} is {kind(turn)}; expected an object with `role` and `content`")
+    for key in _UNREAD_KEYS:
+        if turn.get(key):
+            raise Refused(
+                "unsupported_part", f"{place} has `{key}`, which dstune does not take; it tunes on whole texts"
+            )
+    if _first(turn, names.role) is None and _first(turn, names.content) is None:
+        for asked, answered in _PAIR_KEYS:
+            if asked in turn and answered in turn:
+                system = turn.get("system")
+                before = [plain("system", text(system, f"{place}.system"))] if system else []
+                question = plain("user", text(turn[asked], f"{place}.{asked}"))
+                return [*before, question, answer(turn[answered], f"{place}.{answered}")]
+    return [_message(turn, place, names)]
+
+
+def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+
+
+def _message(turn: dict[str, Any], place: str, names: TurnNames) -> Message:
+    said, held = _first(turn, names.role), _first(turn, names.content)
     if said is None:
-        keys = ", ".join(sorted(turn))
-        raise Refused("bad_turn", f"{place} has the keys {keys}; expected `role` and `content`, or `from` and `value`")
-    role = _role(text(said, f"{place}.role"), place)
-    content, reasoning, calls = _content(turn.get("content", turn.get("value")), place)
+        keys = ", ".join(sorted(turn))[:200]
+        expected = "`role` and `content`, or `from` and `value`"
+        raise Refused("bad_turn", f"{place} has the keys {keys}; expected {expected}")
+    role = _role(text(said, f"{place}.role"), place, names)
+    content, reasoning, calls = _content(held, place)
     if role == "call":
-        role, content, calls = "assistant", "", [*calls, *_spelled_calls(content, place)]
+        role, content, calls = "assistant", "", [*calls, *spelled_calls(content, place)]
     calls += tool_calls(turn.get("tool_calls") or turn.get("function_call"), place)
     for key in _REASONING_KEYS:
         if turn.get(key) is not None:
@@ -84,7 +174,7 @@ def _message(turn: dict[str, Any], place: str) -> Message:
             break
     if role == "assistant" and not content.strip() and not calls and not reasoning:
         raise Refused("empty_answer", f"{place} is empty")
-    if role != "assistant" and turn.get("content", turn.get("value")) is None:
+    if role != "assistant" and held is None:
         raise Refused("non_text_content", f"{place} has no content")
     return Message(
         role=role,
@@ -93,7 +183,7 @@ def _message(turn: dict[str, Any], place: str) -> Message:
         name=_optional(turn, "name", place),
         tool_call_id=_optional(turn, "tool_call_id", place),
         reasoning=reasoning,
-        train=_train(turn, role, place),
+        train=_train(turn, place),
     )
 
 
@@ -101,16 +191,18 @@ def _optional(turn: dict[str, Any], key: str, place: str) -> str | None:
     return None if turn.get(key) is None else text(turn[key], f"{place}.{key}")
 
 
-def _role(said: str, place: str) -> str:
-    """Our word for a role. One that we do not know is the template's business, unless it looks like a slip of the pen."""
-    role = said.strip().lower()
-    if role in _ROLES:
-        return _ROLES[role]
-    if near := difflib.get_close_matches(role, _ROLES, 1, cutoff=0.8):
-        raise Refused("unknown_role", f"{place} has the role {said!r}; did you mean {near[0]!r}?")
-    if not role:
+def _role(said: str, place: str, names: TurnNames) -> str:
+    """Our word for a role. One that nobody knows is refused: a template might render it as anything, or as nothing."""
+    roles = names.roles or _ROLES
+    role = roles.get(said) or roles.get(said.strip().lower())
+    if role is not None:
+        return role
+    if not said.strip():
         raise Refused("unknown_role", f"{place} has an empty role")
-    return said
+    if near := difflib.get_close_matches(said.strip().lower()[:40], roles, 1, cutoff=0.8):
+        raise Refused("unknown_role", f"{place} has the role {said[:40]!r}; did you mean {near[0]!r}?")
+    named_by = f"say who that is, for instance `columns: {{assistant_tag: {said[:40]}}}`"
+    raise Refused("unknown_role", f"{place} has the role {said[:40]!r}; {named_by}")
 
 
 def _content(value: Any, place: str) -> tuple[str, str | None, list[dict[str, Any]]]:
@@ -130,89 +222,25 @@ def _content(value: Any, place: str) -> tuple[str, str | None, list[dict[str, An
         if not isinstance(part, dict):
             raise Refused("bad_turn", f"{where} is {kind(part)}; expected a typed part")
         said = part.get("type", "text")
-        held = part.get("text", part.get("value", part.get("thinking", part.get("reasoning"))))
-        if said == "text":
+        held = _first(part, ("text", "value", "thinking", "reasoning", "content"))
+        if said in ("text", "input_text", "output_text"):
             words.append(text(held, where))
         elif said in ("reasoning", "thinking"):
-            thoughts.append(text(held, where))
+            thoughts.append(_content(held, where)[0] if isinstance(held, list) else text(held, where))
         elif said == "tool_call":
-            calls += _spelled_calls(text(held, where), where)
+            calls += spelled_calls(text(held, where), where)
         else:
-            raise Refused("non_text_content", f"{where} is of type {said!r}; dstune tunes on text")
+            raise Refused("non_text_content", f"{where} is of type {str(said)[:40]!r}; dstune tunes on text")
     return "".join(words), "".join(thoughts) if thoughts else None, calls
 
 
-def _spelled_calls(spelled: str, place: str) -> list[dict[str, Any]]:
-    """Tool calls that a file writes as JSON in a turn's text: one object or a list of them."""
-    try:
-        value = parse(spelled.encode("utf-8"))
-    except Refused as error:
-        raise Refused("bad_tool_call", f'{place}: {error.detail}; expected {{"name": …, "arguments": …}}') from None
-    calls = tool_calls(value, place)
-    if not calls:
-        raise Refused("bad_tool_call", f"{place}: no call in it")
-    return calls
-
-
-def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Calls in the one form that chat templates read: `{"type": "function", "function": {"name": str, "arguments": dict}}`."""
-    if not value:
-        return []
-    calls: list[dict[str, Any]] = []
-    for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Refused("bad_tool_call", f'{place}: expected {{"name": …, "arguments": …}}, here stands {kind(call)}')
-        arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            arguments = _arguments(arguments, place)
-        if not isinstance(arguments, dict):
-            raise Refused("bad_tool_call", f"{place}: the arguments are {kind(arguments)}; expected an object")
-        made: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        if isinstance(call.get("id"), str):
-            made["id"] = call["id"]
-        calls.append(made)
-    return calls
-
-
-def _arguments(spelled: str, place: str) -> Any:
-    if not spelled.strip():
-        return {}
-    try:
-        return parse(spelled.encode("utf-8"))
-    except Refused as error:
-        raise Refused("bad_tool_call", f"{place}: its arguments: {error.detail}") from None
-
-
-def tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """The `tools` of a record: a list of JSON schemas, or the same spelled as a JSON string."""
-    if isinstance(value, str):
-        if not value.strip():
-            return ()
-        try:
-            value = parse(value.encode("utf-8"))
-        except Refused as error:
-            raise Refused("bad_tools", error.detail) from None
-    if not value:
-        return ()
-    made: list[dict[str, Any]] = []
-    for tool in value if isinstance(value, list) else [value]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            made.append({"type": "function", "function": tool} if function is tool else tool)
-        else:
-            raise Refused("bad_tools", f"{kind(tool)} among the tools; expected an object with `name` and `parameters`")
-    return tuple(made)
-
-
-def _train(turn: dict[str, Any], role: str, place: str) -> bool | None:
+def _train(turn: dict[str, Any], place: str) -> bool | None:
     """Whether the file itself says that this turn is a target, or is none."""
     given = [turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None]
-    if not given:
-        return None
-    weight = given[0]
-    if weight not in (0, 1):
-        raise Refused(
-            "unsupported_weight", f"{place} weighs {weight!r}; a token is a target (1) or not (0), nothing between"
-        )
-    return bool(weight)
+    for weight in given:
+        if weight not in (0, 1):
+            whole = "a token is a target (1) or not (0), nothing between"
+            raise Refused("unsupported_weight", f"{place} weighs {str(weight)[:40]!r}; {whole}")
+        if weight != given[0]:
+            raise Refused("unsupported_weight", f"{place} has weights that contradict each other")
+    return bool(given[0]) if given else None

@@ -93,7 +93,7 @@ def test_a_named_format_settles_it():
     [
         ({"text": "all of it"}, "unknown_format", "'text'"),
         ({}, "unknown_format", "(none)"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference_data", "columns"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference_data", "use: chosen"),
         ({"instruction": "q", "output": 42}, "non_text_content", "output holds a number"),
         ({"instruction": "q", "output": None}, "non_text_content", "null"),
         ({"instruction": 1.5, "output": "a"}, "non_text_content", "instruction"),
