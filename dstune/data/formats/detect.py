@@ -12,6 +12,8 @@ from dstune.data.formats.pairs import Pair
 from dstune.data.formats.record import Parts, Reader, Settings, listed, present
 from dstune.data.turns import TurnNames
 
+_MOST_KEYS = 1000
+"""A vocabulary has every word as a key, `prompt` and `completion` too; no instruction has so many."""
 _REMEMBERED_SETS = 256
 _REMEMBERED_CHARACTERS = 4096
 _WEIGHT_KEYS = ("loss_weight", "sample_weight")
@@ -80,6 +82,8 @@ class Converter:
 
 def choose(keys: Collection[str], settings: Settings) -> Reader:
     """How records with these keys are read. Raises Refused where that cannot be told."""
+    if len(keys) > _MOST_KEYS:
+        raise Refused("unknown_format", f"a record of {len(keys)} keys: {listed(keys)}")
     reader = _family(keys, settings)
     checked = present(keys, _CHECKED_KEYS)
     return partial(_checked, checked, settings, reader) if checked else reader
