@@ -5,9 +5,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,44 +60,60 @@ def sketch(conversation: Conversation, settings: DeduplicateSection) -> Sketch:
     `by: conversation` takes every turn with its role, reasoning and tool calls; `by: prompt` the system's and the user's alone.
     Conversations that are offered different tools are never alike.
     """
-    turns = [turn for turn in conversation.messages if settings.by == "conversation" or turn.role in ("system", "user")]
-    tools = sorted(json.dumps(tool, sort_keys=True, default=str) for tool in conversation.tools)
-    normal = [f"{turn.role}\0{' '.join(_said(turn).lower().split())}" for turn in turns]
-    exact = _digest([*normal, "tools", *tools], 16)
+    return sketches([conversation], settings)[0]
+
+
+def sketches(conversations: Sequence[Conversation], settings: DeduplicateSection) -> list[Sketch]:
+    """`sketch` of each: a chunk at once takes a fraction of the time."""
+    turns = [[turn for turn in one.messages if _compared(turn, settings.by)] for one in conversations]
+    tools = [sorted(json.dumps(tool, sort_keys=True, default=str) for tool in one.tools) for one in conversations]
+    exact = [_digest([*map(_normal, said), "tools", *of], 16) for said, of in zip(turns, tools, strict=True)]
     if settings.method == "exact":
-        return Sketch(exact, None)
-    tool_hash = np.frombuffer(_digest(tools, 8), "<u8")
-    parts = [(NUM_PERMUTATIONS, turns)]
+        return [Sketch(one, None) for one in exact]
+    parts = [_signatures(turns, tools, settings.ngram, NUM_PERMUTATIONS)]
     if settings.by == "conversation":
-        parts.append((ANSWER_PERMUTATIONS, [turn for turn in turns if turn.role == "assistant"]))
-    signatures = [_signature(_shingles(said, settings.ngram) ^ tool_hash, columns) for columns, said in parts]
-    return Sketch(exact, np.concatenate(signatures))
+        replies = [[turn for turn in said if turn.role == "assistant"] for said in turns]
+        parts.append(_signatures(replies, tools, settings.ngram, ANSWER_PERMUTATIONS))
+    return [Sketch(one, signature) for one, signature in zip(exact, np.concatenate(parts, axis=1), strict=True)]
 
 
-def _said(message: Message) -> str:
-    calls = [_canonical(call) for call in message.tool_calls]
-    return "\n".join(part for part in (message.content, message.reasoning, *calls) if part)
+def _compared(turn: Message, by: str) -> bool:
+    return by == "conversation" or turn.role in ("system", "user")
 
 
-def _canonical(call: dict[str, Any]) -> str:
-    return json.dumps(call.get("function", call), sort_keys=True, ensure_ascii=False, default=str)
+def _normal(turn: Message) -> str:
+    return f"{turn.role}\0{' '.join(_said(turn).lower().split())}"
+
+
+def _said(turn: Message) -> str:
+    if not turn.tool_calls and not turn.reasoning:
+        return turn.content
+    calls = [json.dumps(call.get("function", call), sort_keys=True, default=str) for call in turn.tool_calls]
+    return "\n".join(part for part in (turn.content, turn.reasoning, *calls) if part)
 
 
 def _digest(texts: Iterable[str], size: int) -> bytes:
     return hashlib.blake2b("\0\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
-def _shingles(turns: list[Message], n: int) -> HashArray:
-    """The runs of `n` words; of a shorter text all its words as one, and of a text without words a hash of itself."""
-    text = "\n".join(_said(turn) for turn in turns)
-    found = words(text).hashes
-    return ngrams(found, min(n, len(found))) if len(found) else np.frombuffer(_digest([text], 8), "<u8")
-
-
-def _signature(shingles: HashArray, permutations: int) -> Signatures:
+def _signatures(
+    turns: Sequence[Sequence[Message]], tools: Sequence[list[str]], n: int, permutations: int
+) -> Signatures:
+    """[conversations, permutations] MinHash of the runs of `n` words; of a shorter text all its words are one run, and a text
+    without words is a run of its own."""
+    texts = ["\n".join(map(_said, said)) for said in turns]
+    found = words(texts)
+    counts = np.diff(found.run_offsets(n))
+    wholes = found.wholes()
+    for bare in np.flatnonzero(np.diff(found.offsets) == 0):
+        wholes[bare] = int.from_bytes(_digest([texts[bare]], 8), "little")
+    shingles = np.insert(found.runs(n), found.run_offsets(n)[:-1][counts == 0], wholes[counts == 0])
+    counts = np.maximum(counts, 1)
+    apart = np.array([int.from_bytes(_digest(of, 8), "little") if of else 0 for of in tools], np.uint64)
+    shingles ^= np.repeat(apart, counts)
     made = rensa.RMinHash.digest_matrix_from_flat_token_hashes  # pyright: ignore[reportAttributeAccessIssue]
-    matrix = made(shingles, [0, len(shingles)], permutations, _SEED)
-    return np.array(matrix.to_rows()[0], np.uint32)
+    matrix = made(shingles, np.concatenate([[0], np.cumsum(counts)]), permutations, _SEED)
+    return np.array(matrix.to_rows(), np.uint32)
 
 
 def as_digests(exact: bytes) -> Digests:

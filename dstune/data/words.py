@@ -5,6 +5,7 @@ blanks (Chinese, Japanese, Thai, …) have a word per character. Hashes are the 
 """
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,39 +34,69 @@ _WITHOUT_BLANKS = (
 
 @dataclass(frozen=True)
 class Words:
-    """The words of one text, in order."""
+    """The words of some texts, in order."""
 
     hashes: HashArray
     """[words]"""
+    offsets: IntArray
+    """[texts + 1] Those of text i are the words from `offsets[i]` to `offsets[i + 1]`."""
     starts: IntArray
     """[words] Where each begins in `text`."""
     ends: IntArray
     """[words] Where each ends in `text`."""
     text: str
-    """In lower case."""
+    """All texts in lower case, a line end between two."""
 
     def between(self, first: int, count: int) -> str:
         """The text from word `first` on, `count` words long."""
         return self.text[self.starts[first] : self.ends[first + count - 1]]
 
+    def text_of(self, word: int) -> int:
+        """Which text it stands in."""
+        return int(np.searchsorted(self.offsets, word, "right")) - 1
 
-def words(text: str) -> Words:
-    """The words of `text` with their hashes."""
-    lower = text.lower()
-    codes = np.frombuffer(lower.encode("utf-32-le", "surrogatepass"), np.uint32)
+    def run_offsets(self, n: int) -> IntArray:
+        """[texts + 1] As `offsets`, for the runs of `n` words that `runs` gives."""
+        return np.concatenate([[0], np.cumsum(np.maximum(np.diff(self.offsets) - n + 1, 0))])
+
+    def runs(self, n: int) -> HashArray:
+        """A hash of each run of `n` words within one text, text by text."""
+        every = ngrams(self.hashes, n)
+        last = np.repeat(self.offsets[1:], np.diff(self.offsets))[: len(every)]
+        return every[np.arange(n, len(every) + n) <= last]
+
+    def wholes(self) -> HashArray:
+        """[texts] A hash of all words of each text, in order; 0 where it has none."""
+        lengths = np.diff(self.offsets)
+        wholes = np.zeros(len(lengths), np.uint64)
+        if len(self.hashes):
+            place = np.arange(len(self.hashes)) - np.repeat(self.offsets[:-1], lengths)
+            terms = self.hashes * _powers(int(lengths.max()))[place]
+            wholes[lengths > 0] = _mixed(np.add.reduceat(terms, self.offsets[:-1][lengths > 0]))
+        return wholes
+
+
+def words(texts: Sequence[str]) -> Words:
+    """The words of `texts` with their hashes. Many short texts at once cost less than one after another."""
+    lower = [text.lower() for text in texts]
+    joined = "\n".join(lower)
+    ends_of_texts = np.cumsum([len(text) + 1 for text in lower])
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = _kinds()[np.minimum(codes, _TABLE_SIZE + (codes >= 0x40000))]
     inside = np.flatnonzero(kinds)
     if not len(inside):
-        empty = np.zeros(0, np.int64)
-        return Words(np.zeros(0, np.uint64), empty, empty, lower)
-    before = np.concatenate([kinds[:1] * 0, kinds[:-1]])
-    begins = ((kinds == _ALONE) | ((kinds == _LETTER) & (before != _LETTER)))[inside]
-    first = np.flatnonzero(begins)
+        none = np.zeros(0, np.int64)
+        return Words(np.zeros(0, np.uint64), np.zeros(len(texts) + 1, np.int64), none, none, joined)
+    begins = kinds == _ALONE
+    begins[0] |= kinds[0] == _LETTER
+    begins[1:] |= (kinds[1:] == _LETTER) & (kinds[:-1] != _LETTER)
+    starts = np.flatnonzero(begins)
+    first = np.searchsorted(inside, starts)
     lengths = np.diff(first, append=len(inside))
     place = np.arange(len(inside)) - np.repeat(first, lengths)
     terms = (codes[inside].astype(np.uint64) + np.uint64(1)) * _powers(int(lengths.max()))[place]
-    starts = inside[first]
-    return Words(_mixed(np.add.reduceat(terms, first)), starts, starts + lengths, lower)
+    offsets = np.concatenate([[0], np.searchsorted(starts, ends_of_texts)])
+    return Words(_mixed(np.add.reduceat(terms, first)), offsets, starts, starts + lengths, joined)
 
 
 def ngrams(hashes: HashArray, n: int) -> HashArray:
@@ -75,7 +106,8 @@ def ngrams(hashes: HashArray, n: int) -> HashArray:
         return np.zeros(0, np.uint64)
     total = np.zeros(count, np.uint64)
     for offset in range(n):
-        total = total * _WORD_BASE + hashes[offset : offset + count]
+        total *= _WORD_BASE
+        total += hashes[offset : offset + count]
     return _mixed(total)
 
 
