@@ -1,8 +1,8 @@
-"""Micro-batches of tensors from prepared rows: packed (many examples in one row), padded, or source and target."""
+"""Micro-batches of tensors from prepared rows: packed (many examples in one row) or padded; of causal models or of pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch
 IGNORED = -100
 """A target that is no target (`model.loss` agrees)."""
 
-Layout = Literal["packed", "padded", "seq2seq"]
+Layout = Literal["packed", "padded", "packed-seq2seq", "seq2seq"]
 
 
 class StoredExample(Protocol):
@@ -71,7 +71,8 @@ def collate(
     """The micro-batch of `rows` (numbers of `rows.arrow`; None: a padding row of weight zero, which has no targets).
 
     `packed`: one row [1, tokens], all examples end to end. `padded`: [examples, longest]. `seq2seq`: sources to the
-    encoder, targets to the decoder; what the decoder begins with is the model's to say (`model.loss` sets it).
+    encoder, targets to the decoder, padded; `packed-seq2seq`: one row of sources, one of targets. What the decoder begins an
+    example with is the model's to say (`model.loss` sets it).
     A batch of padding rows alone is still a valid forward pass.
     """
     numbers = [int(number) for row in rows if row is not None for number in prepared.row(row)]
@@ -80,6 +81,8 @@ def collate(
         inputs, targets = _packed(examples, pad_id)
     elif layout == "padded":
         inputs, targets = _padded(examples, _height(rows, examples), pad_id)
+    elif layout == "packed-seq2seq":
+        inputs, targets = _packed_pairs(examples, pad_id)
     else:
         inputs, targets = _seq2seq(examples, _height(rows, examples), pad_id)
     return Batch(
@@ -111,15 +114,15 @@ def _packed(examples: Sequence[StoredExample], pad_id: int) -> tuple[dict[str, A
     """Positions restart at every example; `cu_seq_lens_*` says where examples begin: [0, 3, 5] for lengths 3 and 2."""
     ids = [np.asarray(example.input_ids, np.int64) for example in examples] or [np.array([pad_id], np.int64)]
     targets = [_shifted(example) for example in examples] or [np.array([IGNORED], np.int64)]
-    lengths = [len(piece) for piece in ids]
-    starts = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+    starts = _starts(ids)
+    longest = max(map(len, ids))
     inputs: dict[str, Any] = {
         "input_ids": _row(ids),
-        "position_ids": _row([np.arange(length, dtype=np.int64) for length in lengths]),
+        "position_ids": _row([np.arange(len(piece), dtype=np.int64) for piece in ids]),
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
     return inputs, _row(targets)
 
@@ -130,25 +133,49 @@ def _padded(examples: Sequence[StoredExample], height: int, pad_id: int) -> tupl
     return {"input_ids": ids, "attention_mask": mask}, targets
 
 
-def _seq2seq(examples: Sequence[StoredExample], height: int, pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
-    """`input_ids` = source + target; the mask marks the target. For target [5, 6] the decoder reads [start, 5], predicts [5, 6].
+class _Pair(NamedTuple):
+    """An example of a sequence-to-sequence model, int64. For target [5, 6] the decoder reads [pad, 5] and predicts [5, 6]."""
 
-    `pad_id` stands in the place of the start.
-    """
-    sources: list[np.ndarray] = []
-    decoder_inputs: list[np.ndarray] = []
-    decoder_targets: list[np.ndarray] = []
-    for example in examples:
-        ids = np.asarray(example.input_ids, np.int64)
-        mask = np.asarray(example.loss_mask, bool)
-        border = int(mask.argmax()) if mask.any() else len(ids)
-        target = ids[border:]
-        sources.append(ids[:border])
-        decoder_inputs.append(np.concatenate([[pad_id], target[:-1]]) if len(target) else np.array([pad_id]))
-        decoder_targets.append(np.where(mask[border:], target, IGNORED) if len(target) else np.array([IGNORED]))
-    source_ids, source_mask = _grid(sources, height, pad_id)
-    decoder_ids, decoder_mask = _grid(decoder_inputs, height, pad_id)
-    targets, _ = _grid(decoder_targets, height, IGNORED)
+    source: np.ndarray
+    decoder_ids: np.ndarray
+    """`pad_id` stands in the place of the start."""
+    targets: np.ndarray
+
+
+def _pair(example: StoredExample, pad_id: int) -> _Pair:
+    """`input_ids` = source + target; the target begins where the mask does."""
+    ids = np.asarray(example.input_ids, np.int64)
+    mask = np.asarray(example.loss_mask, bool)
+    border = int(mask.argmax()) if mask.any() else len(ids)
+    target = ids[border:]
+    if not len(target):
+        return _Pair(ids, np.array([pad_id]), np.array([IGNORED]))
+    return _Pair(ids[:border], np.concatenate([[pad_id], target[:-1]]), np.where(mask[border:], target, IGNORED))
+
+
+def _packed_pairs(examples: Sequence[StoredExample], pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Example n of the decoder's row (`q`) belongs to example n of the encoder's row (`k`)."""
+    nothing = _Pair(np.array([pad_id]), np.array([pad_id]), np.array([IGNORED]))
+    pairs = [_pair(example, pad_id) for example in examples] or [nothing]
+    # A source without tokens would leave its target nothing to look at.
+    sources = [pair.source if len(pair.source) else nothing.source for pair in pairs]
+    decoder_ids = [pair.decoder_ids for pair in pairs]
+    inputs: dict[str, Any] = {
+        "input_ids": _row(sources),
+        "decoder_input_ids": _row(decoder_ids),
+        "cu_seq_lens_q": _starts(decoder_ids),
+        "cu_seq_lens_k": _starts(sources),
+        "max_length_q": max(map(len, decoder_ids)),
+        "max_length_k": max(map(len, sources)),
+    }
+    return inputs, _row([pair.targets for pair in pairs])
+
+
+def _seq2seq(examples: Sequence[StoredExample], height: int, pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
+    pairs = [_pair(example, pad_id) for example in examples]
+    source_ids, source_mask = _grid([pair.source for pair in pairs], height, pad_id)
+    decoder_ids, decoder_mask = _grid([pair.decoder_ids for pair in pairs], height, pad_id)
+    targets, _ = _grid([pair.targets for pair in pairs], height, IGNORED)
     inputs = {
         "input_ids": source_ids,
         "attention_mask": source_mask,
@@ -156,6 +183,11 @@ def _seq2seq(examples: Sequence[StoredExample], height: int, pad_id: int) -> tup
         "decoder_attention_mask": decoder_mask,
     }
     return inputs, targets
+
+
+def _starts(pieces: Sequence[np.ndarray]) -> torch.Tensor:
+    """int32 [pieces + 1]: where each begins, and the end: [0, 3, 5] for lengths 3 and 2."""
+    return torch.from_numpy(np.cumsum([0, *map(len, pieces)]).astype(np.int32))
 
 
 def _row(pieces: Sequence[np.ndarray]) -> torch.Tensor:

@@ -151,7 +151,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
     require_targets(prepared)
     model_config = load_config(config.model, base)
     kernel = attention.choose(config.model, model_config, plan.layout)
-    if plan.layout == "packed":
+    if plan.layout in ("packed", "packed-seq2seq"):
         isolation.prove(model_config, kernel)
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)

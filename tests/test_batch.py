@@ -68,7 +68,19 @@ def test_source_and_target_go_to_encoder_and_decoder():
     assert pair.supervised == 3
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded", "seq2seq"])
+def test_packed_pairs_are_two_rows_that_begin_each_example_anew():
+    batch = collate(Prepared(), [0, 1], "packed-seq2seq", pad_id=7)
+    assert batch.inputs["input_ids"].tolist() == [[30, 10, 11, 20]]
+    assert batch.inputs["cu_seq_lens_k"].tolist() == [0, 1, 3, 4]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[7, 31, 32, 7, 7]]
+    assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 3, 4, 5]
+    assert batch.targets.tolist() == [[31, IGNORED, 33, 12, 21]]
+    assert (batch.inputs["max_length_k"], batch.inputs["max_length_q"]) == (2, 3)
+    assert batch.examples.tolist() == [2, 0, 1]
+    assert (batch.num_examples, batch.num_tokens, batch.supervised, batch.lengths) == (3, 9, 4, (4, 3, 2))
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "packed-seq2seq", "seq2seq"])
 def test_padding_rows_have_no_targets(layout):
     alone = collate(Prepared(), [None, None], layout, pad_id=3)
     assert alone.supervised == 0
@@ -77,7 +89,7 @@ def test_padding_rows_have_no_targets(layout):
     assert (alone.targets == IGNORED).all()
     mixed = collate(Prepared(), [1, None], layout, pad_id=3)
     assert mixed.supervised == collate(Prepared(), [1], layout, pad_id=3).supervised == 1
-    if layout != "packed":
+    if not layout.startswith("packed"):
         assert mixed.inputs["input_ids"].shape[0] == 2
         assert mixed.inputs["attention_mask"][1].sum() == 1
 

@@ -122,9 +122,9 @@ class DataSection(Section):
     template: str | list[str] = "auto"
     """`auto` (the tokenizer's), a built-in name (chatml, llama3, …), a `.jinja` file, or texts with `{instruction}`: one is drawn per example."""
     max_length: int = Field(default=4096, ge=8)
-    """Tokens in a row, and the longest example that is kept."""
+    """Tokens in a row, and the longest example that is kept; of a sequence-to-sequence model source and target together."""
     packing: Literal["auto"] | bool = "auto"
-    """Several examples in a row. `auto`: yes for causal models, no for sequence-to-sequence ones."""
+    """Several examples in a row. `auto`: yes for causal models and for T5, BART and their kin, which keep the examples apart."""
     train_on: Literal["assistant", "last", "all", "weights"] = "assistant"
     """Which tokens are targets: every assistant answer, the last one, everything, or the turns that the file gives a weight."""
     turns: Literal["keep", "expand"] = "keep"

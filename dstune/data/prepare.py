@@ -28,10 +28,10 @@ from dstune.data.shard_writer import ShardWriter, WrittenFile, write_dataset_fil
 from dstune.data.shards import FORMAT_VERSION, Prepared, read_examples
 from dstune.data.sources import expand
 from dstune.data.tally import FileTally, Rejects
-from dstune.data.task import is_seq2seq
+from dstune.data.task import is_seq2seq, packs
 from dstune.data.tokenize import Encoder
 from dstune.data.work import Job, setup
-from dstune.errors import ConfigError, DataError, Problem, RunFailed
+from dstune.errors import DataError, Problem, RunFailed
 from dstune.paths import PreparedPaths, cache_directory
 
 _HASH_DIGITS = 16
@@ -60,7 +60,7 @@ def prepare(config: RunConfig, base: Path, progress: Report | None = None) -> Pr
     """
     require_files(config.data, base)  # before a hub is asked for the model: this takes no time
     seq2seq = is_seq2seq(config.model, base)
-    packing = _packing(config, seq2seq)
+    packing = packs(config.model, base) if config.data.packing == "auto" else config.data.packing
     encoder = make_encoder(config.model, config.data, base, seq2seq)
     if config.data.prepared is not None:
         return _existing(resolve(config.data.prepared, base), encoder)
@@ -110,13 +110,6 @@ def _existing(directory: Path, encoder: Encoder) -> Prepared:
     if problems:
         raise DataError(problems)
     return prepared
-
-
-def _packing(config: RunConfig, seq2seq: bool) -> bool:
-    if config.data.packing is True and seq2seq:
-        came = "packing: true for a sequence-to-sequence model, whose examples take a row each"
-        raise ConfigError(Problem("data.packing", came, "auto or false"))
-    return not seq2seq if config.data.packing == "auto" else config.data.packing
 
 
 def _processes(config: RunConfig) -> int:

@@ -39,6 +39,10 @@ _SEQ2SEQ_TYPES = (
     ),
 )
 """For a config.json that leaves `is_encoder_decoder` to its class."""
+PACKED_SEQ2SEQ_TYPES = (
+    "bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mt5", "pegasus", "plbart", "t5", "umt5",
+)  # fmt: skip
+"""Encoder-decoders whose packed examples are known to stay apart (`model.isolation` shows it again before training)."""
 
 
 def is_seq2seq(model: ModelSection, base: Path) -> bool:
@@ -52,6 +56,17 @@ def is_seq2seq(model: ModelSection, base: Path) -> bool:
     if "is_encoder_decoder" in config:
         return bool(config["is_encoder_decoder"])
     return config.get("model_type") in _SEQ2SEQ_TYPES
+
+
+def packs(model: ModelSection, base: Path) -> bool:
+    """Whether `data.packing: auto` packs this model's examples: any causal model's, and those of known encoder-decoders.
+
+    These want dstune's own attention, so one that names another is not packed. Raises ConfigError as `is_seq2seq`.
+    """
+    if not is_seq2seq(model, base):
+        return True
+    known = read_config(model, base).get("model_type") in PACKED_SEQ2SEQ_TYPES
+    return known and model.attention in ("auto", "per-example")
 
 
 def vocabulary_size(model: ModelSection, base: Path) -> int | None:

@@ -52,7 +52,12 @@ class Planner:
 def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
     """What a plan needs to know of the data."""
     settings = prepared.manifest["settings"]
-    layout: plan.Layout = "seq2seq" if settings["seq2seq"] else "packed" if settings["packing"] else "padded"
+    layouts: dict[tuple[bool, bool], plan.Layout] = {
+        (False, False): "padded",
+        (False, True): "packed",
+        (True, False): "seq2seq",
+        (True, True): "packed-seq2seq",
+    }
     positions = order.total_positions(
         prepared.num_rows, config.train.epochs, config.train.max_steps, config.train.global_batch_size
     )
@@ -62,7 +67,7 @@ def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
         num_rows=prepared.num_rows,
         total_positions=positions,
         has_validation=prepared.manifest["validation"] is not None,
-        layout=layout,
+        layout=layouts[settings["seq2seq"], settings["packing"]],
     )
 
 

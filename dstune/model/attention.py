@@ -12,21 +12,24 @@ from dstune.model.per_example import PER_EXAMPLE
 
 log = get_logger(__name__)
 
+Layout = Literal["packed", "padded", "packed-seq2seq", "seq2seq"]
+
 _FASTEST_FIRST = (PER_EXAMPLE, "sdpa", "eager")
 
 
-def choose(model: ModelSection, config: PretrainedConfig, layout: Literal["packed", "padded", "seq2seq"]) -> str:
+def choose(model: ModelSection, config: PretrainedConfig, layout: Layout) -> str:
     """`model.attention`, or for `auto` the fastest kernel that works: on packed rows the first that `isolation.prove` passes.
 
     Raises ConfigError where none keeps packed examples apart.
     """
     if model.attention != "auto":
         return model.attention
-    if layout != "packed":
+    if layout in ("padded", "seq2seq"):
         kind = find_model_class(config)
         return "sdpa" if kind is None or kind._supports_sdpa else "eager"
     refused: ConfigError | None = None
-    for kernel in _FASTEST_FIRST:
+    # No mask that transformers takes keeps encoder, decoder and what lies between them apart at once.
+    for kernel in _FASTEST_FIRST if layout == "packed" else (PER_EXAMPLE,):
         try:
             prove(config, kernel)
         except ConfigError as error:

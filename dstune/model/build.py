@@ -15,6 +15,7 @@ from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
 from dstune.model import per_example
 from dstune.model.config import is_builtin, load_config, model_directory, task_of
+from dstune.model.restarts import restart_positions
 from dstune.model.weights import load_weights
 
 
@@ -43,6 +44,7 @@ def construct(
     with no_init_weights(), construction(ds_config, DTYPES[model.dtype]):
         module = _instance(config, model, attention)
     module.tie_weights()
+    restart_positions(module)
     _restore_buffers(module, outline)
     return module
 

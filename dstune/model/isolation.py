@@ -3,7 +3,7 @@
 import copy
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,12 +18,15 @@ from transformers import (
 
 from dstune.errors import ConfigError, Problem
 from dstune.model import per_example
+from dstune.model.restarts import restart_positions
 
 TOLERANCE = 1e-4
 """Largest difference that is taken for rounding, relative to the largest output, in fp32."""
 _POWER = 10.0
 """How many times the tolerance a row that is one long example must differ by, or the experiment shows nothing."""
 _LENGTHS = (13, 7, 11)
+_SOURCE_LENGTHS = (5, 17, 9)
+"""Of sequence-to-sequence models; their targets have `_LENGTHS`."""
 _VOCABULARY = 128
 _MOST_LAYERS = 16
 _MOST_PARAMETERS = 200_000_000
@@ -59,6 +62,9 @@ _SIZES: dict[str, int] = {
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 # Shorter than the examples, so that windows and chunks matter in the experiment.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+# At a width of 64, weights so large that what a layer sees reaches the logits: 0.02 would hide it below the tolerance.
+_SPREADS = ("initializer_range", "init_std")
+_SPREAD = 0.1
 # Layer lists and periods: how many layers show every kind once.
 _LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
 _PERIODS = (
@@ -84,7 +90,8 @@ def prove(config: PretrainedConfig, attention: str) -> None:
     """Show that `attention` keeps packed examples apart in `config`'s architecture, or raise ConfigError with the reason.
 
     A tiny random fp32 model of the same class, every distinct kind of layer kept: a packed row of three examples gives what each
-    example alone gives with transformers' plain attention; one long example of the same tokens gives something else.
+    example alone gives with transformers' plain attention; one long example of the same tokens gives something else. Examples of
+    sequence-to-sequence models have a source and a target.
     """
     reason = _disproof(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), attention)
     if reason is not None:
@@ -102,26 +109,42 @@ def prove(config: PretrainedConfig, attention: str) -> None:
 def _disproof(kind: type[PretrainedConfig], config: str, attention: str) -> str | None:
     """Why packing is refused; None where it is shown to be right."""
     if find_model_class(kind()) is None and kind.__module__.startswith("transformers."):
-        return "transformers has no causal model of this kind"
+        return "transformers has no model of this kind that learns to write"
     plain = kind.from_dict(json.loads(config))
     small = _smallest_that_builds(plain)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        ids = [torch.randint(1, small.get_text_config().vocab_size, (1, length)) for length in _LENGTHS]
+        examples = _examples(small)
         model = _instance(small, "eager")
         try:
-            alone = torch.cat([model(input_ids=piece, use_cache=False).logits for piece in ids], 1)
-            joined = model(input_ids=torch.cat(ids, 1), use_cache=False).logits
+            alone = torch.cat([model(**example, use_cache=False).logits for example in examples], 1)
+            joined = model(**_joined(examples), use_cache=False).logits
         except _FAILURES as error:
             return f"its small model fails on a plain example ({_first_line(error)})"
         try:
             model.set_attn_implementation(attention)
-            packed = model(**packed_inputs(ids), use_cache=False).logits
+            packed = model(**packed_inputs(examples), use_cache=False).logits
         except _FAILURES as error:
             return f"it fails on packed rows ({_first_line(error)})"
     return _verdict(alone, packed, joined)
+
+
+def _examples(config: PretrainedConfig) -> list[dict[str, torch.Tensor]]:
+    """The forward arguments of each example alone, its tokens drawn."""
+    lengths = [("input_ids", _LENGTHS)]
+    if config.is_encoder_decoder:
+        lengths = [("input_ids", _SOURCE_LENGTHS), ("decoder_input_ids", _LENGTHS)]
+    size = config.get_text_config().vocab_size
+    return [
+        {name: torch.randint(1, size, (1, each[number])) for name, each in lengths} for number in range(len(_LENGTHS))
+    ]
+
+
+def _joined(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All of them as one long example."""
+    return {name: torch.cat([example[name] for example in examples], 1) for name in examples[0]}
 
 
 def _verdict(alone: torch.Tensor, packed: torch.Tensor, joined: torch.Tensor) -> str | None:
@@ -148,19 +171,22 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def packed_inputs(examples: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """A forward pass's arguments for examples [1, length] laid end to end, as `dstune.batch` makes them."""
-    pieces = list(examples)
-    lengths = [piece.shape[1] for piece in pieces]
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return {
-        "input_ids": torch.cat(pieces, 1),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
+def packed_inputs(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """A forward pass's arguments for examples laid end to end, as `dstune.batch` makes them; each `input_ids` [1, length],
+    and of sequence-to-sequence models `decoder_input_ids`.
+    """
+    last = "decoder_input_ids" if "decoder_input_ids" in examples[0] else "input_ids"
+    asking, asked = ([example[name].shape[1] for example in examples] for name in (last, "input_ids"))
+    inputs: dict[str, Any] = {
+        **_joined(list(examples)),
+        "cu_seq_lens_q": torch.tensor([0, *asking]).cumsum(0).to(torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, *asked]).cumsum(0).to(torch.int32),
+        "max_length_q": max(asking),
+        "max_length_k": max(asked),
     }
+    if last == "input_ids":
+        inputs["position_ids"] = torch.cat([torch.arange(length) for length in asking])[None]
+    return inputs
 
 
 def find_model_class(config: PretrainedConfig) -> Any | None:
@@ -174,9 +200,11 @@ def _instance(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     per_example.register()
     own_code = not type(config).__module__.startswith("transformers.")
     # The config of foreign code only exists where the run file trusts it.
-    model = AutoModelForCausalLM.from_config(
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(
         copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=own_code
     )
+    restart_positions(model)
     return model.eval()
 
 
@@ -212,12 +240,17 @@ def shrunk(config: PretrainedConfig, sizes: bool) -> PretrainedConfig:
 def _shrink(values: dict[str, Any], sizes: bool) -> None:
     _shrink_depth(values)
     values.update({key: 4 for key in _WINDOWS if isinstance(values.get(key), int)})
+    values.update({key: _SPREAD for key in _SPREADS if isinstance(values.get(key), float)})
     values["vocab_size"] = _VOCABULARY
     if sizes:
         _shrink_width(values)
 
 
 def _shrink_depth(values: dict[str, Any]) -> None:
+    # Encoders and decoders repeat one kind of layer; T5's `num_layers` is its encoder's.
+    for name in ("encoder_layers", "decoder_layers", "num_decoder_layers"):
+        if isinstance(values.get(name), int):
+            values[name] = min(values[name], 2)
     key = next((key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in values), None)
     if key is None:
         return

@@ -34,7 +34,7 @@ def summed_token_loss(module: Any, batch: TokenBatch) -> tuple[torch.Tensor, int
     takes = _takes(type(model))
     inputs = {key: value for key, value in batch.inputs.items() if takes.anything or key in takes.names}
     if "decoder_input_ids" in inputs:
-        inputs["decoder_input_ids"] = _started(inputs["decoder_input_ids"], model.config)
+        inputs["decoder_input_ids"] = _started(inputs, model.config)
     if "logits_to_keep" in takes.names:
         # The model itself projects only the supervised positions, with its own scaling and soft caps: [count, vocabulary].
         logits = module(**inputs, logits_to_keep=supervised, use_cache=False).logits
@@ -59,8 +59,8 @@ def unwrapped(module: Any) -> torch.nn.Module:
     return module.module if hasattr(module, "module") else module
 
 
-def _started(ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """`ids` [rows, length] with the token in its first place that this model's decoder begins with."""
+def _started(inputs: dict[str, Any], config: PretrainedConfig) -> torch.Tensor:
+    """`decoder_input_ids` [rows, length] with the token that this model's decoder begins with, first in each example."""
     # Not every config has the keys at all.
     start = getattr(config, "decoder_start_token_id", None)
     start = getattr(config, "bos_token_id", None) if start is None else start
@@ -72,8 +72,9 @@ def _started(ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
                 do="Set it: `overrides: {decoder_start_token_id: …}`.",
             )
         )
-    ids = ids.clone()
-    ids[:, 0] = start
+    ids = inputs["decoder_input_ids"].clone()
+    starts = inputs.get("cu_seq_lens_q")
+    ids[:, slice(1) if starts is None else starts[:-1].long()] = start
     return ids
 
 

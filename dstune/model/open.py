@@ -119,6 +119,18 @@ def open_model(
     )
 
 
+def open_module(model: ModelSection, base: Path, device: str = "auto") -> tuple[Any, torch.device]:
+    """The weights of a run's model alone, whole, in evaluation mode, and where they are: bf16 on a GPU, fp32 on a CPU.
+
+    Raises ConfigError where there is no such model, RunFailed where its files do not make a whole one.
+    """
+    config = load_config(model, base)
+    place = _device(device)
+    dtype = "fp32" if place.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    seq2seq = task_of(model, config) == "seq2seq-lm"
+    return _module(model, model_directory(model, base), config, seq2seq, dtype).to(place).eval(), place
+
+
 def _place(model: str) -> str:
     """The directory to open: an export inside a run directory, else `model` itself. Raises UsageError."""
     path = Path(model).expanduser()

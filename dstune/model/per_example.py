@@ -1,10 +1,11 @@
 """Attention within each example of a packed row, with no mask over the whole row: registered with transformers by name.
 
 Where a row's examples begin travels with the call: transformers hands a forward pass's `cu_seq_lens_q` and `max_length_q` through
-to the attention of every layer.
+to the attention of every layer. In sequence-to-sequence models `q` is the decoder's row and `k` the encoder's: the encoder attends
+both ways within each source, the decoder causally within each target, and across to the source of the same example.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 PER_EXAMPLE = "per-example"
 """The name under which transformers knows this attention."""
 
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
+_UNKNOWN = ("softcap", "s_aux", "cache")
 """Arguments of other kernels that change the result, and that this one does not have."""
 
 _FP32_ELEMENTS = 16_384
@@ -42,30 +43,68 @@ def per_example_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
     sliding_window: int | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of a packed row within each example: [1, tokens, heads, size].
+    """Attention of a packed row within each example: [1, tokens, heads, size].
 
-    `query` [1, heads, tokens, size]; `key` and `value` may have fewer heads. `cu_seq_lens_q` [examples + 1] is where each example
-    begins, and the end; without it this is transformers' own sdpa. Raises ValueError for attention that it cannot do
-    (soft caps, sinks, biases, both directions).
+    `query` [1, heads, tokens, size]; `key` and `value` may have fewer heads. `cu_seq_lens_*` [examples + 1] is where each example
+    begins, and the end (`k`: by default as `q`); without it this is transformers' own sdpa. `position_bias` [1, heads, n, m], of
+    at least the longest example, is added to each example's scores from its own first token on. Raises ValueError for attention
+    that it cannot do (soft caps, sinks).
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-            sliding_window=sliding_window, **kwargs,
+            sliding_window=sliding_window, position_bias=position_bias, **kwargs,
         )  # fmt: skip
     _refuse_unknown(query, attention_mask, kwargs)
-    if dropout == 0.0 and max_length_q is not None and _has_varlen(query, value):
-        return _varlen(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
-    lengths = cu_seq_lens_q.diff().tolist()
+    decoder = _Side(cu_seq_lens_q, max_length_q)
+    encoder = decoder if cu_seq_lens_k is None else _Side(cu_seq_lens_k, max_length_k)
+    causal, asking, asked = _sides(module, decoder, encoder)
+    if sliding_window is not None and not causal:
+        raise ValueError("per-example attention has no sliding window that looks both ways")
+    if dropout == 0.0 and position_bias is None and _has_varlen(query, value):
+        return _varlen(query, key, value, scaling, asking, asked, causal, sliding_window), None
+    rows, columns = asking.lengths(), asked.lengths()
+    bias = _seen_only(position_bias, max(rows), max(columns), causal, sliding_window)
     pieces = [
-        _causal(q, k, v, dropout, scaling, sliding_window)
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        _one(q, k, v, dropout, scaling, causal, sliding_window, bias)
+        for q, k, v in zip(query.split(rows, 2), key.split(columns, 2), value.split(columns, 2), strict=True)
     ]
     return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
+
+
+class _Side(NamedTuple):
+    """The packed row of a decoder or an encoder."""
+
+    starts: torch.Tensor
+    """int32 [examples + 1]"""
+    longest: int | None
+
+    def lengths(self) -> list[int]:
+        return self.starts.diff().tolist()
+
+
+def _sides(module: torch.nn.Module, decoder: _Side, encoder: _Side) -> tuple[bool, _Side, _Side]:
+    """Whether `module` looks back only, whose tokens ask and whose are asked, by the marks that transformers' own kernels read."""
+    if getattr(module, "is_causal", True):
+        return True, decoder, decoder
+    return False, decoder if getattr(module, "is_decoder", False) else encoder, encoder
+
+
+def _seen_only(
+    bias: torch.Tensor | None, rows: int, columns: int, causal: bool, window: int | None
+) -> torch.Tensor | None:
+    """`bias` of the longest example, minus infinity where nothing may be seen. One value for all changes no softmax: None."""
+    if bias is None or bias.numel() == 1:
+        return None
+    bias = bias[..., :rows, :columns]
+    return bias.masked_fill(~_band(rows, window, bias.device), -torch.inf) if causal else bias
 
 
 def _refuse_unknown(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -80,26 +119,30 @@ def _refuse_unknown(query: torch.Tensor, attention_mask: torch.Tensor | None, kw
         raise ValueError(f"per-example attention takes one flattened row, not {query.shape[0]}")
 
 
-def _causal(
+def _one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     dropout: float,
     scaling: float | None,
+    causal: bool,
     window: int | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """One example alone. A window only matters where the example is longer than it."""
     length, dtype = query.shape[2], query.dtype
     if _faster_in_fp32(query):
         query, key, value = query.float(), key.float(), value.float()
     mask = _band(length, window, query.device) if window is not None and length > window else None
+    if bias is not None:
+        mask = bias[..., :length, : key.shape[2]].to(query.dtype)
     return scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     ).to(dtype)
@@ -114,10 +157,10 @@ def _faster_in_fp32(query: torch.Tensor) -> bool:
     return small and query.dtype is torch.bfloat16 and not query.is_cuda
 
 
-def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """bool [length, length]: each position sees itself and the `window - 1` before it."""
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: each position sees itself and the `window - 1` before it, or all."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril().triu(1 - window)
+    return ones.tril() if window is None else ones.tril().triu(1 - window)
 
 
 def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -136,8 +179,9 @@ def _varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
-    starts: torch.Tensor,
-    longest: int,
+    asking: _Side,
+    asked: _Side,
+    causal: bool,
     window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
@@ -149,12 +193,12 @@ def _varlen(
         q,
         k,
         v,
-        starts,
-        starts,
-        longest,
-        longest,
+        asking.starts,
+        asked.starts,
+        asking.longest or max(asking.lengths()),
+        asked.longest or max(asked.lengths()),
         scale=scaling,
-        window_size=(left, 0),
+        window_size=(left, 0 if causal else -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(result, torch.Tensor)

@@ -11,7 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.errors import FitError, Problem
 from dstune.paths import RunPaths
 
-Layout = Literal["packed", "padded", "seq2seq"]
+Layout = Literal["packed", "padded", "packed-seq2seq", "seq2seq"]
 _AUTO_MICRO_BATCH_TOKENS = 8192
 
 

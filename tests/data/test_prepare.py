@@ -381,15 +381,17 @@ def test_what_may_not_be_read_is_named(monkeypatch, nobody, source):
             (base / "locked").chmod(0o755)
 
 
-def test_sequence_to_sequence_takes_a_row_each(base, cache):
+def test_sequence_to_sequence_is_packed_as_causal_examples_are(base, cache):
+    """Source and target together are an example's tokens, and the rows' tokens are at most `max_length`."""
     prepared = prepare.prepare(make_config(path="builtin:tiny-t5"), base)
-    assert prepared.num_rows == prepared.num_examples == 60
-    assert prepared.manifest["settings"]["seq2seq"] and not prepared.manifest["settings"]["packing"]
+    assert prepared.num_rows < prepared.num_examples == 60
+    assert prepared.manifest["settings"]["seq2seq"] and prepared.manifest["settings"]["packing"]
+    assert max(prepared.rows_tokens) <= prepared.max_length
+    assert sorted(int(n) for row in range(prepared.num_rows) for n in prepared.row(row)) == list(range(60))
     example = prepared.example(0)
     first = int(np.flatnonzero(example.loss_mask)[0])
     assert first > 0 and example.loss_mask[first:].all()
-    with pytest.raises(ConfigError, match="packing"):
-        prepare.prepare(make_config(path="builtin:tiny-t5", packing=True), base)
+    assert prepare.prepare(make_config(path="builtin:tiny-t5", packing=False), base).num_rows == 60
 
 
 def test_without_packing_each_example_has_its_row(base, cache):

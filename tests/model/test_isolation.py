@@ -1,18 +1,22 @@
 """Packed examples never see each other: shown for real architectures, and refused where something carries over."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
 
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
+from dstune.data.task import PACKED_SEQ2SEQ_TYPES
 from dstune.errors import ConfigError
-from dstune.model import isolation
+from dstune.model import isolation, per_example, restarts
 from dstune.model.attention import choose
 from dstune.model.isolation import packed_inputs, prove, shrunk
+from dstune.model.restarts import restart_positions
 from tests.model.architectures import tiny, tiny_config
 from tests.test_batch import Prepared
 
+PAIRS = list(PACKED_SEQ2SEQ_TYPES)
 ISOLATED = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma3_text", "mixtral", "qwen3_moe"]
 
 
@@ -35,6 +39,56 @@ def test_a_packed_row_of_the_model_itself_equals_its_examples_alone(name):
     module.set_attn_implementation(choose(ModelSection(path="x"), module.config, "packed"))
     packed = module(**batch.inputs, use_cache=False).logits
     assert torch.allclose(packed, torch.cat(alone, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_shown_to_stay_apart_where_auto_packs_them(name):
+    """At the architecture's own defaults, shrunk."""
+    assert choose(ModelSection(path="x"), AutoConfig.for_model(name), "packed-seq2seq") == "per-example"
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_packed_row_of_pairs_equals_its_examples_alone(name):
+    module = tiny(name, seed=5).eval()
+    batch = collate(Prepared(), [0], "packed-seq2seq", pad_id=0)
+    expected = torch.cat([module(**example).logits for example in alone("seq2seq")], 1)
+    restart_positions(module)
+    module.set_attn_implementation("per-example")
+    packed = module(**batch.inputs, use_cache=False).logits
+    assert torch.allclose(packed, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("m2m_100", "carries over"), ("led", "not this model's attention"), ("switch_transformers", "attention_mask")],
+)
+def test_pairs_that_cannot_be_kept_apart_are_refused(name, reason):
+    with pytest.raises(ConfigError, match=reason) as caught:
+        choose(ModelSection(path="x"), AutoConfig.for_model(name), "packed-seq2seq")
+    assert "data.packing: false" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "leak"),
+    [(name, leak) for name in ("umt5", "bart") for leak in ("encoder", "decoder", "across")] + [("bart", "positions")],
+)
+def test_every_way_that_pairs_could_see_each_other_is_found_out(name, leak, monkeypatch):
+    original = per_example._sides
+
+    def leaking(module, decoder, encoder):
+        causal, asking, asked = original(module, decoder, encoder)
+        here = "decoder" if causal else "encoder" if asking is encoder else "across"
+        if here == leak:
+            asking, asked = (per_example._Side(side.starts[[0, -1]], None) for side in (asking, asked))
+        return causal, asking, asked
+
+    monkeypatch.setattr(per_example, "_sides", leaking)
+    if leak == "positions":
+        monkeypatch.setattr(restarts, "_places", lambda starts: torch.arange(int(starts[-1])))
+    isolation._disproof.cache_clear()
+    with pytest.raises(ConfigError, match=r"example \d of 3"):
+        prove(tiny_config(name), "per-example")
+    isolation._disproof.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "bloom"])
@@ -63,8 +117,6 @@ def test_soft_caps_go_to_the_attention_that_has_them():
 
 def test_windows_that_a_kernel_does_not_know_are_found_out(monkeypatch):
     """The experiment has power: a kernel without windows differs from plain attention even on a first example."""
-    from dstune.model import per_example
-
     config = tiny_config("mistral")
     monkeypatch.setattr(per_example, "_band", lambda length, window, device: torch.ones(length, length).tril().bool())
     isolation._disproof.cache_clear()
@@ -74,8 +126,6 @@ def test_windows_that_a_kernel_does_not_know_are_found_out(monkeypatch):
 
 
 def test_a_kernel_that_ignores_where_examples_begin_is_found_out(monkeypatch):
-    from dstune.model import per_example
-
     original = per_example.per_example_attention
 
     def leaking(*args, cu_seq_lens_q=None, **kwargs):
@@ -107,8 +157,27 @@ def test_every_kind_of_layer_stays_when_a_config_is_made_small():
 
 def test_the_inputs_of_the_proof_are_those_of_training():
     batch = collate(Prepared(), [0], "packed", pad_id=0)
-    examples = [torch.tensor(Prepared().example(n).input_ids)[None].long() for n in batch.examples]
-    ours = packed_inputs(examples)
-    assert ours.keys() == batch.inputs.keys()
-    for key, value in batch.inputs.items():
+    examples = [{"input_ids": torch.tensor(Prepared().example(n).input_ids)[None].long()} for n in batch.examples]
+    assert_same_inputs(packed_inputs(examples), batch.inputs)
+    pairs = collate(Prepared(), [0], "packed-seq2seq", pad_id=0)
+    assert_same_inputs(packed_inputs(alone("seq2seq")), pairs.inputs)
+
+
+def assert_same_inputs(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
         assert torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(value)), key
+
+
+def alone(layout):
+    """The forward arguments of each example of row 0, without masks: nothing is padded."""
+    names = ("input_ids", "decoder_input_ids")
+    batches = [collate(OneEach(), [number], layout, pad_id=0) for number in Prepared().row(0)]
+    return [{name: batch.inputs[name] for name in names if name in batch.inputs} for batch in batches]
+
+
+class OneEach(Prepared):
+    """Row n holds example n alone."""
+
+    def row(self, index):
+        return np.array([index])
