@@ -12,14 +12,56 @@ import jinja2
 from dstune.data.jinja_sandbox import ChatTemplate
 from dstune.errors import ConfigError, Problem
 
-BUILTIN = ("chatml", "llama3", "alpaca", "plain")
 _DIRECTORY = Path(__file__).parent / "chat_templates"
-_END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-_MARKERS = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What is peculiar to a built-in template, beside its text."""
+
+    end: str = ""
+    """The token that ends an answer; empty: the tokenizer's end of sequence."""
+    markers: tuple[str, ...] = ()
+    """Control tokens by which a model of this family is spoken to: a tokenizer that has all of them was made for it."""
+    writes_bos: bool = False
+    """The family's own template begins with the tokenizer's beginning of sequence."""
+    file: str = ""
+    """Another family's text, with other settings."""
+    settings: str = ""
+    """Jinja in front of the text."""
+
+
+_CHATML = ("<|im_start|>", "<|im_end|>")
+_FAMILIES = {
+    "chatml": _Family("<|im_end|>", _CHATML),
+    "llama2": _Family(writes_bos=True),
+    "llama3": _Family("<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), True),
+    "llama3.1": _Family(
+        "<|eot_id|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+        True,
+        file="llama3",
+        settings="{%- set DATED = true %}",
+    ),
+    "qwen2": _Family("<|im_end|>", _CHATML, settings="{%- set DEFAULT = 'You are a helpful assistant.' %}"),
+    "qwen2.5": _Family(
+        "<|im_end|>",
+        _CHATML,
+        file="qwen2",
+        settings="{%- set DEFAULT = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' %}",
+    ),
+    "qwen3": _Family("<|im_end|>", _CHATML),
+    "mistral": _Family(markers=("[INST]", "[/INST]"), writes_bos=True),
+    "gemma": _Family("<end_of_turn>", ("<start_of_turn>", "<end_of_turn>"), True),
+    "phi": _Family("<|end|>", ("<|user|>", "<|assistant|>", "<|end|>")),
+    "zephyr": _Family(),
+    "vicuna": _Family(writes_bos=True),
+    "deepseek": _Family("<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>"), True),
+    "glm": _Family("<|user|>", ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>")),
+    "alpaca": _Family(),
+    "plain": _Family(),
 }
-"""A tokenizer that has all of these was made for this template."""
+BUILTIN = tuple(_FAMILIES)
 _LIKELY_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -40,6 +82,8 @@ class Template:
     source: str
     tool_source: str | None = None
     """Used for conversations with tools, by tokenizers that have two templates."""
+    markers: tuple[str, ...] = ()
+    """Tokens that a built-in template's family has."""
 
     def for_tools(self, tools: bool) -> str:
         """The text that transformers would take for a conversation with or without tools."""
@@ -101,8 +145,8 @@ def _matching(tokenizer: Any, seq2seq: bool) -> str:
     if seq2seq:
         return "plain"
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    for name, markers in _MARKERS.items():
-        if added.issuperset(markers):
+    for name, family in _FAMILIES.items():
+        if family.markers and added.issuperset(family.markers):
             return name
     expected = "one of chatml, llama3, alpaca, or a .jinja file"
     do = "a base model learns any of them; `template: chatml` is the usual choice"
@@ -112,11 +156,12 @@ def _matching(tokenizer: Any, seq2seq: bool) -> str:
 def builtin_template(name: str, tokenizer: Any) -> Template:
     """A built-in template, complete in itself: its first line says what starts a text and ends a turn for this tokenizer.
 
-    The end of a turn must be a token of its own to be learned and stopped at: the template's (`<|im_end|>`) where the
+    The end of a turn must be a token of its own to be learned and stopped at: the family's (`<|im_end|>`) where the
     tokenizer has it, else the tokenizer's end of sequence, else another end that it has. Raises ConfigError where it has none.
     """
+    family = _FAMILIES[name]
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    end = _END.get(name)
+    end = family.end
     if end in added:
         written = repr(end)
     elif tokenizer.eos_token:
@@ -130,9 +175,20 @@ def builtin_template(name: str, tokenizer: Any) -> Template:
         raise ConfigError(
             Problem("data.template", came, "an `eos_token` in its tokenizer_config.json", "or `template: chatml`")
         )
-    starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    head = f"{{%- set BOS = {'bos_token' if starts else repr('')} %}}{{%- set END = {written} %}}\n"
-    return Template(name, head + _text(name))
+    bos = "bos_token" if _begins(tokenizer, family) else repr("")
+    head = f"{{%- set BOS = {bos} %}}{{%- set END = {written} %}}{family.settings}\n"
+    return Template(name, head + _text(family.file or name), markers=family.markers)
+
+
+def _begins(tokenizer: Any, family: _Family) -> bool:
+    """Whether a text begins with the tokenizer's beginning of sequence: because the tokenizer puts it there, or the family does.
+
+    A family's own does not count where the beginning is but another name for the end (GPT-2).
+    """
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        return False
+    return tokenizer("")["input_ids"][:1] == [begin] or (family.writes_bos and begin != tokenizer.eos_token_id)
 
 
 @cache
