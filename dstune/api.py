@@ -96,6 +96,29 @@ def preview_json(run: RunFile, overrides: Sequence[str] = (), *, count: int = 5,
     return room.preview_json(prepared, tokenizer, count, seed)
 
 
+def preview_html(
+    run: RunFile,
+    overrides: Sequence[str] = (),
+    *,
+    file: str | Path,
+    count: int = 20,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Write the same and more (histograms, rows, extremes) as one self-contained HTML page; its absolute path.
+
+    A page that was made here is replaced; any other file only with `overwrite`. Raises UsageError before anything is prepared.
+    """
+    from dstune import atomic
+    from dstune.data import preview as room
+
+    path = Path(file).absolute()
+    room.require_writable(path, overwrite)
+    prepared, tokenizer = _previewed(run, overrides)
+    atomic.write_text(path, room.html_page(prepared, tokenizer, count, seed))
+    return path
+
+
 def plan(run: RunFile, overrides: Sequence[str] = (), *, workers: int | None = None) -> dict[str, Any]:
     """What a run would do: steps, batches, tokens, DeepSpeed config. Prepares the data where it is not yet."""
     from dstune.launch import start

@@ -187,6 +187,11 @@ class Prepared:
         batch, place = self._rows.at(index)
         return _list_of_int32(batch.column("examples"), place)
 
+    def row_sizes(self) -> npt.NDArray[np.int64]:
+        """[num_rows] how many examples each row holds."""
+        offsets = (np.asarray(batch.column("examples").offsets) for batch in self._rows.batches)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *map(np.diff, offsets)]).astype(np.int64)
+
     def example(self, index: int) -> StoredExample:
         """One example, its tokens straight from the mapped file. Raises IndexError outside."""
         if not 0 <= index < self.num_examples:

@@ -50,9 +50,9 @@ def printed(parts, **options):
 def test_what_is_shown(prepared_and_tokenizer):
     prepared, tokenizer = prepared_and_tokenizer
     text = printed(preview(prepared, tokenizer, 3, 0))
-    assert "18 (18 an epoch)" in text and "2 examples in 1 rows" in text
+    assert "18 (18 an epoch)" in text and "2 examples in 1 row " in text
     assert "1 unknown_format" in text and "1 invalid_json" in text
-    assert f"{prepared.manifest['counts']['fill']:.2%} full" in text
+    assert f"{prepared.manifest['counts']['fill']:.2%} of" in text
     for number in sample(prepared, 3, 0):
         line = prepared.example(number).line
         assert f"example {number} · data [red]\\x1b[1m.jsonl:{line} ·" in text

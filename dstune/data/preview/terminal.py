@@ -1,87 +1,30 @@
-"""A prepared directory for the eye: what came from where, what was dropped and why, and conversations with what is trained.
-
-Whatever the data holds, nothing of it reaches the terminal but characters that can be seen: no escape sequence, no markup.
-"""
+"""A prepared directory in the terminal, for rich, and as plain values."""
 
 import itertools
-import unicodedata
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from dstune import atomic
-from dstune.data.order import permute
+from dstune.data.preview.survey import rejects, sample
+from dstune.data.preview.text import many, segments, visible
 from dstune.data.shards import Prepared
-from dstune.paths import PreparedPaths
 
 _TRAINED = "bold green"
 _OTHER = "dim"
 _REJECTS_SHOWN = 10
-_JOINERS = "\u200c\u200d"
-"""Of the invisible characters these two belong to words and emoji."""
-
-
-class Segment(NamedTuple):
-    """A run of tokens that are all targets, or all not, as text."""
-
-    text: str
-    trained: bool
-
-
-def visible(text: str) -> str:
-    """`text` with every control, bidirectional and unassigned character spelled out: `\\x1b`, `\\u202e`; newlines stay."""
-    return "".join(character if _is_shown(character) else _spelled(character) for character in text)
-
-
-def _is_shown(character: str) -> bool:
-    if character in "\n\t" or character in _JOINERS:
-        return True
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def _spelled(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def segments(tokenizer: Any, input_ids: np.ndarray[Any, Any], loss_mask: np.ndarray[Any, Any]) -> list[Segment]:
-    """The example's text in runs of trained and other tokens; control tokens are spelled.
-
-    Each run is what the text grows by: a run alone would lose the space that some tokenizers drop at the beginning.
-    """
-    ends = [*(np.flatnonzero(loss_mask[1:] != loss_mask[:-1]) + 1).tolist(), len(input_ids)]
-    found: list[Segment] = []
-    start, before = 0, ""
-    for end in ends:
-        whole = _decode(tokenizer, input_ids[:end])
-        text = whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, input_ids[start:end])
-        found.append(Segment(text, bool(loss_mask[start])))
-        start, before = end, whole
-    return found
-
-
-def _decode(tokenizer: Any, input_ids: np.ndarray[Any, Any]) -> str:
-    return str(tokenizer.decode(input_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def sample(prepared: Prepared, count: int, seed: int) -> list[int]:
-    """`count` different example numbers drawn by `seed`; all of them where there are not so many."""
-    count = max(0, min(count, prepared.num_examples))
-    return permute(seed, 0, prepared.num_examples, np.arange(count)).tolist()
 
 
 def preview(prepared: Prepared, tokenizer: Any, count: int, seed: int) -> Iterable[RenderableType]:
     """What `dstune preview` prints: a summary, sources, rejects, and `count` conversations drawn by `seed`."""
     yield _summary(prepared)
     yield _sources(prepared)
-    rejects = list(itertools.islice(_rejects(prepared), _REJECTS_SHOWN))
-    if rejects:
-        yield _rejects_table(rejects)
+    first = list(itertools.islice(rejects(prepared), _REJECTS_SHOWN))
+    if first:
+        yield _rejects_table(first)
     for number in sample(prepared, count, seed):
         yield _conversation(prepared, tokenizer, number)
 
@@ -109,13 +52,9 @@ def preview_json(prepared: Prepared, tokenizer: Any, count: int, seed: int) -> d
         "prepared": str(prepared.root),
         **{key: manifest[key] for key in keys},
         "validation": held_out.manifest["counts"] if held_out else None,
-        "rejects": list(itertools.islice(_rejects(prepared), _REJECTS_SHOWN)),
+        "rejects": list(itertools.islice(rejects(prepared), _REJECTS_SHOWN)),
         "examples": examples,
     }
-
-
-def _rejects(prepared: Prepared) -> Iterator[dict[str, Any]]:
-    yield from atomic.read_json_lines(PreparedPaths(prepared.root).rejects)
 
 
 def _text(value: object, style: str = "") -> Text:
@@ -135,15 +74,20 @@ def _summary(prepared: Prepared) -> RenderableType:
     lines = {
         "prepared": prepared.root,
         "examples": f"{counts['examples']:,} ({counts['epoch_examples']:,} an epoch)",
-        "rows": f"{counts['rows']:,} of at most {settings['max_length']:,} tokens, {kind}, {counts['fill']:.2%} full",
+        "rows": f"{counts['rows']:,} of at most {settings['max_length']:,} tokens, {kind}",
+        "fill": f"{counts['fill']:.2%} of the rows' room holds tokens",
         "tokens": f"{counts['tokens']:,}, of which {counts['supervised_tokens']:,} trained ({share:.1%})",
         "template": prepared.manifest["template"].get("name", settings["template"]),
         "train on": settings["train_on"],
-        "validation": f"{held_out.num_examples:,} examples in {held_out.num_rows:,} rows" if held_out else "none",
+        "validation": _held_out(held_out) if held_out else "none",
     }
     for name, value in lines.items():
         table.add_row(Text(name, "bold"), _text(value))
     return table
+
+
+def _held_out(validation: Prepared) -> str:
+    return f"{many(validation.num_examples, 'example')} in {many(validation.num_rows, 'row')}"
 
 
 def _sources(prepared: Prepared) -> RenderableType:
@@ -163,15 +107,15 @@ def _sources(prepared: Prepared) -> RenderableType:
     return table
 
 
-def _rejects_table(rejects: list[dict[str, Any]]) -> RenderableType:
+def _rejects_table(first: list[dict[str, Any]]) -> RenderableType:
     table = Table(
         Column("dropped", overflow="fold"),
         "reason",
         "detail",
-        title=f"the first {len(rejects)} of rejects.jsonl",
+        title="rejects.jsonl begins with",
         title_justify="left",
     )
-    for reject in rejects:
+    for reject in first:
         part = f" part {reject['part']}" if reject["part"] else ""
         table.add_row(
             _text(f"{reject['file']}:{reject['line']}{part}"), _text(reject["reason"]), _text(reject["detail"][:200])
@@ -189,5 +133,7 @@ def _conversation(prepared: Prepared, tokenizer: Any, number: int) -> Renderable
         else:
             body.append(visible(part.text), _OTHER)
     trained = int(example.loss_mask.sum())
-    title = f"example {number} · {prepared.origin(number)} · {len(example.input_ids)} tokens, {trained} trained"
+    title = (
+        f"example {number} · {prepared.origin(number)} · {many(len(example.input_ids), 'token')}, {trained:,} trained"
+    )
     return Panel(body, title=_text(title), title_align="left")

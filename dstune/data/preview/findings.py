@@ -1,0 +1,114 @@
+"""What a look at the figures tells by itself: what is as it should be, what to know, and what to look into before paying."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from dstune.data.preview.survey import Reason, Survey
+from dstune.data.preview.text import many
+from dstune.data.shards import Prepared
+
+_MUCH_LEFT_OUT = 0.01
+_MANY_COPIES = 0.01
+_SMALL_SHARE = 0.05
+_FEW_TARGETS = 3
+_POOR_FILL = 0.95
+
+
+class Finding(NamedTuple):
+    """One sentence for the top of the page."""
+
+    level: Literal["good", "note", "warn"]
+    text: str
+
+
+def share(part: int, whole: int) -> str:
+    """`12.3%`; a part that is there is never 0.0%, one that is missing something never 100.0%."""
+    text = f"{part / max(1, whole):.1%}"
+    if part and text == "0.0%":
+        return "<0.1%"
+    return ">99.9%" if part < whole and text == "100.0%" else text
+
+
+def findings(prepared: Prepared, found: Survey, reasons: Sequence[Reason]) -> list[Finding]:
+    """The warnings first, then the notes, then what is well."""
+    told = [
+        *_left_out(prepared.manifest["sources"], reasons),
+        *_changed(prepared.manifest, found),
+        *_targets(prepared, found),
+        *_rows(prepared),
+    ]
+    return sorted(told, key=lambda finding: ("warn", "note", "good").index(finding.level))
+
+
+def _total(sources: Sequence[dict[str, Any]], key: str) -> int:
+    return sum(source[key] for source in sources)
+
+
+def _left_out(sources: Sequence[dict[str, Any]], reasons: Sequence[Reason]) -> Iterator[Finding]:
+    read = sum(source["records"]["read"] for source in sources)
+    made = sum(source["conversations"]["made"] for source in sources)
+    records, conversations = (
+        sum(reason.records for reason in reasons),
+        sum(reason.conversations for reason in reasons),
+    )
+    for dropped, whole, what in ((records, read, "record"), (conversations, made, "conversation")):
+        if dropped:
+            names = ", ".join(
+                f"{count:,} {reason.name}"
+                for reason in reasons
+                if (count := reason.records if what == "record" else reason.conversations)
+            )
+            level = "warn" if dropped > _MUCH_LEFT_OUT * whole else "note"
+            yield Finding(level, f"{dropped:,} of {many(whole, what)} ({share(dropped, whole)}) left out: {names}.")
+    if not records + conversations:
+        yield Finding(
+            "good", f"Every one of {many(read, 'record')} is used, every one of {many(made, 'conversation')} kept."
+        )
+
+
+def _changed(manifest: Any, found: Survey) -> Iterator[Finding]:
+    sources = manifest["sources"]
+    if cut := sum(source["conversations"]["truncated"] for source in sources):
+        yield Finding("warn", f"{many(cut, 'conversation')} cut to max_length: what stood behind is not trained.")
+    if lost := _total(sources, "lossy_characters"):
+        where = many(_total(sources, "lossy_examples"), "example")
+        yield Finding(
+            "warn", f"The tokenizer has no tokens for {many(lost, 'character')} in {where}: the model never sees them."
+        )
+    elif manifest["encoding"]["lossless"]:
+        yield Finding("good", "The tokenizer has a token for every byte: no character is lost.")
+    if spelled := _total(sources, "control_tokens_encoded"):
+        where = many(_total(sources, "examples_with_control_tokens"), "example")
+        yield Finding("note", f"{many(spelled, 'control token')} spelled in {where} became ordinary text.")
+    if manifest["settings"]["control_tokens"] == "allow":
+        yield Finding("warn", "control_tokens: allow. Whoever spells a control token in the data writes one.")
+    if found.num_copies:
+        level = "warn" if found.num_copies > _MANY_COPIES * len(found.looked) else "note"
+        looked = "" if len(found.looked) == len(found.lengths) else f" of the {len(found.looked):,} looked at"
+        part = share(found.num_copies, len(found.looked))
+        yield Finding(level, f"{many(found.num_copies, 'example')}{looked} ({part}) repeat another one token by token.")
+
+
+def _targets(prepared: Prepared, found: Survey) -> Iterator[Finding]:
+    counts = prepared.manifest["counts"]
+    part = share(counts["supervised_tokens"], counts["tokens"])
+    level = "warn" if counts["supervised_tokens"] < _SMALL_SHARE * counts["tokens"] else "good"
+    yield Finding(level, f"{part} of the tokens are trained.")
+    if few := int((found.supervised <= _FEW_TARGETS).sum()):
+        yield Finding("note", f"{many(few, 'example')} with at most {_FEW_TARGETS} trained tokens.")
+    ends, looked = int(found.ends_in_control.sum()), len(found.looked)
+    if ends == looked:
+        yield Finding("good", "Every example's last target is a control token: when to stop is trained.")
+    else:
+        level = "note" if prepared.manifest["settings"]["train_on"] == "all" else "warn"
+        where = f"{looked - ends:,} of {many(looked, 'example')}"
+        yield Finding(
+            level, f"The last target of {where} is no control token: there nothing teaches the model to stop."
+        )
+
+
+def _rows(prepared: Prepared) -> Iterator[Finding]:
+    if prepared.manifest["settings"]["packing"]:
+        fill = prepared.manifest["counts"]["fill"]
+        level = "warn" if fill < _POOR_FILL else "good"
+        yield Finding(level, f"The rows are {fill:.2%} full; the rest of a row is padding.")
