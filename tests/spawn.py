@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 _MAIN = """
-import pickle, sys
+import os, pickle, sys
 with open(sys.argv[1], "rb") as file:
     function, arguments = pickle.load(file)
 result = function(*arguments)
 with open(sys.argv[2], "wb") as file:
     pickle.dump(result, file)
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads may still wait for a rank that has ended, and abort where Python takes them down
 """
 
 
