@@ -14,13 +14,14 @@ import rensa
 
 from dstune.config.schema import DeduplicateSection
 from dstune.data.conversation import Conversation, Message
-from dstune.data.words import HashArray, ngrams, words
+from dstune.data.words import HashArray, words
 
 NUM_PERMUTATIONS = 128
 """Of the whole text: the first columns of a signature."""
 ANSWER_PERMUTATIONS = 32
 """Of the answers alone: the columns behind them, where conversations and not prompts are compared."""
 _SEED = 20_240_229
+_BAND_BASE = np.uint64(0xD1342543DE82EF95)
 _ROWS_AT_ONCE = 1 << 14
 _MISSED = 0.01
 """The bands are so narrow that two conversations as alike as the threshold are missed less often than this."""
@@ -198,7 +199,10 @@ class _Near:
         bands = np.empty(len(examples), np.uint64)
         for at in range(0, len(examples), _ROWS_AT_ONCE):
             rows = self._signatures[examples[at : at + _ROWS_AT_ONCE], start : start + self._rows]
-            bands[at : at + _ROWS_AT_ONCE] = ngrams(rows.T.astype(np.uint64), self._rows)[0]
+            total = np.zeros(len(rows), np.uint64)
+            for column in range(self._rows):
+                total = total * _BAND_BASE + rows[:, column]
+            bands[at : at + _ROWS_AT_ONCE] = total
         return bands
 
     def _alike(self, some: IntArray, others: IntArray) -> npt.NDArray[np.bool_]:
