@@ -3,6 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
+from dstune.model import per_example
+from dstune.model.restarts import restart_positions
+
 _COMMON = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -16,6 +19,16 @@ _COMMON = {
     "eos_token_id": 2,
 }
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 1000}
+_T5 = {
+    **_IDS,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
+}
 _SETTINGS = {
     "llama": _COMMON,
     "llama-tied": {**_COMMON, "tie_word_embeddings": True},
@@ -49,16 +62,9 @@ _SETTINGS = {
         "dropout": 0.0,
     },
     "cohere": {**_COMMON, "num_hidden_layers": 1},
-    "t5": {
-        **_IDS,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "decoder_start_token_id": 0,
-        "dropout_rate": 0.0,
-    },
+    "t5": _T5,
+    "mt5": _T5,
+    "umt5": _T5,
 }
 
 
@@ -73,3 +79,11 @@ def tiny(name: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_config(config, dtype=torch.float32)
+
+
+def keep_apart(module: PreTrainedModel) -> PreTrainedModel:
+    """`module` as `build` leaves it for packed rows."""
+    per_example.register()
+    restart_positions(module)
+    module.set_attn_implementation(per_example.PER_EXAMPLE)
+    return module

@@ -12,8 +12,7 @@ from dstune.errors import ConfigError
 from dstune.model import isolation, per_example, restarts
 from dstune.model.attention import choose
 from dstune.model.isolation import packed_inputs, prove, shrunk
-from dstune.model.restarts import restart_positions
-from tests.model.architectures import tiny, tiny_config
+from tests.model.architectures import keep_apart, tiny, tiny_config
 from tests.test_batch import Prepared
 
 PAIRS = list(PACKED_SEQ2SEQ_TYPES)
@@ -52,9 +51,7 @@ def test_a_packed_row_of_pairs_equals_its_examples_alone(name):
     module = tiny(name, seed=5).eval()
     batch = collate(Prepared(), [0], "packed-seq2seq", pad_id=0)
     expected = torch.cat([module(**example).logits for example in alone("seq2seq")], 1)
-    restart_positions(module)
-    module.set_attn_implementation("per-example")
-    packed = module(**batch.inputs, use_cache=False).logits
+    packed = keep_apart(module)(**batch.inputs, use_cache=False).logits
     assert torch.allclose(packed, expected, atol=1e-5)
 
 

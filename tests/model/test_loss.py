@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -14,9 +15,9 @@ from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
 from dstune.model.build import build
 from dstune.model.loss import IGNORED, summed_cross_entropy, summed_token_loss
-from tests.model.architectures import tiny
+from tests.model.architectures import keep_apart, tiny
 from tests.spawn import run_workers
-from tests.test_batch import Prepared
+from tests.test_batch import Prepared, Stored
 
 
 def plain(module: torch.nn.Module, batch) -> torch.Tensor:
@@ -76,11 +77,46 @@ def test_every_architecture_gives_its_own_full_loss(name, kind):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["t5", "mt5", "umt5", "bart"])
+def test_packed_pairs_have_the_loss_and_the_gradients_of_padded_ones(name):
+    """Rows of several examples, one of them longer than T5's exact distances and, laid end to end, than BART's table."""
+    prepared = Pairs()
+    losses, gradients = [], []
+    for layout, module in (("seq2seq", tiny(name).eval()), ("packed-seq2seq", keep_apart(tiny(name)).eval())):
+        batch = collate(prepared, [0, 1], layout, pad_id=0)
+        loss, count = summed_token_loss(module, batch)
+        loss.backward()
+        assert count == batch.supervised and batch.num_examples == len(Pairs.LENGTHS)
+        losses.append(loss.detach())
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()])
+    assert torch.allclose(*losses, rtol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
+    for theirs, ours in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
+
+
+class Pairs(Prepared):
+    """Six pairs in two rows, of these source and target lengths."""
+
+    LENGTHS = ((55, 3), (4, 20), (9, 1), (30, 8), (1, 5), (17, 40))
+
+    def __init__(self) -> None:
+        draw = np.random.RandomState(3)
+        self.examples = [
+            Stored(draw.randint(3, 1000, source + target).astype(np.int32), np.arange(source + target) >= source)
+            for source, target in self.LENGTHS
+        ]
+        self.rows = [np.array([0, 3, 1], np.int32), np.array([5, 2, 4], np.int32)]
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral", "t5"])
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_a_batch_of_padding_rows_costs_nothing(name, kind):
     module = tiny(name)
-    layout = "seq2seq" if module.config.is_encoder_decoder else kind
+    layout = kind
+    if module.config.is_encoder_decoder:
+        layout = "packed-seq2seq" if kind == "packed" else "seq2seq"
+        module = keep_apart(module) if kind == "packed" else module
     loss, count = summed_token_loss(module, collate(Prepared(), [None], layout, pad_id=0))
     assert count == 0 and loss.item() == 0.0 and loss.requires_grad
     loss.backward()
@@ -126,11 +162,12 @@ def partitioned_norms(folder: Path) -> dict[str, list[float]]:
     for name, stage in CASES.items():
         ds_config = {"zero_optimization": {"stage": stage}}
         path = name if name.startswith("builtin:") else str(folder / name)
-        module = build(ModelSection(path=path, dtype="fp32"), Path(), "sdpa", 1, ds_config)
+        pairs = name.startswith("builtin:")
+        module = build(ModelSection(path=path, dtype="fp32"), Path(), "per-example" if pairs else "sdpa", 1, ds_config)
         engine = ZeroEngine(
             module, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, ds_config=ds_config, world=world
         )
-        layout = "seq2seq" if module.config.is_encoder_decoder else "packed"
+        layout = "packed-seq2seq" if pairs else "packed"
         shares = [[0, 1], [None, None]][world.rank]
         for number, row in enumerate(shares):
             batch = collate(Prepared(), [row], layout, pad_id=0)

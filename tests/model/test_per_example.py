@@ -47,6 +47,57 @@ def test_equal_to_attention_under_a_block_mask(window, heads, shared):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(mine, wanted, strict=True))
 
 
+SOURCE_LENGTHS = (3, 12, 1, 6)
+
+
+def block(rows: tuple[int, ...], columns: tuple[int, ...], causal: bool) -> torch.Tensor:
+    masks = [torch.ones(r, c, dtype=torch.bool) for r, c in zip(rows, columns, strict=True)]
+    return torch.block_diag(*(mask.tril() if causal else mask for mask in masks)).bool()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("part", "causal", "decoder"), [("encoder", False, False), ("decoder", True, True), ("across", False, True)]
+)
+def test_pairs_attend_as_under_a_block_mask(part, causal, decoder, biased):
+    """An encoder both ways, a decoder back, and across; a bias is the same from each example's first token on."""
+    torch.manual_seed(0)
+    rows = LENGTHS if decoder else SOURCE_LENGTHS
+    columns = LENGTHS if causal else SOURCE_LENGTHS
+    q, k, v = (torch.randn(1, 4, sum(n), 16, dtype=torch.float64, requires_grad=True) for n in (rows, columns, columns))
+    table = torch.randn(1, 4, max(rows), max(columns), dtype=torch.float64, requires_grad=True)
+    module = torch.nn.Module()
+    module.is_causal, module.is_decoder = causal, decoder
+    ours, _ = per_example_attention(
+        module, q, k, v, None, scaling=0.3, position_bias=table if biased else None,
+        cu_seq_lens_q=starts(), max_length_q=17,
+        cu_seq_lens_k=torch.tensor([0, *SOURCE_LENGTHS]).cumsum(0).to(torch.int32), max_length_k=12,
+    )  # fmt: skip
+    blocks = torch.zeros(1, 4, sum(rows), sum(columns), dtype=torch.float64)
+    if biased:
+        blocks = torch.stack(
+            [
+                torch.block_diag(*(table[0, head, :r, :c] for r, c in zip(rows, columns, strict=True)))
+                for head in range(4)
+            ]
+        )[None]
+    mask = blocks.masked_fill(~block(rows, columns, causal), -torch.inf)
+    theirs = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3).transpose(1, 2)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    weight = torch.randn_like(ours)
+    wanted = [q, k, v, table] if biased else [q, k, v]
+    mine = torch.autograd.grad((ours * weight).sum(), wanted)
+    expected = torch.autograd.grad((theirs * weight).sum(), wanted)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(mine, expected, strict=True))
+
+
+def test_a_window_that_looks_both_ways_is_refused():
+    module = torch.nn.Module()
+    module.is_causal = False
+    with pytest.raises(ValueError, match="both ways"):
+        per_example_attention(module, *inputs(4, 4, torch.float32), None, cu_seq_lens_q=starts(), sliding_window=4)
+
+
 @pytest.mark.parametrize("argument", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}])
 def test_attention_it_cannot_do_is_refused(argument):
     with pytest.raises(ValueError, match="per-example attention has no"):
