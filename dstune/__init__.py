@@ -20,6 +20,7 @@ _FUNCTIONS = (
     "preview",
     "resume",
     "schema",
+    "select",
     "status",
     "stop",
     "submit",

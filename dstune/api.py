@@ -67,15 +67,29 @@ def init(directory: str | Path = ".", recipe: str = "quickstart") -> Path:
 
 
 def prepare(run: RunFile, overrides: Sequence[str] = (), *, progress: bool = False) -> "Prepared":
-    """The run's data as a prepared directory; a finished one is reused. Raises DataError, ConfigError."""
-    from dstune.data import prepare as room
+    """The run's data as a prepared directory, `data.select` heeded; a finished one is reused. Raises DataError, ConfigError."""
     from dstune.records.console import PreparationProgress
+    from dstune.selection import choose
 
     loaded = _loaded(run, overrides)
-    if not progress:
-        return room.prepare(loaded.config, loaded.base)
-    with PreparationProgress() as show:
-        return room.prepare(loaded.config, loaded.base, lambda p: show(p.stage, p.file, p.records, p.examples))
+    with PreparationProgress(shown=progress) as show:
+        return choose.prepared(loaded.config, loaded.base, show)
+
+
+def select(run: RunFile, overrides: Sequence[str] = (), *, count: int = 5, progress: bool = False) -> dict[str, Any]:
+    """What `data.select` takes and why, as plain values; `count` examples of each side. `train` then takes exactly these.
+
+    Raises ConfigError, DataError, RunFailed.
+    """
+    from dstune.data.tokenize import load_tokenizer
+    from dstune.records.console import PreparationProgress
+    from dstune.selection import choose, report
+
+    loaded = _loaded(run, overrides)
+    with PreparationProgress(shown=progress) as show:
+        choice = choose.choose(loaded.config, loaded.base, show)
+        prepared = choice.prepared(loaded.config.name)
+    return report.describe(choice, prepared, load_tokenizer(loaded.config.model, loaded.base), max(0, count))
 
 
 def preview(

@@ -188,6 +188,16 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dstune"
 
 
+def selection_scores(base: str, method: str, digest: str) -> Path:
+    """The scores of one choice among the examples of the prepared directory named `base`: beside it in the cache."""
+    return cache_directory() / "prepared" / f"{base}.{method}-{digest}.arrow"
+
+
+def selection_losses(base: str, digest: str) -> Path:
+    """The folder of a model's losses on these examples, in chunks."""
+    return cache_directory() / "prepared" / f"{base}.losses-{digest}"
+
+
 def config_directory() -> Path:
     """Where a user's site files are looked up after the run file's own directory."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dstune"

@@ -2,19 +2,31 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from dstune.data.conversation import Example
-from dstune.model.open import OpenedModel
 
 _LOGITS_BYTES = 1 << 30
 
 
+class Scoring(Protocol):
+    """What scoring needs of a model: an `OpenedModel` has it."""
+
+    @property
+    def module(self) -> Any: ...
+    @property
+    def seq2seq(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def pad_id(self) -> int: ...
+
+
 def score(
-    model: OpenedModel,
+    model: Scoring,
     examples: Sequence[Example],
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
@@ -37,18 +49,18 @@ def score(
     return [scored[index] for index in range(len(examples))]
 
 
-def _fitting(model: OpenedModel, length: int, batch_size: int) -> int:
+def _fitting(model: Scoring, length: int, batch_size: int) -> int:
     """Examples of `length` tokens whose logits, in fp32 and all positions, stay below a GiB; at least one."""
     vocabulary = model.module.config.get_text_config(decoder=True).vocab_size
     return max(1, min(batch_size, _LOGITS_BYTES // (4 * length * vocabulary)))
 
 
-def _score_batch(model: OpenedModel, examples: Sequence[Example]) -> list[np.ndarray]:
+def _score_batch(model: Scoring, examples: Sequence[Example]) -> list[np.ndarray]:
     with torch.inference_mode():
         return _seq2seq(model, examples) if model.seq2seq else _causal(model, examples)
 
 
-def _causal(model: OpenedModel, examples: Sequence[Example]) -> list[np.ndarray]:
+def _causal(model: Scoring, examples: Sequence[Example]) -> list[np.ndarray]:
     input_ids, mask = _right_padded([example.input_ids for example in examples], model.pad_id)
     targets, _ = _right_padded([example.loss_mask for example in examples], 0)
     # The logits at position i are about token i + 1.
@@ -67,7 +79,7 @@ def _causal(model: OpenedModel, examples: Sequence[Example]) -> list[np.ndarray]
     ]
 
 
-def _seq2seq(model: OpenedModel, examples: Sequence[Example]) -> list[np.ndarray]:
+def _seq2seq(model: Scoring, examples: Sequence[Example]) -> list[np.ndarray]:
     sources = [example.input_ids[~example.loss_mask] for example in examples]
     targets = [example.input_ids[example.loss_mask] for example in examples]
     input_ids, mask = _right_padded(sources, model.pad_id)
@@ -86,7 +98,7 @@ def _seq2seq(model: OpenedModel, examples: Sequence[Example]) -> list[np.ndarray
     return [_chosen(logits[row, : len(target)], target) for row, target in enumerate(targets)]
 
 
-def _forward(model: OpenedModel, arguments: dict[str, Any]) -> torch.Tensor:
+def _forward(model: Scoring, arguments: dict[str, Any]) -> torch.Tensor:
     placed = {name: value.to(model.device) for name, value in arguments.items()}
     return model.module(**placed, use_cache=False).logits
 

@@ -19,6 +19,7 @@ LIGHT = [
     ["init", "--list"],
     ["schema"],
     ["train", "--help"],
+    ["select", "--help"],
     ["export", "--help"],
     ["status", "no-such-run"],
     ["logs", "no-such-run"],

@@ -15,6 +15,7 @@ from dstune.errors import EXIT_FAILED, EXIT_USAGE, DstuneError
 COMMANDS = {
     "init": "write a commented starter run file from a recipe",
     "prepare": "raw instruction files -> packed Arrow shards",
+    "select": "choose training data by budget, and say why",
     "preview": "look at conversations with the trained tokens coloured",
     "plan": "what a run would do here: steps, batches, DeepSpeed config",
     "train": "prepare if needed, plan, train",

@@ -9,7 +9,6 @@ from typing import Any
 from dstune.config.load import LoadedRun, load_site
 from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
 from dstune.data import order
-from dstune.data.prepare import prepare
 from dstune.data.shards import Prepared
 from dstune.data.task import vocabulary_size
 from dstune.errors import ConfigError, DataError, Problem
@@ -21,6 +20,7 @@ from dstune.loggers import get_logger
 from dstune.paths import RunPaths
 from dstune.planning import deepspeed, plan
 from dstune.protocols import Executor
+from dstune.selection.choose import prepared as prepare
 
 log = get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -67,21 +67,35 @@ class StepProgress:
         )
 
 
-class PreparationProgress:
-    """What a preparation is doing: a live line in a terminal, nothing elsewhere. Call it with each report."""
+class Preparing(Protocol):
+    """How far a preparation is (`data.prepare.Progress`)."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    @property
+    def stage(self) -> str: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def records(self) -> int: ...
+    @property
+    def examples(self) -> int: ...
+
+
+class PreparationProgress:
+    """What a preparation is doing: a live line in a terminal, nothing elsewhere or unless `shown`. Call it with each report."""
+
+    def __init__(self, stream: TextIO | None = None, shown: bool = True) -> None:
         self._console = Console(file=stream or sys.stderr, highlight=False)
+        self._shown = shown
         self._status = self._console.status("preparing the data")
 
     def __enter__(self) -> "PreparationProgress":
-        if self._console.is_terminal:
+        if self._shown and self._console.is_terminal:
             self._status.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._status.stop()
 
-    def __call__(self, stage: str, file: str, records: int, examples: int) -> None:
-        where = f" {escape(file)}" if file else ""
-        self._status.update(f"{stage}{where}: {records:,} records, {examples:,} examples")
+    def __call__(self, now: Preparing) -> None:
+        where = f" {escape(now.file)}" if now.file else ""
+        self._status.update(f"{now.stage}{where}: {now.records:,} records, {now.examples:,} examples")
