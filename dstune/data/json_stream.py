@@ -12,6 +12,7 @@ from dstune.errors import DataError, Problem
 _BLANK = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 20
 _STRUCTURE = re.compile(rb'["{}\[\],]')
 _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 
@@ -25,9 +26,18 @@ class Record(NamedTuple):
     error: Refused | None = None
 
 
-def read_json(file: io.BufferedReader, name: str, cap: int, lines: bool) -> Iterator[Record]:
+class Lines(NamedTuple):
+    """Whole lines of JSON Lines, not looked at yet."""
+
+    line: int
+    """The first one's number, from 1."""
+    raw: bytes
+
+
+def read_json(file: io.BufferedReader, name: str, cap: int, lines: bool) -> Iterator[Record | Lines]:
     """The records of an open JSON file; `lines` says that its name promises JSON Lines. What it holds decides.
 
+    JSON Lines come as they stand, some at once, for `parse_lines`.
     A record above `cap` bytes is refused without being held. Raises DataError where the file as a whole is broken.
     """
     head = file.peek(_READ_BYTES)
@@ -40,7 +50,7 @@ def read_json(file: io.BufferedReader, name: str, cap: int, lines: bool) -> Iter
     if not start and len(head) < _READ_BYTES:
         raise DataError(Problem(name, "the file is empty", "records", "remove it from `sources`, or make it anew"))
     if _is_lines(start, lines):
-        yield from read_lines(file, cap)
+        yield from line_blocks(file, cap)
     elif start[:1] == b"[":
         yield from _parsed(_Elements(file, name, cap).array())
     elif start[:1] == b"{":
@@ -69,17 +79,33 @@ def _complete(line: bytes) -> bool:
     return True
 
 
-def read_lines(file: io.BufferedReader, cap: int) -> Iterator[Record]:
-    """JSON Lines: one record to a line, blank lines passed over."""
-    line = 0
-    while raw := file.readline(cap + 1):
-        line += 1
-        if len(raw) > cap and not raw.endswith(b"\n"):
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(_READ_BYTES)
+def line_blocks(file: io.BufferedReader, cap: int) -> Iterator[Record | Lines]:
+    """JSON Lines in blocks of about a mebibyte that end with a line; where they end depends on the file alone."""
+    line, held = 1, b""
+    while True:
+        more = file.read(_BLOCK_BYTES - len(held) if len(held) < _BLOCK_BYTES else _BLOCK_BYTES)
+        block = held + more
+        ends = block.rfind(b"\n") + 1 if more else len(block)
+        if ends:
+            yield Lines(line, block[:ends])
+            line += block.count(b"\n", 0, ends)
+        held = block[ends:]
+        if not more:
+            return
+        if len(held) > cap:
             yield Record(line, None, _too_long(cap))
+            while held and not held.endswith(b"\n"):
+                held = file.readline(_READ_BYTES)
+            line, held = line + 1, b""
+
+
+def parse_lines(lines: Lines, cap: int) -> Iterator[Record]:
+    """The records of a block; blank lines are passed over."""
+    for number, raw in enumerate(lines.raw.split(b"\n"), lines.line):
+        if len(raw) > cap:
+            yield Record(number, None, _too_long(cap))
         elif raw.strip(_BLANK):
-            yield _record(line, raw)
+            yield _record(number, raw)
 
 
 def _record(line: int, raw: bytes | None, cap: int = 0) -> Record:
