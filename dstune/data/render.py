@@ -111,6 +111,36 @@ class Renderer:
             spans.append(Span(*(found or self._compared(conversation, rendered.text, number, ranges, before)), number))
         return spans
 
+    def turn(self, conversation: Conversation, text: str, number: int, end: str) -> tuple[int, int]:
+        """The characters of a message that is not the assistant's: what it says, and `end` where that follows at once.
+
+        Raises Refused where the template does not show it whole and unchanged.
+        """
+        said = conversation.messages[number].content
+        mine = [found for found in self.annotate(conversation, text) or [] if found.message == number]
+        if len(mine) != 1 or text[mine[0].start : mine[0].end] != said.strip():
+            role = conversation.messages[number].role
+            detail = f"template {self.template.name} does not show which tokens are those of message {number} ({role})"
+            raise Refused("mask_unverified", f"{detail}; only the assistant's turns can be told apart here")
+        start, stop = mine[0].start, mine[0].end
+        for blanks in (said[len(said.rstrip()) :], ""):
+            if end and text.startswith(blanks + end, stop):
+                return start, stop + len(blanks) + len(end)
+        return start, stop
+
+    def check_thoughts(self, conversation: Conversation, number: int, targets: str) -> None:
+        """Raises Refused where an answer among the `targets` has thoughts that the template leaves out there."""
+        message = conversation.messages[number]
+        if message.role != "assistant" or (message.reasoning is None and "</think>" not in message.content):
+            return
+        for thought in _thoughts(message):
+            if not any(spelling in targets for spelling in _spellings(thought)):
+                came = (
+                    f"template {self.template.name} leaves out what message {number} thinks, and its answer is a target"
+                )
+                do = "`data.turns: expand` makes every answer an example of its own, with its thoughts"
+                raise Refused("reasoning_left_out", f"{came}; {do}")
+
     def _unverified(self, number: int) -> Refused:
         detail = f"template {self.template.name} does not show which tokens are the assistant's in message {number}"
         return Refused("mask_unverified", f"{detail}; put them between {{% generation %}} and {{% endgeneration %}}")

@@ -1,7 +1,7 @@
 """Conversations become examples: token ids exactly as `apply_chat_template` gives them, and which of them are targets."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from dstune.data.lossy import LossCheck, describe
 from dstune.data.render import Renderer, Span
 from dstune.data.skeleton import Skeletons
 from dstune.data.spelled import Laid, Match, SpelledTokens, token_ids
+from dstune.data.targets import TrainOn, target_turns, targets
 from dstune.data.templates import Template, resolve_template
 from dstune.data.token_mask import token_mask
 from dstune.data.tokenizer_files import load_tokenizer
@@ -41,7 +42,7 @@ class Encoder:
         self,
         tokenizer: Any,
         template: Template,
-        train_on: Literal["assistant", "last", "all", "weights"] = "assistant",
+        train_on: TrainOn = "assistant",
         control_tokens: Literal["encode", "error", "allow"] = "encode",
         lossy_text: Literal["error", "skip", "allow"] = "error",
         seq2seq: bool = False,
@@ -60,7 +61,7 @@ class Encoder:
             raise ConfigError(Problem("data.train_on", came, "assistant or last"))
         self.tokenizer = tokenizer
         self.template = template
-        self.train_on = train_on
+        self.train_on: TrainOn = train_on
         self.control_tokens = control_tokens
         self.lossy_text = lossy_text
         self.seq2seq = seq2seq
@@ -80,6 +81,7 @@ class Encoder:
         self._skeletons = Skeletons(template, tokenizer.special_tokens_map, self.now, self._rendered)
         self._fast = fast_tokens(self._backend, parsed) if shortcuts and self._loss.lossless else None
         self._encoded = 0
+        self._end = ""
         self._probe()
 
     def __reduce__(self) -> tuple[type["Encoder"], tuple[Any, ...]]:
@@ -88,10 +90,14 @@ class Encoder:
 
     def _probe(self) -> None:
         """Encode a plain conversation as a check of everything above, and look how a turn ends."""
-        if self.train_on == "all":
-            self.end_of_turn_ids: list[int] = []
-            return
-        conversation, rendered, spans = self._renderer.check()
+        self.end_of_turn_ids: list[int] = []
+        """The control token that ends an answer; empty where the template ends it by ordinary text."""
+        try:
+            conversation, rendered, spans = self._renderer.check()
+        except ConfigError:
+            if self.train_on == "all":  # nothing needs to be marked
+                return
+            raise
         messages, source = conversation.to_dicts(), self.template.source
         theirs = self.tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
         if theirs != rendered.text:
@@ -102,7 +108,7 @@ class Encoder:
         controls = self._control.positions(np.array(tokens.ids, dtype=np.int32)).tolist()
         ends = controls and not self._backend.decode(tokens.ids[controls[-1] + 1 :]).strip()
         self.end_of_turn_ids = [tokens.ids[controls[-1]]] if ends else []
-        """The control token that ends an answer; empty where the template ends it by ordinary text."""
+        self._end = "".join(self._control.names[number] for number in self.end_of_turn_ids)
 
     def encode(self, conversation: Conversation) -> Example:
         """One conversation as an example. Raises Refused."""
@@ -121,6 +127,9 @@ class Encoder:
         for place, conversation in enumerate(conversations):
             results.append(Refused("pending"))
             try:
+                if conversation.document:
+                    results[place] = self._document(conversation)
+                    continue
                 laid.append((place, self._lay(conversation, self.shortcuts)))
             except Refused as error:
                 results[place] = error
@@ -182,7 +191,11 @@ class Encoder:
     def _compare(self, conversations: Sequence[Conversation], results: list[Example | Refused]) -> None:
         """Take the long way too for the first conversations and some of the others."""
         first, self._encoded = self._encoded, self._encoded + len(conversations)
-        chosen = [at for at in range(len(conversations)) if first + at < _ALL_COMPARED or (first + at) % _EVERY == 0]
+        chosen = [
+            at
+            for at, conversation in enumerate(conversations)
+            if not conversation.document and (first + at < _ALL_COMPARED or (first + at) % _EVERY == 0)
+        ]
         again: list[Example | Refused] = [Refused("pending") for _ in chosen]
         laid: list[tuple[int, Laid]] = []
         for place, at in enumerate(chosen):
@@ -218,36 +231,66 @@ class Encoder:
     def _rendered(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, int]]]:
         """The text, and the assistant's spans in it where they matter."""
         rendered = self._renderer.render(conversation)
-        if self.train_on == "all":
+        if self.train_on == "all" and not self._needs_spans(conversation):
             return rendered.text, []
         return rendered.text, [
             (span.start, span.end, span.message) for span in self._renderer.spans(conversation, rendered)
         ]
 
+    def _needs_spans(self, conversation: Conversation) -> bool:
+        """Whether everything is a target but a turn that the file excludes."""
+        return self.train_on == "all" and any(message.train is False for message in conversation.messages)
+
     def _lay(self, conversation: Conversation, shortcut: bool) -> Laid:
         if self.seq2seq:
             conversation = _up_to_answer(conversation)
+        shortcut = shortcut and not self._needs_spans(conversation)
         text, found = self._skeletons.lay(conversation) if shortcut else self._rendered(conversation)
-        if self.train_on == "all":
-            return Laid(conversation, text, ((0, len(text)),), ((0, len(text)),))
-        spans = self._targets(conversation, [Span(*span) for span in found])
-        if not spans:
-            raise Refused("no_supervised_tokens", "no answer to learn in this conversation")
+        spans = [Span(*span) for span in found]
         if not self.seq2seq:
-            return Laid(conversation, text, ((0, len(text)),), tuple((span.start, span.end) for span in spans))
+            places = targets(conversation, text, spans, self.train_on, self._renderer, self._end)
+            return Laid(conversation, text, ((0, len(text)),), places)
+        spans = [span for span in spans if span.message == len(conversation.messages) - 1]
+        if not spans or len(conversation.messages) - 1 not in target_turns(conversation, self.train_on):
+            raise Refused("no_supervised_tokens", "the last answer of this conversation is not to be learned")
         start, end = spans[0].start, spans[-1].end
         if not text[:start].strip():
             raise Refused("empty_prompt", "nothing stands before the answer")
         return Laid(conversation, text, ((0, start), (start, end)), ((start, end),))
 
-    def _targets(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
-        """The spans that `train_on` and the file's own weights leave."""
-        if self.train_on == "last" or self.seq2seq:
-            last = max(
-                (n for n, message in enumerate(conversation.messages) if message.role == "assistant"), default=-1
+    def _document(self, conversation: Conversation) -> Example:
+        """Plain text between the tokenizer's beginning (where it writes one) and end of sequence; all but the first is a target."""
+        end = self.tokenizer.eos_token_id
+        if self.seq2seq or end is None:
+            why = (
+                "a sequence-to-sequence model learns answers"
+                if self.seq2seq
+                else "the tokenizer has no end of sequence"
             )
-            spans = [span for span in spans if span.message == last]
-        return [span for span in spans if conversation.messages[span.message].train is not False]
+            raise Refused("document", f"plain text cannot be learned here: {why}")
+        text = "".join(message.content for message in conversation.messages)
+        laid = Laid(conversation, text, ((0, len(text)),), ((0, len(text)),))
+        encodings = self._encode([text])
+        spelled = [] if self.control_tokens == "allow" else self._spelled.matches(laid, encodings)
+        if spelled and self.control_tokens == "error":
+            raise self._spells(spelled)
+        if spelled:
+            encodings, _ = self._spelled.reencode(laid, [])
+        ids = token_ids(encodings)
+        begin = (
+            []
+            if self.tokenizer("")["input_ids"][:1] != [self.tokenizer.bos_token_id]
+            else [self.tokenizer.bos_token_id]
+        )
+        lost = self._lost(laid, ids)
+        ids = np.concatenate([np.array(begin, dtype=np.int32), ids, np.array([end], dtype=np.int32)])
+        mask = np.ones(len(ids), dtype=bool)
+        mask[0] = False
+        return Example(ids, mask, len(spelled), lost)
+
+    def _spells(self, spelled: Iterable[Match]) -> Refused:
+        names = sorted({self._control.names[match.number] for match in spelled})
+        return Refused("control_tokens", f"the text spells {', '.join(names)}")
 
     def _example(self, laid: Laid, encodings: list[tokenizers.Encoding]) -> Example:
         ids = token_ids(encodings)
@@ -260,8 +303,7 @@ class Encoder:
             own = [match for match in matches if match not in spelled]
         if spelled:
             if self.control_tokens == "error":
-                names = sorted({self._control.names[match.number] for match in spelled})
-                raise Refused("control_tokens", f"the text spells {', '.join(names)}")
+                raise self._spells(spelled)
             encodings, where = self._spelled.reencode(laid, own)
             ids = token_ids(encodings)
         lost = self._lost(laid, ids)
@@ -321,7 +363,7 @@ class Encoder:
             source, target = (len(encoding.ids) for encoding in encodings)
             return np.repeat([False, True], [source, target])
         (encoding,) = encodings
-        if self.train_on == "all":
+        if laid.spans == ((0, len(laid.text)),):
             mask = np.ones(len(encoding.ids), dtype=bool)
         else:
             mask = token_mask(encoding, ((where(start), where(end)) for start, end in laid.spans))

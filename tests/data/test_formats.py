@@ -149,7 +149,7 @@ def test_tool_calls_of_every_spelling():
 def test_conversation_as_prompt_trains_the_completion_only():
     prompt = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
     (made,) = convert({"prompt": prompt, "completion": [{"role": "assistant", "content": "4"}]})
-    assert [message.train for message in made.messages] == [False, False, False, None]
+    assert [message.train for message in made.messages] == [None, False, None, None]
 
 
 def test_weights_and_reasoning_are_kept():

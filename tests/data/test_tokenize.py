@@ -184,7 +184,7 @@ def test_control_tokens_refused_or_let_through():
 
 def test_an_assistant_may_use_the_words_that_are_tokens_a_user_may_not():
     tokenizer = byte_level(plain=("<think>", "</think>"))
-    made = encoder(QWEN_STYLE, tokenizer)
+    made = encoder(QWEN_STYLE, tokenizer, train_on="last")
     conversation = talk("say <think>", "<think>\nhm\n</think>\n\na", "r", "b")
     example = made.encode(conversation)
     think = tokenizer.convert_tokens_to_ids("<think>")

@@ -95,7 +95,8 @@ class Pair:
     def _turns(self, record: dict[str, Any], prompt: Any, reply: Any) -> list[Message]:
         """A conversation as prompt, of which nothing is learnt, and the turns to learn as completion."""
         if isinstance(prompt, list):
-            before = [replace(message, train=False) for message in turns.to_messages(prompt, self.prompt, self.names)]
+            asked = turns.to_messages(prompt, self.prompt, self.names)
+            before = [replace(one, train=False) if one.role == "assistant" else one for one in asked]
         else:
             before = [self.question(record)]
         return [*before, *replies(reply, self.answer, self.names)]
