@@ -7,15 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.atomic import sha256_file
 from dstune.config.schema import Source
-from dstune.data.sources import SourceFile, expand, read
+from dstune.data.sources import SourceFile, Stamp, digest, expand, read
 from dstune.data.tally import FileTally
 from dstune.data.work import Chunk, chunks
 from dstune.errors import DataError, Problem
-
-_Stamp = tuple[int, int, int]
-"""Inode, size and time of change (nanoseconds): equal while a file is what it was."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Input:
     """Number of its source among those of the run file, from 0."""
     sha256: str
     bytes: int
-    stamp: _Stamp | None
+    stamp: Stamp | None
     """None for generated data."""
 
     def tally(self) -> FileTally:
@@ -49,19 +45,14 @@ def find(sources: Sequence[Source], base: Path, max_record_bytes: int) -> list[I
 
 def _input(file: SourceFile, source: int) -> Input:
     if file.is_builtin:
-        digest, size = hashlib.sha256(), 0
+        content, size = hashlib.sha256(), 0
         for record in read(file):
             line = (json.dumps(record.value, ensure_ascii=False) + "\n").encode()
-            digest.update(line)
+            content.update(line)
             size += len(line)
-        return Input(file, source, digest.hexdigest(), size, None)
-    stamp = _stamp(file.path)
-    return Input(file, source, sha256_file(file.path), stamp[1], stamp)
-
-
-def _stamp(path: Path) -> _Stamp:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+        return Input(file, source, content.hexdigest(), size, None)
+    stamp = file.stamp()
+    return Input(file, source, digest(file), stamp.size, stamp)
 
 
 def read_chunks(inputs: Sequence[Input]) -> Iterator[Chunk]:
@@ -83,7 +74,7 @@ def require_unchanged(one: Input) -> None:
     if one.stamp is None:
         return
     try:
-        same = _stamp(one.file.path) == one.stamp
+        same = one.file.stamp() == one.stamp
     except OSError:
         same = False
     if not same:

@@ -21,11 +21,11 @@ from dstune import atomic, paths
 from dstune.config.schema import Source
 from dstune.data import hub, places, registry, tables
 from dstune.data.conversation import Refused
-from dstune.data.json_stream import Record, read_json
+from dstune.data.json_stream import Lines, Record, parse_lines, read_json
 from dstune.data.places import LocalFile, Place, RemoteFile, Stamp, plain_suffix
 from dstune.errors import ConfigError, DataError, Problem
 
-__all__ = ["Record", "SourceFile", "Stamp", "digest", "expand", "read"]
+__all__ = ["Record", "SourceFile", "Stamp", "digest", "expand", "read", "read_pieces"]
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _DOCUMENT_SUFFIXES = (".txt", ".md", ".markdown", ".text")
@@ -93,10 +93,10 @@ def expand(source: Source, base: Path, max_record_bytes: int = DEFAULT_RECORD_BY
     if places.is_address(written):
         return [make(RemoteFile(address), address) for address in _addresses(source)]
     root = base / Path(written).expanduser()
+    if entry := registry.file_of(source, root):
+        return expand(registry.resolve(source, entry, written), base, max_record_bytes)
     if root.is_dir():
         found = _in_directory(root, source)
-    elif root.is_file() and registry.is_one(root):
-        return expand(registry.resolve(source, root, written), base, max_record_bytes)
     elif root.is_file():
         found = [root]
     elif root.exists():
@@ -108,6 +108,9 @@ def expand(source: Source, base: Path, max_record_bytes: int = DEFAULT_RECORD_BY
             return [make(LocalFile(path), f"{written}/{name}") for name, path in hub.files(source, _suffixes(source))]
     if not found:
         raise ConfigError(_missing(written, root, source))
+    if source.subset is not None or source.revision is not None:
+        came = f"`{'subset' if source.subset is not None else 'revision'}` for files on this machine"
+        raise ConfigError(Problem(written, came, "a hub id (owner/name)", "remove it"))
     return [make(LocalFile(path), _name(path, written, base)) for path in found]
 
 
@@ -165,6 +168,15 @@ def read(file: SourceFile) -> Iterator[Record]:
 
     Raises DataError where the file as a whole is unreadable (empty, cut short, unknown kind).
     """
+    for piece in read_pieces(file):
+        if isinstance(piece, Lines):
+            yield from parse_lines(piece, file.max_record_bytes)
+        else:
+            yield piece
+
+
+def read_pieces(file: SourceFile) -> Iterator[Record | Lines]:
+    """The same, but JSON Lines as they stand, some at once, for `parse_lines` elsewhere."""
     if file.place is None:
         yield from _builtin(file)
         return
@@ -180,7 +192,7 @@ def read(file: SourceFile) -> Iterator[Record]:
                     yield from tables.read_arrow(table, file.name, file.max_record_bytes)
             elif magic.startswith(_GZIP):
                 with gzip.GzipFile(fileobj=stream) as packed, io.BufferedReader(packed, _BUFFER_BYTES) as text:
-                    yield from _text(file, text, suffix)
+                    yield from _text(file, text, suffix)  # pyright: ignore[reportArgumentType]
             elif magic.startswith(_ZSTD) or file.name.lower().endswith((".zst", ".zstd")):
                 with file.place.open_arrow() as packed:
                     yield from _zstd(file, packed, suffix)
@@ -193,7 +205,7 @@ def read(file: SourceFile) -> Iterator[Record]:
         raise DataError(Problem(file.name, f"cannot be read: {said}")) from None
 
 
-def _zstd(file: SourceFile, packed: pa.NativeFile, suffix: str) -> Iterator[Record]:
+def _zstd(file: SourceFile, packed: pa.NativeFile, suffix: str) -> Iterator[Record | Lines]:
     """pyarrow's reader, for it tells a frame that is cut short from one that ends."""
     unpacked = pa.CompressedInputStream(packed, "zstd")
     try:
@@ -206,7 +218,7 @@ def _zstd(file: SourceFile, packed: pa.NativeFile, suffix: str) -> Iterator[Reco
         raise DataError(Problem(file.name, came, do="make it anew")) from None
 
 
-def _text(file: SourceFile, stream: io.BufferedReader, suffix: str) -> Iterator[Record]:
+def _text(file: SourceFile, stream: io.BufferedReader, suffix: str) -> Iterator[Record | Lines]:
     head = stream.peek(_BUFFER_BYTES)
     if archive := next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None):
         raise DataError(Problem(file.name, f"a {archive} archive", "the data files in it", "unpack it first"))

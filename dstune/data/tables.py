@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +13,8 @@ from dstune.data.json_stream import Record
 from dstune.errors import DataError, Problem
 
 _BATCH_ROWS = 256
+_BATCH_BYTES = 1 << 20
+_PAGE_BYTES = 1 << 20
 _DELIMITERS = ",;\t|"
 
 
@@ -79,47 +80,81 @@ def _row(line: int, header: list[str], cells: list[str]) -> Record:
     return Record(line, dict(zip(header, cells, strict=True)))
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Record]:
-    """The rows of a Parquet file; nulls are absent keys. Raises DataError where the file is damaged."""
+def read_parquet(file: pa.NativeFile, name: str, cap: int) -> Iterator[Record]:
+    """The rows of a Parquet file; nulls are absent keys. Raises DataError where the file is damaged.
+
+    A column's pages are read as they are needed, and so many rows at a time as hold about a megabyte.
+    """
     try:
-        with pq.ParquetFile(path) as file:
-            yield from _rows(file.iter_batches(batch_size=_BATCH_ROWS))
+        with pq.ParquetFile(file, buffer_size=_PAGE_BYTES, pre_buffer=False) as parquet:
+            yield from _rows(_row_groups(parquet), name, cap)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(Problem(name, f"not a whole Parquet file: {_first_line(error)}", do="make it anew")) from None
+        raise _damaged(name, "Parquet", error) from None
 
 
-def read_arrow(path: Path, name: str) -> Iterator[Record]:
+def _row_groups(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    for number in range(parquet.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        row_bytes = group.total_byte_size // max(1, group.num_rows)
+        rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1, row_bytes)))
+        yield from parquet.iter_batches(batch_size=rows, row_groups=[number], use_threads=False)
+
+
+def read_arrow(file: pa.NativeFile, name: str, cap: int) -> Iterator[Record]:
     """The rows of an Arrow file or stream, such as `datasets` writes."""
     try:
-        with pa.memory_map(str(path)) as source:
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            if is_file:
-                reader = pa.ipc.open_file(source)
-                yield from _rows(reader.get_batch(index) for index in range(reader.num_record_batches))
-            else:
-                yield from _rows(pa.ipc.open_stream(source))
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(file)
+            yield from _rows((reader.get_batch(index) for index in range(reader.num_record_batches)), name, cap)
+        else:
+            yield from _rows(pa.ipc.open_stream(file), name, cap)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(Problem(name, f"not a whole Arrow file: {_first_line(error)}", do="make it anew")) from None
+        raise _damaged(name, "Arrow", error) from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
+def _damaged(name: str, what: str, error: Exception) -> DataError:
+    said = str(error).partition("\n")[0][:200]
+    return DataError(Problem(name, f"not a whole {what} file: {said}", do="make it anew"))
 
 
-def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+def _rows(batches: Iterable[pa.RecordBatch], name: str, cap: int) -> Iterator[Record]:
     line = 0
     for batch in batches:
-        for index in range(batch.num_rows):
-            line += 1
-            yield _arrow_row(line, batch.slice(index, 1))
+        names = batch.schema.names
+        if twice := {column for column in names if names.count(column) > 1}:
+            raise DataError(Problem(name, f"column {min(twice)!r} stands twice", "each column once"))
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            piece = batch.slice(start, _BATCH_ROWS)
+            yield from _values(piece, line + start, cap)
+        line += batch.num_rows
 
 
-def _arrow_row(line: int, row: pa.RecordBatch) -> Record:
+def _values(piece: pa.RecordBatch, line: int, cap: int) -> Iterator[Record]:
+    """The rows of a piece of a table, whose first follows row `line`; one by one where something is wrong with one of them."""
+    if piece.nbytes <= cap:
+        try:
+            values = piece.to_pylist()
+        except (UnicodeDecodeError, ValueError):
+            values = None
+        if values is not None:
+            for number, value in enumerate(values, start=line + 1):
+                yield Record(number, _without_nulls(value))
+            return
+    for index in range(piece.num_rows):
+        yield _arrow_row(line + index + 1, piece.slice(index, 1), cap)
+
+
+def _arrow_row(line: int, row: pa.RecordBatch, cap: int) -> Record:
+    if row.nbytes > cap:
+        return Record(line, None, Refused("record_too_long", f"more than {cap} bytes (`data.max_record_bytes`)"))
     try:
         value: dict[str, Any] = row.to_pylist()[0]
     except UnicodeDecodeError as error:
         return Record(line, None, Refused("invalid_utf8", str(error)))
+    except ValueError as error:  # a struct with two fields of one name, a date that no calendar has
+        return Record(line, None, Refused("unreadable_cell", str(error).partition("\n")[0][:200]))
     return Record(line, _without_nulls(value))
 
 

@@ -226,7 +226,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path):
     with pytest.raises(ConfigError, match="no file matches"):
         expand(Source(path="*.csv"), tmp_path)
     with pytest.raises(ConfigError, match="address"):
-        expand(Source(path="s3://bucket/a.json"), tmp_path)
+        expand(Source(path="nowhere://bucket/a.json"), tmp_path)
 
 
 def test_an_address_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
