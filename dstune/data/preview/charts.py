@@ -1,6 +1,6 @@
 """Histograms and pictures of rows as figures to draw: places in per cent of the width, so that a page may be as wide as it likes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -99,20 +99,21 @@ def of_counts(
     unit: str,
     values: npt.NDArray[Any],
     of_what: str,
+    low: int | None = None,
     high: int | None = None,
     beyond: tuple[str, int] | None = None,
 ) -> Chart:
-    """Whole numbers up to `high` in bins that widen (see `ladder`), or each by itself where they are few.
+    """Whole numbers low .. high in bins that widen (see `ladder`), or each by itself where they are few.
 
     `of_what` they are numbers: `token`, `example`.
     """
-    low, top = int(values.min()), int(values.max()) if high is None else high
-    single = top - low < _FEW
-    ends = list(range(low, top + 1)) if single else ladder(low, top)
+    low = int(values.min()) if low is None else low
+    top = int(values.max()) if high is None else high
+    ends = list(range(low, top + 1)) if top - low < _FEW else ladder(low, top)
     edges = [low, *(end + 1 for end in ends)]
     counts = np.histogram(values, edges)[0].tolist()
     labels = [_between(first, after - 1, of_what) for first, after in pairwise(edges)]
-    return _drawn(title, unit, counts, labels, [f"{end:,}" for end in ends], beyond, single)
+    return _drawn(title, unit, counts, labels, [f"{end:,}" for end in ends], beyond, centred=True)
 
 
 def _between(first: int, last: int, of_what: str) -> str:
@@ -166,10 +167,10 @@ def _row_picture(prepared: Prepared, row: int) -> RowPicture:
 
 def _strips(mask: npt.NDArray[np.bool_], room: int) -> list[tuple[float, float]]:
     """Where at least half of the tokens are targets, in columns of the picture: x and width of each stretch."""
-    columns = np.arange(len(mask), dtype=np.int64) * _COLUMNS // room
-    counted = np.bincount(columns, minlength=_COLUMNS)
-    trained = np.bincount(columns, weights=mask, minlength=_COLUMNS)
+    num_columns = min(_COLUMNS, room)
+    columns = np.arange(len(mask), dtype=np.int64) * num_columns // room
+    counted = np.bincount(columns, minlength=num_columns)
+    trained = np.bincount(columns, weights=mask, minlength=num_columns)
     is_trained = np.concatenate([[False], (trained * 2 >= counted) & (counted > 0), [False]])
-    turns = np.flatnonzero(is_trained[1:] != is_trained[:-1]).tolist()
-    scale: Callable[[int], float] = lambda column: 100 * column / _COLUMNS  # noqa: E731
-    return [(scale(start), scale(end - start)) for start, end in zip(turns[::2], turns[1::2], strict=True)]
+    turns = (100 * np.flatnonzero(is_trained[1:] != is_trained[:-1]) / num_columns).tolist()
+    return [(start, end - start) for start, end in zip(turns[::2], turns[1::2], strict=True)]

@@ -162,7 +162,7 @@ def _charts(prepared: Prepared, found: Survey) -> dict[str, charts.Chart]:
     beyond = (f"longer than max_length, up to {longest:,} tokens", count) if count else None
     sizes = prepared.row_sizes()
     return {
-        "lengths": charts.of_counts("Tokens of an example", "example", found.lengths, "token", room, beyond),
+        "lengths": charts.of_counts("Tokens of an example", "example", found.lengths, "token", None, room, beyond),
         "shares": charts.of_shares("Trained share of an example's tokens", "example", found.shares),
         "fill": charts.of_fill("How full the rows are", prepared.rows_tokens, room),
         "sizes": charts.of_counts("Examples in a row", "row", sizes, "example"),
@@ -170,23 +170,22 @@ def _charts(prepared: Prepared, found: Survey) -> dict[str, charts.Chart]:
 
 
 def _files(prepared: Prepared, found: Survey) -> list[_File]:
-    manifest = prepared.manifest
-    made: list[_File] = []
-    for number, entry in enumerate(manifest["sources"][:_FILES_SHOWN]):
-        lengths = found.lengths[found.sources == number]
-        dropped = [*entry["records"]["dropped"].items(), *entry["conversations"]["dropped"].items()]
-        made.append(
-            _File(
-                entry=entry,
-                setting=manifest["source_settings"][entry["source"]],
-                median=int(np.median(lengths)) if len(lengths) else None,
-                lengths=charts.of_counts("", "example", lengths, "token", prepared.max_length)
-                if len(lengths)
-                else None,
-                dropped=sorted(((count, name) for name, count in dropped), reverse=True),
-            )
-        )
-    return made
+    return [_file(prepared, found, number) for number in range(min(_FILES_SHOWN, len(prepared.manifest["sources"])))]
+
+
+def _file(prepared: Prepared, found: Survey, number: int) -> _File:
+    """The histograms of all files have the same bins, so that the eye can compare them."""
+    entry = prepared.manifest["sources"][number]
+    lengths = found.lengths[found.sources == number]
+    low, high = int(found.lengths.min()), prepared.max_length
+    dropped = [*entry["records"]["dropped"].items(), *entry["conversations"]["dropped"].items()]
+    return _File(
+        entry=entry,
+        setting=prepared.manifest["source_settings"][entry["source"]],
+        median=int(np.median(lengths)) if len(lengths) else None,
+        lengths=charts.of_counts("", "example", lengths, "token", low, high) if len(lengths) else None,
+        dropped=sorted(((count, name) for name, count in dropped), reverse=True),
+    )
 
 
 def _rows_drawn(prepared: Prepared, seed: int) -> list[int]:
