@@ -68,17 +68,20 @@ def _one_blank(line: str) -> str:
     return line if ("  " not in line and "\u00a0" not in line) or _TABLE.search(line) else _RUN.sub(" ", line)
 
 
+_WINDOWS = {code: bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)}
+"""What Windows means by the control codes from 0x80: a text that has them was decoded wrongly."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]{0,32}[A-Za-z]")
 _LINE_ENDS = re.compile("[\x0b\x0c\u2028\u2029]")
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
+    "[\x00-\x08\x0e-\x1f\x7f\u00ad\u200b\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
     "|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+"
 )
 
 
 class ControlCharacters(Step):
     """Characters that nobody sees are removed from every turn, code included: control codes, terminal colours, byte order marks,
-    zero-width spaces, soft hyphens, switches of direction, tags. Line and page separators become line ends.
+    zero-width spaces, soft hyphens, switches of direction, tags. Line and page separators become line ends; codes from 0x80 to 0x9F
+    become the dashes and quotes that Windows means by them.
 
     Tabs and line ends stay, and what joins emoji and Indic, Persian or Arabic letters.
     """
@@ -92,4 +95,4 @@ class ControlCharacters(Step):
 def _visible(text: str) -> str:
     if text.isprintable():
         return text
-    return _INVISIBLE.sub("", _LINE_ENDS.sub("\n", _ESCAPES.sub("", text).replace("\x85", "\n")))
+    return _INVISIBLE.sub("", _LINE_ENDS.sub("\n", _ESCAPES.sub("", text).translate(_WINDOWS)))
