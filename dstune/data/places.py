@@ -90,7 +90,7 @@ class RemoteFile:
             raise FileNotFoundError(2, "there is no such file", self.address)
         if isinstance(system, fs.PyFileSystem):
             return Stamp(info.size, str(system.handler.fs.ukey(path)))
-        with system.open_input_stream(path) as stream:
+        with system.open_input_stream(path, compression=None) as stream:
             tag = (stream.metadata() or {}).get("ETag", b"")
         return Stamp(info.size, f"{info.mtime_ns}-{bytes(tag).decode('ascii', 'replace')}")
 
@@ -122,24 +122,32 @@ def _within(scheme: str, host: str, path: str) -> str:
     return f"{host}/{path}".rstrip("/") if scheme in ("gs", "gcs") else f"/{path}"
 
 
-@functools.lru_cache(maxsize=32)
 def _s3(bucket: str) -> fs.FileSystem:
+    """As the environment says now; a connection is kept for as long as it says the same."""
     environment = os.environ
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
-    parts = urllib.parse.urlsplit(endpoint)
     region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
     if region is None:
         region = "us-east-1" if endpoint else _region(bucket)
+    anonymous = environment.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "yes", "true")
+    return _connected(region, endpoint, anonymous, environment.get("AWS_ACCESS_KEY_ID"))
+
+
+@functools.lru_cache(maxsize=32)
+def _connected(region: str, endpoint: str, anonymous: bool, key: str | None) -> fs.FileSystem:
+    """`key` only tells connections apart: pyarrow reads the credentials itself."""
+    parts = urllib.parse.urlsplit(endpoint)
     return fs.S3FileSystem(
         region=region,
         scheme=parts.scheme or "https",
         endpoint_override=parts.netloc or None,
-        anonymous=environment.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "yes", "true"),
+        anonymous=anonymous,
         connect_timeout=_CONNECT_SECONDS,
         request_timeout=_REQUEST_SECONDS,
     )
 
 
+@functools.lru_cache(maxsize=32)
 def _region(bucket: str) -> str:
     try:
         return fs.resolve_s3_region(bucket)
