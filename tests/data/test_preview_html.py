@@ -42,7 +42,7 @@ HOSTILE = [
 ]
 ALLOWED = """
 html head meta title style body a header h1 h2 h3 bdi p nav main section ul li b dl div dt dd small table thead tbody tr th td br
-span svg g rect line text figure figcaption details summary code mark i
+span svg g rect line text figure figcaption details summary code mark i u
 """
 
 

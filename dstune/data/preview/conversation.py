@@ -139,7 +139,15 @@ def _span(piece: Piece, classes: str) -> str:
 
 
 def _shown(piece: Piece) -> str:
-    return str(escape(visible(piece.text)))
+    """The text as HTML. What is spelled, because it cannot be seen, stands in an element of its own."""
+    if (spelled := visible(piece.text)) == piece.text:
+        return str(escape(spelled))
+    runs = groupby(piece.text, lambda character: visible(character) == character)
+    return "".join(_spelling(visible("".join(run)), shows) for shows, run in runs)
+
+
+def _spelling(text: str, shows: bool) -> str:
+    return str(escape(text)) if shows else f"<u>{escape(text)}</u>"
 
 
 def _is_marked(piece: Piece, marked: Marked) -> bool:

@@ -86,7 +86,7 @@ def _changed(manifest: Any, found: Survey) -> Iterator[Finding]:
         level = "warn" if found.num_copies > _MANY_COPIES * len(found.looked) else "note"
         looked = "" if len(found.looked) == len(found.lengths) else f" of the {len(found.looked):,} looked at"
         part = share(found.num_copies, len(found.looked))
-        yield Finding(level, f"{many(found.num_copies, 'example')}{looked} ({part}) repeat another one token by token.")
+        yield Finding(level, f"Repeated token by token: {many(found.num_copies, 'example')}{looked} ({part}).")
 
 
 def _targets(prepared: Prepared, found: Survey) -> Iterator[Finding]:

@@ -70,15 +70,14 @@ def survey(prepared: Prepared, marked: Marked) -> Survey:
     first = 0
     for number, batch in enumerate(prepared.batches()):
         offsets = np.asarray(batch.column("loss_mask").offsets)
+        starts = offsets - offsets[0]
         mask = batch.column("loss_mask").flatten().to_numpy(zero_copy_only=False)
-        supervised = np.add.reduceat(mask, offsets[:-1] - offsets[0], dtype=np.int32)
-        columns.append((np.asarray(batch.column("length")), supervised, np.asarray(batch.column("source"))))
+        columns.append((np.asarray(batch.column("length")), _counted(mask, starts), np.asarray(batch.column("source"))))
         if number % stride == 0:
             ids = np.asarray(batch.column("input_ids").flatten())
-            starts = offsets - offsets[0]
             numbers = np.arange(first, first + batch.num_rows)
             looks.append((numbers, *_looked(ids, mask, starts, table, marked.unknown)))
-            hashes += [hash(ids[start:end].tobytes()) for start, end in pairwise(starts)]
+            hashes += [hash(ids[start:end].tobytes()) for start, end in pairwise(starts.tolist())]
         first += batch.num_rows
     lengths, trained, sources = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     looked, control, unknown, ends = (np.concatenate(parts) for parts in zip(*looks, strict=True))
@@ -115,8 +114,12 @@ def _looked(
     is_unknown = ids == (-1 if unknown is None else unknown)
     targets = np.flatnonzero(mask)
     last = targets[np.searchsorted(targets, starts[1:]) - 1]
-    counted = (np.add.reduceat(found, starts[:-1], dtype=np.int32) for found in (is_control, is_unknown))
-    return (*counted, is_control[last])  # pyright: ignore[reportReturnType]
+    return _counted(is_control, starts), _counted(is_unknown, starts), is_control[last]
+
+
+def _counted(found: npt.NDArray[np.bool_], starts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """[examples] how often True stands between one start and the next."""
+    return np.diff(np.searchsorted(np.flatnonzero(found), starts)).astype(np.int32)
 
 
 def sample(prepared: Prepared, count: int, seed: int) -> list[int]:
@@ -146,7 +149,7 @@ def _extremes(prepared: Prepared, found: Survey) -> Iterator[tuple[int, str]]:
     yield int(found.lengths.argmax()), "longest"
     yield int(found.lengths.argmin()), "shortest"
     yield int(found.shares.argmin()), "smallest trained share"
-    if found.control.any():
+    if found.control.max() > np.median(found.control):
         yield int(found.looked[found.control.argmax()]), "most control tokens"
     if found.unknown.any():
         yield int(found.looked[found.unknown.argmax()]), "most unknown tokens"
