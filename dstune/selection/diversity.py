@@ -11,8 +11,9 @@ each pick a pass over the texts that share its words: 200,000 questions and 5,00
 examples (or twice the picks) so many are drawn by seed first, and only they are compared.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ _BAND = 0.05
 _WORDS_PER_TEXT = 256
 _TEXTS_AT_ONCE = 1000
 _REPORT_EVERY = 64
+_ROUNDING = 1e-6
+"""Weights are 32-bit: nearer than this is the same."""
 
 IntArray = npt.NDArray[np.int64]
 Told = Callable[[str, int], None]
@@ -113,17 +116,18 @@ class Index:
     @classmethod
     def of(cls, found: Iterable[str], num_texts: int) -> "Index":
         """Of `num_texts` texts, read once."""
-        hashes: list[npt.NDArray[np.uint32]] = []
-        frequencies: list[npt.NDArray[np.int32]] = []
-        for text in found:
-            every = (words(text).hashes[:_WORDS_PER_TEXT] >> np.uint64(32)).astype(np.uint32)
-            different, times = np.unique(every, return_counts=True)
+        hashes: list[npt.NDArray[np.uint32]] = [np.zeros(0, np.uint32)]
+        frequencies: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        sizes: list[IntArray] = [np.zeros(0, np.int64)]
+        left = iter(found)
+        while some := list(islice(left, _TEXTS_AT_ONCE)):
+            different, times, each = _words_of(some)
             hashes.append(different)
-            frequencies.append(times.astype(np.int32))
-        sizes = np.array([len(one) for one in hashes], dtype=np.int64)
-        known, terms = np.unique(np.concatenate([np.zeros(0, np.uint32), *hashes]), return_inverse=True)
-        weights = 1 + np.log(np.concatenate([np.zeros(0, np.int32), *frequencies]))
-        return cls._weighted(sizes, terms.astype(np.int32), weights, len(known), num_texts)
+            frequencies.append(times)
+            sizes.append(each)
+        known, terms = np.unique(np.concatenate(hashes), return_inverse=True)
+        weights = 1 + np.log(np.concatenate(frequencies))
+        return cls._weighted(np.concatenate(sizes), terms.astype(np.int32), weights, len(known), num_texts)
 
     @classmethod
     def _weighted(
@@ -160,9 +164,20 @@ class Index:
             for (start, stop), weight in zip(spans, self.weights[mine], strict=True)
         ]
         values = np.concatenate([np.zeros(0, np.float32), *parts])
-        found = np.minimum(np.bincount(np.concatenate(others), values, minlength=self.num_texts), 1.0)
-        found[text] = 1.0
+        found = np.bincount(np.concatenate(others), values, minlength=self.num_texts).astype(np.float64, copy=False)
+        found[found > 1 - _ROUNDING] = 1.0
         return found
+
+
+def _words_of(some: Sequence[str]) -> tuple[npt.NDArray[np.uint32], IntArray, IntArray]:
+    """Of each text its different words (as 32 bits, ascending) and how often each comes, text by text; and their number [texts]."""
+    found = words(some)
+    lengths = np.diff(found.offsets)
+    text = np.repeat(np.arange(len(some), dtype=np.uint64), lengths)
+    first = np.arange(len(text)) - np.repeat(found.offsets[:-1], lengths) < _WORDS_PER_TEXT
+    keys, times = np.unique((text[first] << np.uint64(32)) | (found.hashes[first] >> np.uint64(32)), return_counts=True)
+    sizes = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(some))
+    return keys.astype(np.uint32), times, sizes
 
 
 def _starts(sizes: npt.NDArray[Any]) -> IntArray:

@@ -17,6 +17,7 @@ answers are very short, let a cleaning step drop those first.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,23 +55,32 @@ class Frame:
     control: frozenset[int]
 
 
-def frame(model: ModelSection, data: DataSection, base: Any, tokenizer: Any) -> Frame:
+def frame(model: ModelSection, data: DataSection, base: Path, tokenizer: Any) -> Frame:
     """Of the run's tokenizer and template. Raises ConfigError as the preparation does."""
     encoder = make_encoder(model, data, base, seq2seq=False)
     asked = [Conversation((Message("user", text), Message("assistant", "x"))) for text in _PROBES]
     found = [one for one in encoder.encode_batch(asked) if not isinstance(one, Refused)]
-    prompts = [one.input_ids[: int(one.loss_mask.argmax())].tolist() for one in found]
+    before = _common_end([one.input_ids[: int(one.loss_mask.argmax())].tolist() for one in found])
     added = tokenizer.added_tokens_decoder.items()
     control = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
-    return Frame(tuple(_common_end(prompts)), tokenizer.bos_token_id, frozenset(control))
+    return Frame(_after_turn(before, encoder.end_of_turn_ids, tokenizer), tokenizer.bos_token_id, frozenset(control))
 
 
-def _common_end(prompts: Sequence[Sequence[int]]) -> list[int]:
+def _common_end(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     shortest = min((len(prompt) for prompt in prompts), default=0)
     size = 0
     while size < shortest and len({prompt[-1 - size] for prompt in prompts}) == 1:
         size += 1
-    return list(prompts[0][len(prompts[0]) - size :]) if prompts else []
+    return prompts[0][len(prompts[0]) - size :] if size else []
+
+
+def _after_turn(tokens: Sequence[int], ends: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """Without the end of the question's turn and the blanks behind it: `<|im_end|>\\n` belongs to the question."""
+    last = max((place for place, token in enumerate(tokens) if token in ends), default=-1)
+    rest = list(tokens[last + 1 :])
+    while last >= 0 and rest and not tokenizer.backend_tokenizer.decode(rest[:1], skip_special_tokens=False).strip():
+        rest.pop(0)
+    return tuple(rest)
 
 
 def answers(loss_mask: Mask, input_ids: Ids, control: frozenset[int]) -> list[tuple[int, int]]:

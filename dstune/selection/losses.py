@@ -58,11 +58,11 @@ def require(asked: Asked, prepared: Prepared) -> None:
     if asked.data.train_on == "all":
         came = "ifd with `train_on: all`: where every token is a target, nothing tells answers from questions"
         raise ConfigError(Problem(where, came, do="Take `by: diversity` or `random`, or another `data.train_on`."))
-    if prepared.manifest["settings"]["seq2seq"] or is_seq2seq(asked.model, asked.base):
-        raise ConfigError(Problem(where, "ifd for a sequence-to-sequence model", "diversity or random"))
     if asked.model.init == "random" and not asked.model.path.startswith(_BUILTIN):
         came = "ifd by a model with random weights (`model.init: random`)"
         raise ConfigError(Problem(where, came, do="Name a model that has learned something: `data.select.model`."))
+    if prepared.manifest["settings"]["seq2seq"] or is_seq2seq(asked.model, asked.base):
+        raise ConfigError(Problem(where, "ifd for a sequence-to-sequence model", "diversity or random"))
 
 
 def fingerprint(asked: Asked) -> str:
