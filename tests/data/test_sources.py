@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from dstune.config.schema import Source
 from dstune.data.sources import Record, expand, read
@@ -149,6 +150,58 @@ def test_gzip_and_a_cut_gzip(tmp_path: Path):
     assert len(records(write(tmp_path, "a.jsonl.gz", packed))) == 5000
     with pytest.raises(DataError, match="gzip"):
         records(write(tmp_path, "b.jsonl.gz", packed[:-20]))
+
+
+def test_zstd_in_frames_and_a_cut_one(tmp_path: Path):
+    frame = zstandard.compress(b'{"a": 1}\n' * 5000)
+    assert len(records(write(tmp_path, "a.jsonl.zst", frame + frame))) == 10_000
+    assert len(records(write(tmp_path, "b.json", zstandard.compress(b'[{"a": 1}]')))) == 1
+    assert records(write(tmp_path, "c.csv.zst", zstandard.compress(b"a,b\n1,2\n")))[0].value == {"a": "1", "b": "2"}
+    for cut in (frame[:-5], frame[:10], frame + frame[:-1], b"no zstd"):
+        with pytest.raises(DataError, match="zstd"):
+            records(write(tmp_path, "cut.jsonl.zst", cut))
+
+
+def test_an_archive_is_named(tmp_path: Path):
+    for magic, kind in ((b"PK\x03\x04....", "zip"), (b"BZh9....", "bzip2"), (b"\xfd7zXZ\x00..", "xz")):
+        with pytest.raises(DataError, match=kind):
+            records(write(tmp_path, "a.json", magic))
+
+
+def test_documents_are_one_record_a_file(tmp_path: Path):
+    write(tmp_path, "a.md", "\ufeff# Title\n\n{text}\n")
+    write(tmp_path, "b.txt", b"caf\xe9")
+    write(tmp_path, "c.txt.gz", gzip.compress(b"packed"))
+    write(tmp_path, "d.jsonl", '{"text": "a line"}\n')
+    write(tmp_path, "e.txt", "x" * 2000)
+    files = expand(Source(path=".", format="documents"), tmp_path, 1024)
+    assert [file.name for file in files] == ["a.md", "b.txt", "c.txt.gz", "d.jsonl", "e.txt"]
+    found = [record for file in files for record in read(file)]
+    assert [record.value["text"] if record.value else "" for record in found] == [
+        *("# Title\n\n{text}\n", "", "packed", "a line", "")
+    ]
+    assert reasons(found) == ["", "invalid_utf8", "", "", "record_too_long"]
+    with pytest.raises(DataError, match="format: documents"):
+        records(tmp_path / "b.txt")
+
+
+def test_tables_are_held_to_the_cap_and_to_their_columns(tmp_path: Path):
+    table = pa.table({"prompt": ["q", "x" * 5000, "q"], "completion": ["a"] * 3})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = records(tmp_path / "a.parquet", 1024)
+    assert reasons(found) == ["", "record_too_long", ""] and [record.line for record in found] == [1, 2, 3]
+    twice = pa.Table.from_arrays([pa.array(["q"]), pa.array(["a"])], names=["prompt", "prompt"])
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pa.ipc.new_file(sink, twice.schema) as writer:
+        writer.write_table(twice)
+    with pytest.raises(DataError, match="twice"):
+        records(tmp_path / "b.arrow")
+
+
+def test_settings_of_hub_ids_mean_nothing_for_local_files(tmp_path: Path):
+    write(tmp_path, "a.jsonl", "{}")
+    for settings in ({"revision": "abc"}, {"subset": "en"}):
+        with pytest.raises(ConfigError, match="hub id"):
+            expand(Source.model_validate({"path": "a.jsonl", **settings}), tmp_path)
 
 
 @pytest.mark.parametrize("opening", [b'{"a": "', b'[{"a": "', b'[{"a": 1}, {"a": "\\\\'])
