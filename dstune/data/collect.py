@@ -1,23 +1,24 @@
 """What the preparing processes send back, counted and stored, or refused as the run file says."""
 
-from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dstune.config.schema import DataSection
-from dstune.data.conversation import Refused
-from dstune.data.shard_writer import ShardWriter
-from dstune.data.shards import StoredExample
+from dstune.data.duplicates import Digests
+from dstune.data.shard_writer import ShardWriter, StoredArray
 from dstune.data.tally import FileTally, Rejects
-from dstune.data.work import NO_TARGETS, OVERLONG, Done, Part, Result
+from dstune.data.work import NO_TARGETS, OVERLONG, Drop, Result
 from dstune.errors import DataError, Problem
 
 LOSSY = "lossy_text"
 CONTROL = "control_tokens"
-_NOTHING_TO_LEARN = (OVERLONG, NO_TARGETS, "empty_answer")
+DUPLICATE = "duplicate"
+NEAR_DUPLICATE = "near_duplicate"
+_NOTHING_TO_LEARN = (OVERLONG, NO_TARGETS, "empty_answer", "contaminated")
 """Reasons that are no fault of the record: dropped and listed, whatever `bad_rows` says."""
+_CLEANING = "clean_"
 OVERLONG_LIMIT = 0.01
 """Of a source's conversations; above it, `overlong: error` refuses."""
 _SHOWN = 20
@@ -33,42 +34,49 @@ class Collector:
         self._tallies = tallies
         self._writer = writer
         self._rejects = rejects
-        self._files = array("i")
-        self._records = array("q")
+        self._records: list[npt.NDArray[np.int64]] = []
+        self._digests: list[Digests] = []
         self._place = (-1, -1)
         self._next_part = 0
         self._problems: list[Problem] = []
         self._current = -1
         self.num_records = 0
         """Records taken so far."""
+        self.num_examples = 0
 
-    @property
-    def files(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """[examples] index of the tally that each example belongs to."""
-        return np.array(self._files, dtype=np.int32)
-
-    @property
-    def records(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def records(self) -> npt.NDArray[np.int64]:
         """[examples] number of the record that each example comes from, ascending."""
-        return np.array(self._records, dtype=np.int64)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *self._records])
 
-    @property
-    def num_examples(self) -> int:
-        return len(self._records)
+    def digests(self) -> Digests:
+        """[examples, 2] what exact repetitions have in common; empty where they are not looked for."""
+        return np.concatenate([np.zeros((0, 2), dtype=np.uint64), *self._digests])
 
-    def take(self, result: Result) -> None:
+    def take(self, result: Result, signatures: StoredArray | None = None) -> None:
         """Count and store one chunk's records. Raises DataError naming every bad one of the chunk."""
         tally = self._tallies[result.file]
         if tally.source != self._current:
             self.end_source()
             self._current = tally.source
-        for record in result.records:
-            self._take_record(record, tally, result.file)
-            self.num_records += 1
+        first_line, before = self._parts_before(result)
+        block = result.block
+        if before:
+            block.parts[block.lines == first_line] += before
+        tally.add(result.tally)
+        for drop in result.drops:
+            self._refuse(drop, tally, before if drop.line == first_line else 0)
         if self._problems:
             more = len(self._problems) - _SHOWN
-            end = [Problem("", f"… and {more} more up to line {result.records[-1].line}")] if more > 0 else []
+            end = [Problem("", f"… and {more} more up to line {result.last_line}")] if more > 0 else []
             raise DataError(self._problems[:_SHOWN] + end)
+        self._writer.add(block)
+        self._records.append(result.records + self.num_records)
+        if result.digests is not None:
+            self._digests.append(result.digests)
+        if signatures is not None and result.signatures is not None:
+            signatures.add(result.signatures)
+        self.num_records += result.num_records
+        self.num_examples += block.num_examples
 
     def end_source(self) -> None:
         """Refuse a source too many of whose conversations are too long, if the run file leaves it to us."""
@@ -83,52 +91,26 @@ class Collector:
         where = ", ".join(tally.path for tally in tallies[:3]) + (", …" if len(tallies) > 3 else "")
         raise DataError(Problem(where, came, f"at most {OVERLONG_LIMIT:.0%}", do))
 
-    def _take_record(self, record: Done, tally: FileTally, file: int) -> None:
-        first = self._first_part((file, record.line), len(record.parts))
-        if record.refused is not None:
-            tally.records_dropped[record.refused.reason] += 1
-            self._refuse(record.refused, tally, record.line, first or None)
-            return
-        tally.records_used += 1
-        for number, part in enumerate(record.parts, first):
-            tally.longest = max(tally.longest, part.length)
-            if part.refused is not None:
-                tally.dropped[part.refused.reason] += 1
-                self._refuse(part.refused, tally, record.line, number)
-            else:
-                self._keep(part, tally, file, record.line, number)
+    def _parts_before(self, result: Result) -> tuple[int, int]:
+        """The chunk's first line, and how many parts earlier chunks made on it: records of an array may share one line."""
+        lines = [*result.block.lines[:1].tolist(), *(drop.line for drop in result.drops[:1])]
+        first = min(lines, default=-1)
+        before = self._next_part if self._place == (result.file, first) else 0
+        self._place = (result.file, result.last_line)
+        self._next_part = result.last_parts + (before if first == result.last_line else 0)
+        return first, before
 
-    def _first_part(self, place: tuple[int, int], count: int) -> int:
-        """The number of a record's first part: where records share a line (an array written on one), parts count on."""
-        first = self._next_part if place == self._place else 0
-        self._place, self._next_part = place, first + max(1, count)
-        return first
-
-    def _keep(self, part: Part, tally: FileTally, file: int, line: int, number: int) -> None:
-        example = part.example
-        assert example is not None and example.loss_mask.any(), "an example without a target was kept"
-        tally.kept += 1
-        tally.truncated += part.length > len(example.input_ids)
-        tally.tokens += len(example.input_ids)
-        tally.supervised_tokens += int(example.loss_mask.sum())
-        tally.control_tokens_encoded += example.control_tokens_encoded
-        tally.examples_with_control_tokens += example.control_tokens_encoded > 0
-        tally.lossy_characters += example.lossy_characters
-        tally.lossy_examples += example.lossy_characters > 0
-        self._writer.add(StoredExample(example.input_ids, example.loss_mask, file, line, number))
-        self._files.append(file)
-        self._records.append(self.num_records)
-
-    def _refuse(self, refused: Refused, tally: FileTally, line: int, part: int | None) -> None:
-        detail = refused.detail[:_DETAIL_CHARACTERS]
-        self._rejects.add(tally.path, line, part, refused.reason, detail)
-        if do := self._stops(refused.reason):
-            where = f"{tally.path}:{line}" + (f" part {part}" if part else "")
-            self._problems.append(Problem(where, f"{refused.reason}: {detail}" if detail else refused.reason, do=do))
+    def _refuse(self, drop: Drop, tally: FileTally, before: int) -> None:
+        reason, detail = drop.refused.reason, drop.refused.detail[:_DETAIL_CHARACTERS]
+        part = drop.part + before if drop.part is not None else before or None
+        self._rejects.add(tally.path, drop.line, part, reason, detail)
+        if do := self._stops(reason):
+            where = f"{tally.path}:{drop.line}" + (f" part {part}" if part else "")
+            self._problems.append(Problem(where, f"{reason}: {detail}" if detail else reason, do=do))
 
     def _stops(self, reason: str) -> str:
         """What to do about a reason that ends the preparation; empty where it is only listed."""
-        if reason in _NOTHING_TO_LEARN:
+        if reason in _NOTHING_TO_LEARN or reason.startswith(_CLEANING):
             return ""
         if reason == LOSSY:
             if self._data.lossy_text != "error":

@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from dstune import atomic
 from dstune.data import manifest, schedule
+from dstune.data.block import Block
 from dstune.data.mixing import epoch_shares
 from dstune.data.pack import one_per_row, pack
 from dstune.data.place import build_once
 from dstune.data.shard_writer import HashedFile, ShardWriter, WrittenFile, write_dataset_files, write_hashed, write_rows
-from dstune.data.shards import FORMAT_VERSION, Prepared
+from dstune.data.shards import FORMAT_VERSION, Prepared, block_of_batch
 from dstune.errors import DataError, Problem
 from dstune.paths import PreparedPaths, cache_directory
 
@@ -76,8 +77,8 @@ class _Derivation:
         with closing(ShardWriter(root)) as writer:
             rejects = self._share_out(root, writer, counts)
             shards = writer.finish()
-            lengths, supervised = writer.lengths(), writer.supervised()
-        sources = self._epochs(counts.file_of_kept())
+            lengths, supervised, kept_files = writer.lengths(), writer.supervised(), writer.files()
+        sources = self._epochs(kept_files)
         epoch = np.concatenate(sources)
         if not len(epoch):
             raise DataError(Problem("data.select", "no example is left in an epoch", do="Raise `data.select.budget`."))
@@ -97,7 +98,7 @@ class _Derivation:
             "selection": {**self._selection, "base": self._base.fingerprint},
             "counts": manifest.counts(lengths, supervised, epoch, rows.num_rows, int(settings["max_length"])),
             "sources": counts.described(self._base.manifest["sources"]),
-            "source_settings": self._source_settings(sources, counts.file_of_kept()),
+            "source_settings": self._source_settings(sources, kept_files),
             "files": [file.to_dict() for file in files] + self._link_validation(root),
         }
         write_hashed(PreparedPaths(root).manifest, atomic.dump_json(content).encode("utf-8", "surrogatepass"))
@@ -108,19 +109,24 @@ class _Derivation:
             with PreparedPaths(self._base.root).rejects.open("rb") as before:
                 while block := before.read(_BLOCK_BYTES):
                     rejects.write(block)
-            for number in range(self._base.num_examples):
-                example = self._base.example(number)
-                kept = bool(self._keep[number])
-                counts.add(example.source, kept, len(example.input_ids), int(example.loss_mask.sum()))
-                if kept:
-                    writer.add(example)
-                else:
-                    rejects.write(self._reject(example.source, example.line, example.part, number))
+            first = 0
+            for batch in self._base.batches():
+                block, keep = block_of_batch(batch), self._keep[first : first + batch.num_rows]
+                counts.add(block, keep)
+                writer.add(block.take(keep))
+                for place in np.flatnonzero(~keep).tolist():
+                    rejects.write(self._reject(block, place, first + place))
+                first += batch.num_rows
         return rejects.written()
 
-    def _reject(self, source: int, line: int, part: int, number: int) -> bytes:
-        path = self._base.manifest["sources"][source]["path"]
-        entry = {"file": path, "line": line, "part": part, "reason": NOT_SELECTED, "detail": self._detail(number)}
+    def _reject(self, block: Block, place: int, number: int) -> bytes:
+        entry = {
+            "file": self._base.manifest["sources"][int(block.files[place])]["path"],
+            "line": int(block.lines[place]),
+            "part": int(block.parts[place]),
+            "reason": NOT_SELECTED,
+            "detail": self._detail(number),
+        }
         return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
     def _epochs(self, files: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
@@ -173,35 +179,32 @@ class _FileCounts:
     """What of each file was kept and what was not, in the order of the examples."""
 
     def __init__(self, num_files: int) -> None:
-        self._dropped, self._stays = [0] * num_files, [0] * num_files
-        self._tokens, self._supervised = [0] * num_files, [0] * num_files
-        self._files: list[int] = []
+        self._dropped = np.zeros(num_files, dtype=np.int64)
+        self._stays = np.zeros(num_files, dtype=np.int64)
+        self._tokens = np.zeros(num_files, dtype=np.int64)
+        self._supervised = np.zeros(num_files, dtype=np.int64)
 
-    def add(self, file: int, kept: bool, tokens: int, supervised: int) -> None:
-        if kept:
-            self._stays[file] += 1
-            self._files.append(file)
-        else:
-            self._dropped[file] += 1
-            self._tokens[file] += tokens
-            self._supervised[file] += supervised
-
-    def file_of_kept(self) -> npt.NDArray[np.int32]:
-        return np.array(self._files, dtype=np.int32)
+    def add(self, block: Block, keep: Keep) -> None:
+        """Count the examples of `block`; `keep` [examples]."""
+        self._stays += np.bincount(block.files[keep], minlength=len(self._stays))
+        lost = block.files[~keep]
+        self._dropped += np.bincount(lost, minlength=len(self._stays))
+        np.add.at(self._tokens, lost, block.lengths[~keep])
+        np.add.at(self._supervised, lost, block.supervised()[~keep])
 
     def described(self, files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The manifest's entries: conversations made = kept + dropped as before."""
         return [self._entry(number, file) for number, file in enumerate(files)]
 
     def _entry(self, number: int, file: Mapping[str, Any]) -> dict[str, Any]:
-        lost = self._dropped[number]
+        lost = int(self._dropped[number])
         made = file["conversations"]
         reasons = {**made["dropped"], NOT_SELECTED: made["dropped"].get(NOT_SELECTED, 0) + lost}
         dropped = dict(sorted((reason, count) for reason, count in reasons.items() if count))
         return {
             **file,
             "conversations": {**made, "kept": made["kept"] - lost, "dropped": dropped},
-            "examples": self._stays[number],
-            "tokens": file["tokens"] - self._tokens[number],
-            "supervised_tokens": file["supervised_tokens"] - self._supervised[number],
+            "examples": int(self._stays[number]),
+            "tokens": file["tokens"] - int(self._tokens[number]),
+            "supervised_tokens": file["supervised_tokens"] - int(self._supervised[number]),
         }

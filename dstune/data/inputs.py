@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstune.config.schema import Source
-from dstune.data.sources import SourceFile, Stamp, digest, expand, read
+from dstune.data.sources import SourceFile, Stamp, digest, expand, read, read_pieces
 from dstune.data.tally import FileTally
 from dstune.data.work import Chunk, chunks
 from dstune.errors import DataError, Problem
@@ -60,11 +60,12 @@ def read_chunks(inputs: Sequence[Input]) -> Iterator[Chunk]:
     left: dict[int, int | None] = {one.source: one.file.source.limit for one in inputs}
     for number, one in enumerate(inputs):
         limit = left[one.source]
-        records = itertools.islice(read(one.file), limit)
-        for chunk in chunks(number, one.file.source, records):
-            if limit is not None:
+        if limit is None:
+            yield from chunks(number, one.file.source, read_pieces(one.file))
+        else:
+            for chunk in chunks(number, one.file.source, itertools.islice(read(one.file), limit)):
                 limit -= len(chunk.records)
-            yield chunk
+                yield chunk
         left[one.source] = limit
         require_unchanged(one)
 

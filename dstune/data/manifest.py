@@ -13,7 +13,7 @@ from dstune.config.schema import RunConfig, Source
 from dstune.data.inputs import Input
 from dstune.data.shards import FORMAT_VERSION
 
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 """Raised when the same inputs and settings give other tokens, masks or rows than before: old directories are not taken then."""
 
 
@@ -46,18 +46,21 @@ def settings(config: RunConfig, seq2seq: bool, packing: bool) -> dict[str, Any]:
     """The settings that decide what is prepared. The seed is among them where something is drawn by it."""
     data = config.data
     held_out: Sequence[Source] = data.validation if isinstance(data.validation, list) else ()
-    drawn = any(source.repeat % 1 for source in [*data.sources, *held_out])
+    drawn = any(source.repeat % 1 for source in [*data.sources, *held_out]) or data.temperature != 1
+    drawn = drawn or not isinstance(data.template, str)
     return {
         "template": data.template,
         "max_length": data.max_length,
         "packing": packing,
         "seq2seq": seq2seq,
         "train_on": data.train_on,
+        "turns": data.turns,
         "overlong": data.overlong,
         "control_tokens": data.control_tokens,
         "bad_rows": data.bad_rows,
         "lossy_text": data.lossy_text,
         "max_record_bytes": data.max_record_bytes,
+        "temperature": data.temperature,
         "validation": "sources" if isinstance(data.validation, list) else data.validation,
         "seed": config.train.seed if drawn or (data.validation and not held_out) else None,
     }

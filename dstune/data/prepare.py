@@ -1,40 +1,59 @@
 """Raw instruction files to a prepared directory: content-addressed, atomic, the same bytes whatever the number of processes.
 
-Two passes over the data at most: every record is read once, rendered and tokenised, and written as it comes; a fraction that is
-held out is then parted from the rest (how many examples there are is only known at the end). Packing wants the lengths alone.
+Two passes over the data at most: every record is read once, cleaned, rendered and tokenised, and written as it comes. Repetitions are
+then left out and a fraction is held out (both are only known at the end). Packing wants the lengths alone. What was done is kept in a
+journal beside the directory, and a preparation that was killed goes on from it.
 """
 
 import errno
+import itertools
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dstune import atomic
 from dstune.config.load import resolve
-from dstune.config.schema import DataSection, RunConfig, Source
-from dstune.data import inputs, manifest, pool, schedule
-from dstune.data.collect import Collector
+from dstune.config.schema import DataSection, DeduplicateSection, RunConfig, Source
+from dstune.data import inputs, journal, manifest, pool, schedule
+from dstune.data.cleaning import Cleaner
+from dstune.data.collect import DUPLICATE, NEAR_DUPLICATE, Collector
+from dstune.data.contamination import Contamination
+from dstune.data.duplicates import Duplicates, find_duplicates
 from dstune.data.encoder import make_encoder
 from dstune.data.inputs import Input
+from dstune.data.journal import Journal
+from dstune.data.mixing import epoch_shares
 from dstune.data.pack import Packing, one_per_row, pack
 from dstune.data.place import build_once
-from dstune.data.shard_writer import ShardWriter, WrittenFile, write_dataset_files, write_hashed, write_rows
-from dstune.data.shards import FORMAT_VERSION, Prepared, read_examples
+from dstune.data.shard_writer import (
+    ShardWriter,
+    StoredArray,
+    WrittenFile,
+    write_dataset_files,
+    write_hashed,
+    write_rows,
+)
+from dstune.data.shards import FORMAT_VERSION, Prepared, read_blocks
 from dstune.data.sources import expand
 from dstune.data.tally import FileTally, Rejects
 from dstune.data.task import is_seq2seq, packs
-from dstune.data.tokenize import Encoder
-from dstune.data.work import Job, setup
+from dstune.data.tokenize import Encoder, ShortcutDiffers
+from dstune.data.work import Chunk, Job, Result, setup
 from dstune.errors import DataError, Problem, RunFailed
+from dstune.loggers import get_logger
 from dstune.paths import PreparedPaths, cache_directory
 
+log = get_logger(__name__)
+
 _HASH_DIGITS = 16
+_PARTS = ("examples", "validation")
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Progress:
     """How far a preparation is."""
 
     stage: str
-    """`hashing`, `tokenising`, `validation`, `packing`."""
+    """`hashing`, `tokenising`, `deduplicating`, `validation`, `packing`."""
     file: str = ""
     """The file that is read now, as the run file writes it."""
     records: int = 0
@@ -52,11 +71,26 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def prepare(config: RunConfig, base: Path, progress: Report | None = None) -> Prepared:
+class Mapper(Protocol):
+    """Does the same work on chunk after chunk somewhere, results in the order of the chunks (`pool.map_in_order`)."""
+
+    def __call__(
+        self,
+        setup: Callable[[Job], Callable[[Chunk], Result]],
+        argument: Job,
+        chunks: Iterable[Chunk],
+        num_processes: int,
+    ) -> Generator[Result, None, None]: ...
+
+
+def prepare(
+    config: RunConfig, base: Path, progress: Report | None = None, mapper: Mapper = pool.map_in_order
+) -> Prepared:
     """The prepared directory of a run's data, made if it is not there; `base`: the run file's directory.
 
-    With `data.prepared` that directory is opened and compared with the model's tokenizer instead. Raises ConfigError, DataError,
-    and RunFailed where the disk is full or a process dies; then nothing is left behind.
+    With `data.prepared` that directory is opened and compared with the model's tokenizer instead. `mapper` decides where the work is
+    done. Raises ConfigError, DataError, and RunFailed where the disk is full (then nothing is left behind) or a process dies (then
+    the next call goes on from there).
     """
     require_files(config.data, base)  # before a hub is asked for the model: this takes no time
     seq2seq = is_seq2seq(config.model, base)
@@ -64,14 +98,13 @@ def prepare(config: RunConfig, base: Path, progress: Report | None = None) -> Pr
     encoder = make_encoder(config.model, config.data, base, seq2seq)
     if config.data.prepared is not None:
         return _existing(resolve(config.data.prepared, base), encoder)
-    build = _Build(config, base, packing, encoder, progress or _ignore)
+    build = _Build(config, base, packing, encoder, progress or _ignore, mapper)
     try:
-        final = cache_directory() / "prepared" / f"{config.name}-{build.identity.digest()[:_HASH_DIGITS]}"
-        if not final.exists():
-            build_once(final, build)
+        if not build.final.exists():
+            build_once(build.final, build)
     except OSError as error:
         raise RunFailed(_disk_problem(error)) from error
-    return Prepared.open(final)
+    return Prepared.open(build.final)
 
 
 def require_files(data: DataSection, base: Path) -> None:
@@ -119,10 +152,26 @@ def _processes(config: RunConfig) -> int:
 class _Build:
     """One preparation: its inputs and identity are settled at the start, calling it writes the directory."""
 
-    def __init__(self, config: RunConfig, base: Path, packing: bool, encoder: Encoder, report: Report) -> None:
+    def __init__(
+        self, config: RunConfig, base: Path, packing: bool, encoder: Encoder, report: Report, mapper: Mapper
+    ) -> None:
         data = config.data
-        self._config, self._packing, self._report = config, packing, report
-        self._job = Job(encoder, data.max_length, truncate=data.overlong == "truncate")
+        self._config, self._packing, self._report, self._mapper = config, packing, report, mapper
+        cleaner = Cleaner(data.clean)
+        self._against = None
+        if data.decontaminate is not None:
+            self._against = Contamination.build(data.decontaminate, base, data.max_record_bytes)
+        self._duplicates = _duplicates(data)
+        self._job = Job(
+            encoder,
+            data.max_length,
+            truncate=data.overlong == "truncate",
+            max_record_bytes=data.max_record_bytes,
+            expand=data.turns == "expand",
+            cleaner=cleaner if cleaner else None,
+            contamination=self._against,
+            duplicates=self._duplicates,
+        )
         self._summary = encoder.summary()
         held_out = data.validation if isinstance(data.validation, list) else []
         report(Progress("hashing"))
@@ -132,36 +181,78 @@ class _Build:
         self.identity = manifest.Identity(
             tokenizer={"path": config.model.tokenizer or config.model.path, **found["tokenizer"]},
             template=found["template"],
-            settings=manifest.settings(config, encoder.seq2seq, packing),
+            settings={
+                **manifest.settings(config, encoder.seq2seq, packing),
+                "clean": cleaner.described(),
+                "deduplicate": self._duplicates.model_dump(mode="json") if self._duplicates else None,
+                "decontaminate": self._decontamination(),
+            },
             sources=manifest.described(data.sources, self._inputs),
             validation_sources=manifest.described(held_out, self._held_out),
         )
+        self.final = cache_directory() / "prepared" / f"{config.name}-{self.identity.digest()[:_HASH_DIGITS]}"
+
+    def _decontamination(self) -> dict[str, Any] | None:
+        section = self._config.data.decontaminate
+        if section is None or self._against is None:
+            return None
+        return {"ngram": section.ngram, "against": self._against.described()}
 
     def __call__(self, root: Path) -> None:
         """Write everything into the empty directory `root`, the manifest last."""
+        journal.remove_old(self.final.parent)
+        try:
+            self._build(root)
+        except ShortcutDiffers as error:
+            log.warning("%s: preparing anew without shortcuts", error)
+            self._forget()
+            self._job = replace(self._job, encoder=self._job.encoder.without_shortcuts())
+            for left in root.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            self._build(root)
+        except (DataError, OSError):
+            self._forget()  # the same data would only meet the same error, and a full disk wants the room
+            raise
+        self._forget()
+
+    def _forget(self) -> None:
+        for part in _PARTS:
+            journal.path_beside(self.final, part).unlink(missing_ok=True)
+
+    def _build(self, root: Path) -> None:
         data = self._config.data
         validation = data.validation
         if isinstance(validation, list):
             held_out = PreparedPaths(root).validation
             held_out.mkdir()
-            below = self._write(held_out, self._read(held_out, self._held_out), validation, None)
-            self._write(root, self._read(root, self._inputs), data.sources, below)
-        elif validation:
-            self._write_parted(root, validation)
+            below = self._write(held_out, self._read(held_out, self._held_out, "validation"), validation, None)
+            self._write(root, self._read(root, self._inputs, "examples"), data.sources, below)
         else:
-            self._write(root, self._read(root, self._inputs), data.sources, None)
+            self._write_parted(root, validation)
 
-    def _read(self, root: Path, files: Sequence[Input], shards: Path | None = None) -> "_Examples":
-        """Tokenise `files`; rejects go to `root`, the examples to `shards` (`root` if None)."""
+    def _read(self, root: Path, files: Sequence[Input], part: str) -> "_Examples":
+        """Tokenise `files` to `root`, without the repetitions."""
+        if self._duplicates is None:
+            return self._tokenise(root, root, files, part)
+        stage = root / "stage"
+        stage.mkdir()
+        whole = self._tokenise(root, stage, files, part)
+        with closing(ShardWriter(root)) as writer:
+            _share_out(stage, whole.shards, [(writer, whole.kept)])
+            return whole.part(whole.kept, writer, whole.rejects)
+
+    def _tokenise(self, root: Path, shards: Path, files: Sequence[Input], part: str) -> "_Examples":
+        """Tokenise `files`; rejects go to `root`, the examples to `shards`, repetitions among them."""
         tallies = [file.tally() for file in files]
-        writer = ShardWriter(shards or root)
-        with closing(writer), Rejects(PreparedPaths(root).rejects) as rejects:
+        writer = ShardWriter(shards)
+        signatures = StoredArray(root / "signatures.tmp")
+        done = Journal(journal.path_beside(self.final, part))
+        with closing(writer), closing(done), Rejects(PreparedPaths(root).rejects) as rejects:
             collector = Collector(self._config.data, tallies, writer, rejects)
-            results = pool.map_in_order(setup, self._job, inputs.read_chunks(files), _processes(self._config))
             try:
-                with closing(results):
+                with closing(self._results(files, done)) as results:
                     for result in results:
-                        collector.take(result)
+                        collector.take(result, signatures)
                         now = tallies[result.file].path
                         self._report(Progress("tokenising", now, collector.num_records, collector.num_examples))
                 collector.end_source()
@@ -171,37 +262,53 @@ class _Build:
                 raise
             if not collector.num_examples:
                 raise DataError(_nothing(tallies, rejects.first))
-            return _Examples(
-                tallies,
-                writer.finish(),
-                writer.lengths(),
-                writer.supervised(),
-                collector.files,
-                collector.records,
-                rejects.finish(),
+            written = writer.finish()
+            examples = _Examples(
+                tallies, written, writer.lengths(), writer.supervised(), writer.files(), collector.records()
             )
+            if self._duplicates is not None:
+                self._report(Progress("deduplicating", examples=collector.num_examples))
+                found = find_duplicates(collector.digests(), signatures.mapped(), self._duplicates)
+                _drop_duplicates(found, examples, shards, rejects)
+                examples = replace(examples, kept=found.kept)
+            signatures.remove()
+            return replace(examples, rejects=rejects.finish())
+
+    def _results(self, files: Sequence[Input], done: Journal) -> Generator[Result, None, None]:
+        """Every chunk's result in order: those of an earlier preparation that was killed, then new ones, noted down."""
+        replayed = 0
+        for result in done.replay():
+            replayed += 1
+            yield result
+        if replayed:
+            log.info("going on after %d chunks that an earlier preparation finished", replayed)
+        chunks = itertools.islice(inputs.read_chunks(files), replayed, None)
+        with closing(self._mapper(setup, self._job, chunks, _processes(self._config))) as results:
+            for result in results:
+                done.add(result)
+                yield result
 
     def _write_parted(self, root: Path, fraction: float) -> None:
-        """Tokenise beside, then share the examples out: `fraction` of them to `validation/`."""
+        """The directory without a validation set of its own sources: `fraction` of the examples goes to `validation/`."""
+        sources = self._config.data.sources
+        if not fraction:
+            self._write(root, self._read(root, self._inputs, "examples"), sources, None)
+            return
         stage, below = root / "stage", PreparedPaths(root).validation
         stage.mkdir()
         below.mkdir()
-        whole = self._read(root, self._inputs, stage)
-        chosen = schedule.held_out(whole.records, fraction, self._config.train.seed)
+        whole = self._tokenise(root, stage, self._inputs, "examples")
+        chosen = np.zeros(len(whole.kept), dtype=np.bool_)
+        chosen[whole.kept] = schedule.held_out(whole.records[whole.kept], fraction, self._config.train.seed)
         self._report(Progress("validation", examples=int(chosen.sum())))
         trained, held_out = ShardWriter(root), ShardWriter(below)
+        rest = whole.kept & ~chosen
         with closing(trained), closing(held_out):
-            numbers = iter(chosen)
-            for shard in whole.shards:
-                for example in read_examples(stage / shard.name):
-                    (held_out if next(numbers) else trained).add(example)
-                (stage / shard.name).unlink()
-            stage.rmdir()
+            _share_out(stage, whole.shards, [(held_out, chosen), (trained, rest)])
             no_rejects = write_hashed(PreparedPaths(below).rejects, b"")
-            sources = self._config.data.sources
             each_once = [source.model_copy(update={"repeat": 1.0}) for source in sources]
             validation = self._write(below, whole.part(chosen, held_out, no_rejects), each_once, None)
-            self._write(root, whole.part(~chosen, trained, whole.rejects), sources, validation)
+            self._write(root, whole.part(rest, trained, whole.rejects), sources, validation)
 
     def _write(
         self, root: Path, examples: "_Examples", sources: Sequence[Source], below: WrittenFile | None
@@ -209,9 +316,12 @@ class _Build:
         """Pack, and write all that stands beside the shards, the manifest last; `below`: the validation set's manifest."""
         self._report(Progress("packing", examples=len(examples.lengths)))
         seed = self._config.train.seed
+        numbers = [examples.of_source(number) for number in range(len(sources))]
+        repeats = [source.repeat for source in sources]
+        shares = epoch_shares([len(one) for one in numbers], repeats, self._config.data.temperature)
         epochs = [
-            schedule.epoch_of_source(examples.of_source(number), source.repeat, seed, number)
-            for number, source in enumerate(sources)
+            schedule.epoch_of_source(one, share, seed, number)
+            for number, (one, share) in enumerate(zip(numbers, shares, strict=True))
         ]
         epoch = np.concatenate(epochs)
         if not len(epoch):
@@ -286,7 +396,13 @@ class _Examples:
     """Index of each example's tally."""
     records: npt.NDArray[np.int64]
     """Number of each example's record."""
-    rejects: WrittenFile
+    kept: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    """Those that repeat no other; all of them where nobody looked."""
+    rejects: WrittenFile = field(default_factory=lambda: WrittenFile("", 0, ""))
+
+    def __post_init__(self) -> None:
+        if len(self.kept) != len(self.files):
+            object.__setattr__(self, "kept", np.ones(len(self.files), dtype=np.bool_))
 
     def of_source(self, source: int) -> npt.NDArray[np.int64]:
         """The numbers of a source's examples, ascending."""
@@ -296,8 +412,51 @@ class _Examples:
     def part(self, chosen: npt.NDArray[np.bool_], writer: ShardWriter, rejects: WrittenFile) -> "_Examples":
         """Those of them that were written again by `writer`."""
         shards = writer.finish()
-        files, records = self.files[chosen], self.records[chosen]
-        return _Examples(self.tallies, shards, writer.lengths(), writer.supervised(), files, records, rejects)
+        records = self.records[chosen]
+        found = (writer.lengths(), writer.supervised(), writer.files(), records)
+        return _Examples(self.tallies, shards, *found, rejects=rejects)
+
+
+def _share_out(
+    stage: Path, shards: Sequence[WrittenFile], writers: Sequence[tuple[ShardWriter, npt.NDArray[np.bool_]]]
+) -> None:
+    """Write the examples of `stage` again, each to the writer whose mask [examples] has it, and delete the stage."""
+    first = 0
+    for shard in shards:
+        for block in read_blocks(stage / shard.name):
+            last = first + block.num_examples
+            for writer, chosen in writers:
+                writer.add(block.take(chosen[first:last]))
+            first = last
+        (stage / shard.name).unlink()
+    stage.rmdir()
+
+
+def _drop_duplicates(found: Duplicates, examples: "_Examples", shards: Path, rejects: Rejects) -> None:
+    """Count and list the repetitions: each with what it repeats."""
+    places = [
+        (block.lines.copy(), block.parts.copy())
+        for shard in examples.shards
+        for block in read_blocks(shards / shard.name)
+    ]
+    lines, parts = (np.concatenate(column) for column in zip(*places, strict=True))
+    for number in np.flatnonzero(~found.kept).tolist():
+        of, similarity = int(found.of[number]), float(found.similarity[number])
+        tally, other = examples.tallies[int(examples.files[number])], examples.tallies[int(examples.files[of])]
+        reason = DUPLICATE if similarity >= 1 else NEAR_DUPLICATE
+        tally.dropped[reason] += 1
+        tally.kept -= 1
+        tally.tokens -= int(examples.lengths[number])
+        tally.supervised_tokens -= int(examples.supervised[number])
+        where = f"{other.path}:{lines[of]}" + (f" part {parts[of]}" if parts[of] else "")
+        detail = f"repeats {where}" + ("" if similarity >= 1 else f", {similarity:.2f} alike")
+        rejects.add(tally.path, int(lines[number]), int(parts[number]), reason, detail)
+
+
+def _duplicates(data: DataSection) -> DeduplicateSection | None:
+    if data.deduplicate == "off":
+        return None
+    return DeduplicateSection(method=data.deduplicate) if isinstance(data.deduplicate, str) else data.deduplicate
 
 
 def _nothing(tallies: Sequence[FileTally], first: str) -> list[Problem]:

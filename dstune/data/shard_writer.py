@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dstune import atomic
-from dstune.data.shards import EXAMPLE_SCHEMA, ROW_SCHEMA, StoredExample
+from dstune.data.block import Block
+from dstune.data.shards import EXAMPLE_SCHEMA, ROW_SCHEMA
 from dstune.paths import PreparedPaths
 
 BATCH_EXAMPLES = 1000
@@ -81,6 +82,34 @@ class HashedFile(io.RawIOBase):
         return WrittenFile(self.path.name, self.num_bytes, self._digest.hexdigest(), rows)
 
 
+class StoredArray:
+    """Rows of one array, written one lot after the other to a file that `mapped` opens again: memory does not grow with them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO = path.open("wb")
+        self._kind: Any = None
+        self._columns = self._rows = 0
+
+    def add(self, rows: npt.NDArray[Any]) -> None:
+        """Write `rows` [n, columns], all lots of one kind and width."""
+        self._kind, self._columns = rows.dtype, rows.shape[1]
+        self._rows += len(rows)
+        self._file.write(np.ascontiguousarray(rows).data)
+
+    def mapped(self) -> npt.NDArray[Any] | None:
+        """All rows, mapped from the file; None where there are none."""
+        self._file.close()
+        if not self._rows:
+            return None
+        return np.memmap(self._path, dtype=self._kind, mode="r", shape=(self._rows, self._columns))
+
+    def remove(self) -> None:
+        """Close and delete the file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
 def write_hashed(path: Path, content: bytes) -> WrittenFile:
     """Write a whole small file."""
     with HashedFile(path) as file:
@@ -102,30 +131,27 @@ def _offsets(lengths: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
-def _example_batch(examples: Sequence[StoredExample]) -> pa.RecordBatch:
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int32)
-    offsets = _offsets(lengths)
-    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int32)
-    mask = np.concatenate([example.loss_mask for example in examples])
-    assert len(ids) == len(mask) == offsets[-1], "ids and mask of an example differ in length"
+def _example_batch(block: Block) -> pa.RecordBatch:
+    offsets = _offsets(block.lengths)
+    assert len(block.ids) == len(block.mask) == offsets[-1], "ids and mask of an example differ in length"
     columns = [
-        _list_column(offsets, pa.array(ids)),
-        _list_column(offsets, _packed_bits(mask)),
-        pa.array(lengths),
-        pa.array([example.source for example in examples], pa.int32()),
-        pa.array([example.line for example in examples], pa.int64()),
-        pa.array([example.part for example in examples], pa.int32()),
+        _list_column(offsets, pa.array(block.ids)),
+        _list_column(offsets, _packed_bits(block.mask)),
+        pa.array(block.lengths),
+        pa.array(block.files),
+        pa.array(block.lines),
+        pa.array(block.parts),
     ]
     return pa.record_batch(columns, schema=EXAMPLE_SCHEMA)
 
 
 class ShardWriter:
-    """Examples in, `data-XXXXX-of-XXXXX.arrow` out; where batches and shards end depends on the examples alone."""
+    """Examples in, `data-XXXXX-of-XXXXX.arrow` out; where batches and shards end depends on the blocks alone."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._pending: list[StoredExample] = []
-        self._pending_tokens = 0
+        self._pending: list[Block] = []
+        self._pending_examples = self._pending_tokens = 0
         self._file: HashedFile | None = None
         self._stream: Any = None
         self._shard_examples = 0
@@ -133,12 +159,16 @@ class ShardWriter:
         self._written: list[WrittenFile] = []
         self._lengths: list[npt.NDArray[np.int32]] = []
         self._supervised: list[npt.NDArray[np.int32]] = []
+        self._files: list[npt.NDArray[np.int32]] = []
 
-    def add(self, example: StoredExample) -> None:
-        """Take one example; every so often this writes a batch. Raises OSError (a full disk) as it comes."""
-        self._pending.append(example)
-        self._pending_tokens += len(example.input_ids)
-        if len(self._pending) >= BATCH_EXAMPLES or self._pending_tokens >= BATCH_TOKENS:
+    def add(self, block: Block) -> None:
+        """Take some examples; every so often this writes a batch. Raises OSError (a full disk) as it comes."""
+        if not block.num_examples:
+            return
+        self._pending.append(block)
+        self._pending_examples += block.num_examples
+        self._pending_tokens += block.num_tokens
+        if self._pending_examples >= BATCH_EXAMPLES or self._pending_tokens >= BATCH_TOKENS:
             self._write_batch()
 
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -148,6 +178,10 @@ class ShardWriter:
     def supervised(self) -> npt.NDArray[np.int32]:
         """Targets of every example written so far, by number."""
         return np.concatenate([np.zeros(0, dtype=np.int32), *self._supervised])
+
+    def files(self) -> npt.NDArray[np.int32]:
+        """Index of the file that every example written so far comes from, by number."""
+        return np.concatenate([np.zeros(0, dtype=np.int32), *self._files])
 
     def finish(self) -> list[WrittenFile]:
         """Write what is left, give the shards their final names and return them."""
@@ -172,12 +206,14 @@ class ShardWriter:
         if self._file is None:
             self._file = HashedFile(self._root / f"data-{len(self._written):05d}.arrow")
             self._stream = pa.ipc.new_stream(self._file, EXAMPLE_SCHEMA)
-        self._stream.write_batch(_example_batch(self._pending))
-        self._lengths.append(np.array([len(example.input_ids) for example in self._pending], dtype=np.int32))
-        self._supervised.append(np.array([example.loss_mask.sum() for example in self._pending], dtype=np.int32))
-        self._shard_examples += len(self._pending)
-        self._shard_tokens += self._pending_tokens
-        self._pending, self._pending_tokens = [], 0
+        block = Block.joined(self._pending)
+        self._stream.write_batch(_example_batch(block))
+        self._lengths.append(block.lengths)
+        self._supervised.append(block.supervised())
+        self._files.append(block.files)
+        self._shard_examples += block.num_examples
+        self._shard_tokens += block.num_tokens
+        self._pending, self._pending_examples, self._pending_tokens = [], 0, 0
         if self._shard_examples >= SHARD_EXAMPLES or self._shard_tokens >= SHARD_TOKENS:
             self._end_shard()
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dstune.atomic import sha256_file
+from dstune.data.block import Block
 from dstune.errors import DataError, Problem
 from dstune.paths import PreparedPaths
 
@@ -93,11 +94,20 @@ def _stored(batch: pa.RecordBatch, place: int) -> StoredExample:
     )
 
 
-def read_examples(path: Path) -> Iterator[StoredExample]:
-    """Every example of one shard, in order."""
+def read_blocks(path: Path) -> Iterator[Block]:
+    """Every example of one shard, in order, a record batch at a time."""
     for batch in _Stream(path, EXAMPLE_SCHEMA).batches:
-        for place in range(batch.num_rows):
-            yield _stored(batch, place)
+        yield block_of_batch(batch)
+
+
+def block_of_batch(batch: pa.RecordBatch) -> Block:
+    """A record batch of examples, its tokens straight from the mapped file."""
+    num_tokens = int(np.frombuffer(batch.column("input_ids").buffers()[1], dtype=np.int32)[batch.num_rows])
+    ids = np.frombuffer(batch.column("input_ids").buffers()[3], dtype=np.int32, count=num_tokens)
+    bits = np.frombuffer(batch.column("loss_mask").buffers()[3], dtype=np.uint8, count=-(-num_tokens // 8))
+    mask = np.unpackbits(bits, count=num_tokens, bitorder="little").view(np.bool_)
+    flat = [_flat(batch.column(name), np.int32) for name in ("length", "source", "part")]
+    return Block(ids, mask, flat[0], flat[1], _flat(batch.column("line"), np.int64), flat[2])
 
 
 def _flat(column: Any, kind: type[Any]) -> npt.NDArray[Any]:

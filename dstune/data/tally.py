@@ -34,6 +34,18 @@ class FileTally:
     examples_with_control_tokens: int = 0
     lossy_examples: int = 0
     lossy_characters: int = 0
+    cleaned: Counter[str] = field(default_factory=lambda: Counter[str]())
+    """Conversations that each cleaning step changed."""
+    flagged: Counter[str] = field(default_factory=lambda: Counter[str]())
+    """Conversations in which a cleaning step saw something and left it."""
+
+    def add(self, more: "FileTally") -> None:
+        """Count what another part of the same file came to."""
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        for name in _COUNTED:
+            getattr(self, name).update(getattr(more, name))
+        self.longest = max(self.longest, more.longest)
 
     @property
     def records_read(self) -> int:
@@ -69,7 +81,23 @@ class FileTally:
             "examples_with_control_tokens": self.examples_with_control_tokens,
             "lossy_examples": self.lossy_examples,
             "lossy_characters": self.lossy_characters,
+            "cleaned": dict(sorted(self.cleaned.items())),
+            "flagged": dict(sorted(self.flagged.items())),
         }
+
+
+_SUMMED = (
+    "records_used",
+    "kept",
+    "truncated",
+    "tokens",
+    "supervised_tokens",
+    "control_tokens_encoded",
+    "examples_with_control_tokens",
+    "lossy_examples",
+    "lossy_characters",
+)
+_COUNTED = ("records_dropped", "dropped", "cleaned", "flagged")
 
 
 class Rejects:

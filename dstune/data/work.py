@@ -1,21 +1,29 @@
 """What a preparing process does: records to conversations to tokens, chunk by chunk. It decides nothing; refusals travel back."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from dstune.config.schema import Source
+from dstune.config.schema import DeduplicateSection, Source
+from dstune.data.block import Block, block_of
+from dstune.data.cleaning import Cleaner
+from dstune.data.contamination import Contamination
 from dstune.data.conversation import Conversation, Example, Refused
-from dstune.data.formats import to_conversations
+from dstune.data.duplicates import Digests, Signatures, as_digests, sketches
+from dstune.data.formats import converter
+from dstune.data.json_stream import Lines, parse_lines
 from dstune.data.sources import Record
+from dstune.data.tally import FileTally
 from dstune.data.tokenize import Encoder
+from dstune.data.turns_expand import expand
 
 OVERLONG = "overlong"
 NO_TARGETS = "no_supervised_tokens"
 
-CHUNK_RECORDS = 128
+CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 1 << 20
 
 
@@ -27,87 +35,196 @@ class Job:
     max_length: int
     truncate: bool
     """Cut what is longer, rather than refuse it."""
+    max_record_bytes: int
+    expand: bool = False
+    """One conversation for each answer."""
+    cleaner: Cleaner | None = None
+    contamination: Contamination | None = None
+    duplicates: DeduplicateSection | None = None
 
 
 class Chunk(NamedTuple):
-    """Some records of one file, in order."""
+    """Some records of one file, in order: parsed, or whole lines of JSON."""
 
     file: int
     source: Source
-    records: list[Record]
+    records: list[Record] | Lines
 
 
-class Part(NamedTuple):
-    """One conversation of a record: an example, or why it is none."""
-
-    example: Example | None
-    refused: Refused | None
-    length: int
-    """Tokens before any cut; 0 where it was refused before it had any."""
-
-
-class Done(NamedTuple):
-    """One record: its conversations, or why it has none."""
+class Drop(NamedTuple):
+    """A record, or one of its conversations, that is left out."""
 
     line: int
-    refused: Refused | None
-    parts: list[Part]
+    part: int | None
+    """None: the record as a whole. Counted from 0 on its line, within the chunk."""
+    refused: Refused
 
 
 class Result(NamedTuple):
-    """A chunk's records, in order."""
+    """What became of one chunk."""
 
     file: int
-    records: list[Done]
+    num_records: int
+    tally: FileTally
+    block: Block
+    records: npt.NDArray[np.int64]
+    """[examples] number of the record within the chunk, from 0."""
+    digests: Digests | None
+    """[examples, 2] where repetitions are dropped."""
+    signatures: Signatures | None
+    drops: list[Drop]
+    last_line: int
+    """Line of the last record, and how many parts were made on it."""
+    last_parts: int
 
 
 def setup(job: Job) -> Callable[[Chunk], Result]:
     """The work of one process (`pool.map_in_order`)."""
-
-    def work(chunk: Chunk) -> Result:
-        opened = [_conversations(record, chunk.source) for record in chunk.records]
-        every = [one for found in opened if isinstance(found, list) for one in found]
-        encoded = iter(job.encoder.encode_batch(every))
-        done: list[Done] = []
-        for record, found in zip(chunk.records, opened, strict=True):
-            if isinstance(found, Refused):
-                done.append(Done(record.line, found, []))
-            else:
-                done.append(Done(record.line, None, [_part(next(encoded), job) for _ in found]))
-        return Result(chunk.file, done)
-
-    return work
+    return _Work(job)
 
 
-def _conversations(record: Record, source: Source) -> list[Conversation] | Refused:
-    if record.value is None:
-        return record.error or Refused("unreadable")
-    try:
-        return to_conversations(record.value, source) or Refused("no_conversation", "the record holds none")
-    except Refused as refused:
-        return refused
+class _Made(NamedTuple):
+    """A conversation on its way."""
+
+    record: int
+    line: int
+    part: int
+    conversation: Conversation
 
 
-def _part(encoded: Example | Refused, job: Job) -> Part:
-    if isinstance(encoded, Refused):
-        return Part(None, encoded, 0)
-    length = len(encoded.input_ids)
-    if length <= job.max_length:
-        return Part(encoded, None, length)
-    if not job.truncate:
-        return Part(None, Refused(OVERLONG, f"{length} tokens, and max_length is {job.max_length}"), length)
-    mask = encoded.loss_mask[: job.max_length].copy()
-    if not mask.any():
-        return Part(None, Refused(NO_TARGETS, f"none among the first {job.max_length} of {length} tokens"), length)
-    ids = encoded.input_ids[: job.max_length].copy()
-    return Part(Example(ids, mask, encoded.control_tokens_encoded, encoded.lossy_characters), None, length)
+class _Work:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __call__(self, chunk: Chunk) -> Result:
+        """Raises ShortcutDiffers (`Encoder.encode_batch`)."""
+        job, tally, drops = self._job, FileTally("", 0, "", 0), list[Drop]()
+        records = chunk.records
+        if isinstance(records, Lines):
+            records = list(parse_lines(records, job.max_record_bytes))
+        made, last_line, last_parts = self._conversations(records, chunk.source, tally, drops)
+        made = self._clean(made, tally, drops)
+        kept: list[tuple[_Made, Example]] = []
+        for one, encoded in zip(made, job.encoder.encode_batch([one.conversation for one in made]), strict=True):
+            if example := self._taken(one, encoded, tally, drops):
+                kept.append((one, example))
+        block = block_of(
+            [example.input_ids for _, example in kept],
+            [example.loss_mask for _, example in kept],
+            chunk.file,
+            [one.line for one, _ in kept],
+            [one.part for one, _ in kept],
+        )
+        tally.tokens, tally.supervised_tokens = block.num_tokens, int(block.mask.sum())
+        places = np.array([one.record for one, _ in kept], dtype=np.int64)
+        digests, signatures = self._sketched([one.conversation for one, _ in kept])
+        drops.sort(key=lambda drop: (drop.line, -1 if drop.part is None else drop.part))
+        return Result(chunk.file, len(records), tally, block, places, digests, signatures, drops, last_line, last_parts)
+
+    def _conversations(
+        self, records: Sequence[Record], source: Source, tally: FileTally, drops: list[Drop]
+    ) -> tuple[list[_Made], int, int]:
+        """Every conversation of the records, and the last line with the number of parts on it."""
+        made: list[_Made] = []
+        convert = converter(source)
+        last, parts = 0, 0
+        for number, record in enumerate(records):
+            parts = parts if record.line == last else 0
+            last = record.line
+            try:
+                if record.value is None:
+                    raise record.error or Refused("unreadable")
+                found = convert(record.value)
+                if not found:
+                    raise Refused("no_conversation", "the record holds none")
+            except Refused as refused:
+                tally.records_dropped[refused.reason] += 1
+                drops.append(Drop(last, parts or None, refused))
+                parts += 1
+                continue
+            tally.records_used += 1
+            for one in found:
+                for conversation in self._expanded(one):
+                    if isinstance(conversation, Refused):
+                        tally.dropped[conversation.reason] += 1
+                        drops.append(Drop(last, parts, conversation))
+                    else:
+                        made.append(_Made(number, last, parts, conversation))
+                    parts += 1
+        return made, last, parts
+
+    def _expanded(self, one: Conversation | Refused) -> Sequence[Conversation | Refused]:
+        if not self._job.expand or isinstance(one, Refused):
+            return (one,)
+        return expand(one) or (one,)
+
+    def _clean(self, made: list[_Made], tally: FileTally, drops: list[Drop]) -> list[_Made]:
+        """What the cleaning steps and the comparison with evaluation data leave."""
+        job = self._job
+        if job.cleaner is not None:
+            cleaned: list[_Made] = []
+            for one in made:
+                try:
+                    after = job.cleaner.clean(one.conversation)
+                except Refused as refused:
+                    _drop(one, refused, tally, drops)
+                    continue
+                tally.cleaned.update(after.changed)
+                tally.flagged.update(after.flagged)
+                cleaned.append(one._replace(conversation=after.conversation))
+            made = cleaned
+        if job.contamination is None:
+            return made
+        found = job.contamination.check_all([one.conversation for one in made])
+        for one, refused in zip(made, found, strict=True):
+            if refused is not None:
+                _drop(one, refused, tally, drops)
+        return [one for one, refused in zip(made, found, strict=True) if refused is None]
+
+    def _taken(self, one: _Made, encoded: Example | Refused, tally: FileTally, drops: list[Drop]) -> Example | None:
+        """The example, cut where it may be, counted; None where it is dropped."""
+        if isinstance(encoded, Refused):
+            return _drop(one, encoded, tally, drops)
+        length, most = len(encoded.input_ids), self._job.max_length
+        tally.longest = max(tally.longest, length)
+        if length > most:
+            if not self._job.truncate:
+                return _drop(one, Refused(OVERLONG, f"{length} tokens, and max_length is {most}"), tally, drops)
+            if not encoded.loss_mask[:most].any():
+                refused = Refused(NO_TARGETS, f"none among the first {most} of {length} tokens")
+                return _drop(one, refused, tally, drops)
+            cut = encoded.input_ids[:most], encoded.loss_mask[:most]
+            encoded = Example(*cut, encoded.control_tokens_encoded, encoded.lossy_characters)
+            tally.truncated += 1
+        tally.kept += 1
+        tally.control_tokens_encoded += encoded.control_tokens_encoded
+        tally.examples_with_control_tokens += encoded.control_tokens_encoded > 0
+        tally.lossy_characters += encoded.lossy_characters
+        tally.lossy_examples += encoded.lossy_characters > 0
+        return encoded
+
+    def _sketched(self, kept: list[Conversation]) -> tuple[Digests | None, Signatures | None]:
+        settings = self._job.duplicates
+        if settings is None:
+            return None, None
+        made = sketches(kept, settings) if kept else []
+        signatures = [one.signature for one in made if one.signature is not None]
+        return as_digests(b"".join(one.exact for one in made)), np.stack(signatures) if signatures else None
 
 
-def chunks(file: int, source: Source, records: Iterable[Record]) -> Iterator[Chunk]:
+def _drop(one: _Made, refused: Refused, tally: FileTally, drops: list[Drop]) -> None:
+    tally.dropped[refused.reason] += 1
+    drops.append(Drop(one.line, one.part, refused))
+
+
+def chunks(file: int, source: Source, records: Iterable[Record | Lines]) -> Iterator[Chunk]:
     """The records of a file in pieces of bounded size: what is in flight between processes never grows with the data."""
     held: list[Record] = []
     characters = 0
     for record in records:
+        if isinstance(record, Lines):
+            yield Chunk(file, source, record)
+            continue
         held.append(record)
         characters += _characters(record.value)
         if len(held) >= CHUNK_RECORDS or characters >= CHUNK_CHARACTERS:

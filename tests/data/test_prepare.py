@@ -13,7 +13,7 @@ import pytest
 
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
-from dstune.data import prepare, work
+from dstune.data import json_stream, prepare, work
 from dstune.data.shards import Prepared
 from dstune.errors import ConfigError, DataError, RunFailed
 from dstune.paths import PreparedPaths
@@ -414,7 +414,7 @@ def test_an_existing_directory_is_taken_for_the_same_tokenizer_only(base, cache,
 
 
 def test_a_file_that_changes_while_it_is_read(base, cache, monkeypatch):
-    monkeypatch.setattr(work, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(json_stream, "_BLOCK_BYTES", 400)
 
     def meddle(progress):
         if progress.stage == "tokenising":
@@ -442,7 +442,7 @@ def test_a_damaged_finished_one_is_named(base, cache):
 _PREPARE = """
 import sys
 from pathlib import Path
-from dstune.data import prepare, work
+from dstune.data import json_stream, prepare, work
 from tests.data.test_prepare import make_config
 work.CHUNK_RECORDS = 10
 print("ready", flush=True)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from dstune import atomic
 from dstune.data import shard_writer
+from dstune.data.block import Block
 from dstune.data.pack import pack
 from dstune.data.shard_writer import ShardWriter, write_dataset_files, write_rows
 from dstune.data.shards import FORMAT_VERSION, Prepared, StoredExample
@@ -25,11 +27,21 @@ def make_examples(count, seed=0):
         yield StoredExample(random.randint(0, 2000, length).astype(np.int32), mask, number % 3, number + 1, number % 2)
 
 
-def write_prepared(root, examples, max_length=64):
+def write_prepared(root, examples, max_length=64, at_once=1):
     root.mkdir()
     writer = ShardWriter(root)
-    for example in examples:
-        writer.add(example)
+    examples = iter(examples)
+    while some := list(itertools.islice(examples, at_once)):
+        writer.add(
+            Block(
+                np.concatenate([example.input_ids for example in some]),
+                np.concatenate([example.loss_mask for example in some]),
+                np.array([len(example.input_ids) for example in some], dtype=np.int32),
+                np.array([example.source for example in some], dtype=np.int32),
+                np.array([example.line for example in some], dtype=np.int64),
+                np.array([example.part for example in some], dtype=np.int32),
+            )
+        )
     files = writer.finish()
     lengths, supervised = writer.lengths(), writer.supervised()
     packing = pack(lengths, max_length)
@@ -213,7 +225,7 @@ def test_a_million_examples_open_fast_and_small(tmp_path):
     mask = ids >= 50
     examples = (StoredExample(ids, mask, 0, number, 0) for number in range(1_000_000))
     start = time.perf_counter()
-    prepared = write_prepared(tmp_path / "p", examples, max_length=4096)
+    prepared = write_prepared(tmp_path / "p", examples, max_length=4096, at_once=1000)
     assert time.perf_counter() - start < 120
     assert prepared.num_rows == 25_000
     command = [sys.executable, "-c", _OPEN_A_MILLION, str(tmp_path / "p")]
