@@ -36,19 +36,24 @@ class Message:
     """Thoughts that the file keeps beside the content (`reasoning_content`)."""
     context: str | None = None
     """Of a question made of an instruction and its input: the input, with which `content` then ends. For instruction templates."""
+    input: str | None = None
+    """The same apart from `content`, which is then the instruction alone: to instruction templates with a place for it."""
     train: bool | None = None
     """The file's own word on whether this turn is a target (`weight`, `loss_weight`); None: `train_on` decides alone."""
 
     @property
     def is_plain(self) -> bool:
         """Nothing but a role and a content, to a template."""
-        return not self.tool_calls and self.name is None and self.tool_call_id is None and self.reasoning is None
+        extras = (self.name, self.tool_call_id, self.reasoning, self.input)
+        return not self.tool_calls and all(extra is None for extra in extras)
 
     def to_dict(self) -> dict[str, Any]:
         """As chat templates expect it: absent fields absent, tool calls a list."""
         value: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning is not None:
             value["reasoning_content"] = self.reasoning
+        if self.input is not None:
+            value["input"] = self.input
         if self.tool_calls:
             value["tool_calls"] = list(self.tool_calls)
         if self.name is not None:
@@ -66,6 +71,8 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     document: bool = False
     """Plain text to go on with, no chat: one message of the role `document`, no template."""
+    variant: int = 0
+    """Which of several instruction templates was drawn."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The messages as chat templates expect them."""

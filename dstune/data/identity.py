@@ -14,8 +14,8 @@ ENCODING_VERSION = "1"
 """Raised whenever the same conversation would become other tokens or another mask."""
 
 
-def fingerprint(tokenizer: Any, template: Template, now: datetime) -> dict[str, dict[str, Any]]:
-    """`tokenizer` and `template`, each with its `sha256`; versions, and the day where the template tells it."""
+def fingerprint(tokenizer: Any, template: Template, now: datetime, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """`tokenizer` and `template`, each with its `sha256`; versions, the day where the template tells it, the seed where it draws."""
     settings = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     source = template.source + "\0" + (template.tool_source or "")
     about: dict[str, Any] = {
@@ -26,6 +26,8 @@ def fingerprint(tokenizer: Any, template: Template, now: datetime) -> dict[str, 
     }
     if "strftime_now" in source:
         about["day"] = now.strftime("%Y-%m-%d")
+    if template.num_variants > 1:
+        about["seed"] = seed
     return {
         "tokenizer": {
             "sha256": _sha256(tokenizer.backend_tokenizer.to_str() + settings),

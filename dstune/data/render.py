@@ -54,14 +54,18 @@ class Renderer:
 
     def render(self, conversation: Conversation, prompt: bool = False) -> Rendered:
         """The conversation's text. Raises Refused where the template refuses it or drops something of it."""
-        rendered = self._render(conversation.to_dicts(), list(conversation.tools) or None, prompt)
+        tools = list(conversation.tools) or None
+        rendered = self._render(conversation.to_dicts(), tools, prompt, conversation.variant)
         if not prompt:
             self._check_complete(conversation, rendered.text)
         return rendered
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> Rendered:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool, variant: int = 0
+    ) -> Rendered:
+        variables = {**self._variables, "variant": variant} if self.template.num_variants else self._variables
         try:
-            return self._compiled[bool(tools)].render(messages, tools, self._variables, prompt)
+            return self._compiled[bool(tools)].render(messages, tools, variables, prompt)
         except (jinja2.TemplateError, TemplateLimit) as error:
             raise Refused("template_refused", f"template {self.template.name}: {error}") from None
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
@@ -91,7 +95,9 @@ class Renderer:
         """Which ranges of `text` come from the conversation; None where marking it changes what the template writes."""
         try:
             marks = Marks(conversation, pieces)
-            found, ranges = marks.find(self._render(marks.messages, marks.tools, False).text, lenient)
+            found, ranges = marks.find(
+                self._render(marks.messages, marks.tools, False, conversation.variant).text, lenient
+            )
         except (ValueError, Refused):
             return None
         return ranges if found == text else None
@@ -284,7 +290,7 @@ class Renderer:
     def check(self) -> tuple[Conversation, Rendered, list[Span]]:
         """A plain conversation, rendered and marked. Raises ConfigError where this template cannot do that."""
         failures: list[Refused] = []
-        for messages in _PROBES:
+        for messages in self.template.probes or _PROBES:
             conversation = Conversation(messages)
             try:
                 rendered = self.render(conversation)
@@ -331,7 +337,7 @@ def _must_appear(message: Message) -> list[str]:
     content = message.content
     if message.role == "assistant":
         content = _spoken(content)
-    said = [content.strip()] if content.strip() else []
+    said = [one.strip() for one in (content, message.input or "") if one.strip()]
     return said + [call["function"]["name"] for call in message.tool_calls]
 
 

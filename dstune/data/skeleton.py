@@ -251,6 +251,7 @@ class Skeletons:
         """`lay` renders and marks one conversation; it raises Refused."""
         self._lay = lay
         self._variables = dict(variables)
+        self._variants = template.num_variants
         self._known: dict[Shape, list[Skeleton]] = {}
         self._failures: dict[Shape, int] = {}
         try:
@@ -288,7 +289,7 @@ class Skeletons:
         """What two conversations must share to have one skeleton; None where there is more to them than roles and contents."""
         if self._template is None or conversation.tools:
             return None
-        shape: list[str] = []
+        shape = [str(conversation.variant)]
         for message in conversation.messages:
             if not message.is_plain or not message.content or message.content.isspace():
                 return None
@@ -302,7 +303,7 @@ class Skeletons:
             for number, message in enumerate(conversation.messages)
         ]
         try:
-            pieces = self._pieces(messages)
+            pieces = self._pieces(messages, conversation.variant)
         except (Inspected, Refused, TemplateLimit, jinja2.TemplateError):
             return None
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError):
@@ -321,12 +322,13 @@ class Skeletons:
             placed.append((first, last, message))
         return Skeleton(pieces, tuple(dict.fromkeys(asked)), tuple(placed))
 
-    def _pieces(self, messages: list[dict[str, Any]]) -> tuple[str | tuple[int, bool], ...]:
+    def _pieces(self, messages: list[dict[str, Any]], variant: int) -> tuple[str | tuple[int, bool], ...]:
         assert self._template is not None
         self._environment.start()
+        variables = {**self._variables, "variant": variant} if self._variants else self._variables
         text = "".join(
             self._template.generate(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
+                messages=messages, tools=None, documents=None, add_generation_prompt=False, **variables
             )
         )
         pieces: list[str | tuple[int, bool]] = []

@@ -1,6 +1,7 @@
-"""Which chat template a run uses: the tokenizer's own, a built-in one, or a file."""
+"""Which chat template a run uses: the tokenizer's own, a built-in one, a file, or instruction templates."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -9,6 +10,8 @@ from typing import Any
 
 import jinja2
 
+from dstune.data import instruction
+from dstune.data.conversation import Message
 from dstune.data.jinja_sandbox import ChatTemplate
 from dstune.errors import ConfigError, Problem
 
@@ -84,6 +87,12 @@ class Template:
     """Used for conversations with tools, by tokenizers that have two templates."""
     markers: tuple[str, ...] = ()
     """Tokens that a built-in template's family has."""
+    num_variants: int = 0
+    """Of instruction templates: how many draws there are. 0: a chat template."""
+    takes_input: bool = False
+    """Of instruction templates: some have a place for the input apart from the instruction."""
+    probes: tuple[tuple[Message, ...], ...] = ()
+    """Of instruction templates: plain conversations of each kind that they take."""
 
     def for_tools(self, tools: bool) -> str:
         """The text that transformers would take for a conversation with or without tools."""
@@ -93,18 +102,54 @@ class Template:
 def resolve_template(written: str | list[str], tokenizer: Any, base: Path, seq2seq: bool = False) -> Template:
     """The template that the run file's `data.template` names. Raises ConfigError, listing the choices, where there is none."""
     if isinstance(written, list):
-        raise ConfigError(Problem("data.template", "a list of instruction templates", "one template"))
+        return _instruction(written, tokenizer, base, seq2seq)
     if written in BUILTIN:
         return builtin_template(written, tokenizer)
     if written == "auto":
         return _automatic(tokenizer, seq2seq)
+    if instruction.is_text(written) or written.endswith(".txt"):
+        return _instruction([written], tokenizer, base, seq2seq)
     path = base / Path(written).expanduser()
     if path.is_file():
         return _from_file(written, path)
-    near = difflib.get_close_matches(written, ["auto", *BUILTIN], 1)
+    near = difflib.get_close_matches(written.lower(), ["auto", *BUILTIN], 1)
     do = f"did you mean {near[0]!r}?" if near and not written.endswith(".jinja") else f"looked for {path}"
-    expected = f"auto, {', '.join(BUILTIN)}, or a .jinja file"
+    expected = f"auto, {', '.join(BUILTIN)}, a .jinja file, or texts with `{{instruction}}`"
     raise ConfigError(Problem("data.template", f"there is no template {written!r}", expected, do))
+
+
+def _instruction(written: Sequence[str], tokenizer: Any, base: Path, seq2seq: bool) -> Template:
+    """Instruction templates, each a text or a .txt file of texts, as one chat template."""
+    texts: list[str] = []
+    for one in written:
+        path = base / Path(one).expanduser() if not instruction.is_text(one) else None
+        if path is None:
+            texts.append(one)
+        elif path.is_file() and path.suffix == ".txt":
+            try:
+                texts += instruction.texts_of_file(path)
+            except UnicodeDecodeError:
+                raise ConfigError(Problem(one, "the instruction templates are not UTF-8")) from None
+        else:
+            expected = "in a list, texts with `{instruction}` and .txt files of such texts"
+            raise ConfigError(Problem("data.template", repr(one), expected, f"looked for {path}"))
+    if not texts:
+        raise ConfigError(Problem("data.template", "an empty list", "texts with `{instruction}`"))
+    kinds = instruction.groups(texts)
+    head = _head(tokenizer, "instruction", _FAMILIES["plain"])
+    return Template(
+        f"{len(texts)} instruction template{'s' if len(texts) > 1 else ''}",
+        f"{head}{{%- set SOURCE_END = {'END' if seq2seq else repr('')} %}}\n{instruction.jinja(texts)}",
+        num_variants=instruction.num_variants(texts),
+        takes_input=any(kind.input for kind in kinds),
+        probes=tuple(_probe(kind) for kind in kinds),
+    )
+
+
+def _probe(kind: instruction.Takes) -> tuple[Message, ...]:
+    system = [Message("system", "Be brief.")] if kind.system else []
+    question = Message("user", "Name a colour.", input="Grass and leaves." if kind.input else None)
+    return (*system, question, Message("assistant", "A shade of green."))
 
 
 def _from_file(written: str, path: Path) -> Template:
@@ -160,6 +205,12 @@ def builtin_template(name: str, tokenizer: Any) -> Template:
     tokenizer has it, else the tokenizer's end of sequence, else another end that it has. Raises ConfigError where it has none.
     """
     family = _FAMILIES[name]
+    source = f"{_head(tokenizer, name, family)}{family.settings}\n{_text(family.file or name)}"
+    return Template(name, source, markers=family.markers)
+
+
+def _head(tokenizer: Any, name: str, family: _Family) -> str:
+    """Jinja that says what begins a text (BOS) and what ends an answer (END)."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     end = family.end
     if end in added:
@@ -176,8 +227,7 @@ def builtin_template(name: str, tokenizer: Any) -> Template:
             Problem("data.template", came, "an `eos_token` in its tokenizer_config.json", "or `template: chatml`")
         )
     bos = "bos_token" if _begins(tokenizer, family) else repr("")
-    head = f"{{%- set BOS = {bos} %}}{{%- set END = {written} %}}{family.settings}\n"
-    return Template(name, head + _text(family.file or name), markers=family.markers)
+    return f"{{%- set BOS = {bos} %}}{{%- set END = {written} %}}"
 
 
 def _begins(tokenizer: Any, family: _Family) -> bool:

@@ -1,13 +1,16 @@
 """Conversations become examples: token ids exactly as `apply_chat_template` gives them, and which of them are targets."""
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 
+from dstune.data import instruction
 from dstune.data.annotate import TRUSTED_ROLES
 from dstune.data.control import ControlTokens, TextTokenizer, unknown_token
 from dstune.data.conversation import Conversation, Example, Message, Refused
@@ -48,8 +51,10 @@ class Encoder:
         seq2seq: bool = False,
         now: datetime | None = None,
         shortcuts: bool = True,
+        seed: int = 0,
     ) -> None:
-        """`now` is what a template's `strftime_now` tells; without `shortcuts` everything goes the long way.
+        """`now` is what a template's `strftime_now` tells; without `shortcuts` everything goes the long way; `seed` draws one of
+        several instruction templates for each conversation.
 
         Raises ConfigError where the template cannot mark the assistant."""
         if not isinstance(tokenizer.backend_tokenizer, tokenizers.Tokenizer):
@@ -66,6 +71,7 @@ class Encoder:
         self.lossy_text = lossy_text
         self.seq2seq = seq2seq
         self.now = now or datetime.now()
+        self.seed = seed
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         serialised = self._backend.to_str()
         parsed = json.loads(serialised)
@@ -85,8 +91,14 @@ class Encoder:
         self._probe()
 
     def __reduce__(self) -> tuple[type["Encoder"], tuple[Any, ...]]:
-        settings = (self.train_on, self.control_tokens, self.lossy_text, self.seq2seq, self.now, self.shortcuts)
-        return Encoder, (self.tokenizer, self.template, *settings)
+        settings = (self.train_on, self.control_tokens, self.lossy_text, self.seq2seq, self.now)
+        return Encoder, (self.tokenizer, self.template, *settings, self.shortcuts, self.seed)
+
+    def without_shortcuts(self) -> "Encoder":
+        """The same encoder, which goes the long way for everything."""
+        other = copy.copy(self)
+        other.shortcuts, other._fast = False, None
+        return other
 
     def _probe(self) -> None:
         """Encode a plain conversation as a check of everything above, and look how a turn ends."""
@@ -130,7 +142,7 @@ class Encoder:
                 if conversation.document:
                     results[place] = self._document(conversation)
                     continue
-                laid.append((place, self._lay(conversation, self.shortcuts)))
+                laid.append((place, self._lay(self._asked(conversation), self.shortcuts)))
             except Refused as error:
                 results[place] = error
         if self._fast is not None:
@@ -200,7 +212,7 @@ class Encoder:
         laid: list[tuple[int, Laid]] = []
         for place, at in enumerate(chosen):
             try:
-                laid.append((place, self._lay(conversations[at], False)))
+                laid.append((place, self._lay(self._asked(conversations[at]), False)))
             except Refused as error:
                 again[place] = error
         self._encode_long(laid, again)
@@ -212,7 +224,7 @@ class Encoder:
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """What the result of encoding depends on, beside the conversations."""
-        return fingerprint(self.tokenizer, self.template, self.now)
+        return fingerprint(self.tokenizer, self.template, self.now, self.seed)
 
     def summary(self) -> dict[str, Any]:
         """For manifests and people: how answers are marked and end, and whether the tokenizer can lose text."""
@@ -240,6 +252,13 @@ class Encoder:
     def _needs_spans(self, conversation: Conversation) -> bool:
         """Whether everything is a target but a turn that the file excludes."""
         return self.train_on == "all" and any(message.train is False for message in conversation.messages)
+
+    def _asked(self, conversation: Conversation) -> Conversation:
+        """With one of several instruction templates drawn for it, and its input where that has its place."""
+        if not self.template.num_variants:
+            return conversation
+        variant = instruction.drawn(conversation, self.template.num_variants, self.seed)
+        return replace(instruction.apart(conversation) if self.template.takes_input else conversation, variant=variant)
 
     def _lay(self, conversation: Conversation, shortcut: bool) -> Laid:
         if self.seq2seq:
@@ -331,7 +350,7 @@ class Encoder:
         """The control tokens of a conversation of this shape with harmless contents; None where that says nothing."""
         if conversation.tools:
             return None
-        shape: list[str] = []
+        shape = [str(conversation.variant)]
         for m in conversation.messages:
             if m.tool_calls or m.role not in TRUSTED_ROLES:
                 return None
@@ -373,7 +392,7 @@ class Encoder:
 
 def _traits(message: Message) -> str:
     """What else a template may go by, but for what is said."""
-    present = (message.content.strip(), message.name, message.tool_call_id, message.reasoning)
+    present = (message.content.strip(), message.name, message.tool_call_id, message.reasoning, message.input)
     return "".join("-" if value is None else "x" if value else "0" for value in present)
 
 
@@ -397,9 +416,11 @@ def _harmless(conversation: Conversation) -> Conversation:
                 name=None if message.name is None else "x",
                 tool_call_id=None if message.tool_call_id is None else "x",
                 reasoning=None if message.reasoning is None else "x",
+                input="x" if message.input else message.input,
             )
             for message in conversation.messages
-        )
+        ),
+        variant=conversation.variant,
     )
 
 
@@ -410,4 +431,4 @@ def _up_to_answer(conversation: Conversation) -> Conversation:
         messages.pop()
     if not messages:
         raise Refused("no_supervised_tokens", "no answer to learn in this conversation")
-    return Conversation(tuple(messages), conversation.tools)
+    return replace(conversation, messages=tuple(messages))
