@@ -95,7 +95,7 @@ def prepare(
     require_files(config.data, base)  # before a hub is asked for the model: this takes no time
     seq2seq = is_seq2seq(config.model, base)
     packing = packs(config.model, base) if config.data.packing == "auto" else config.data.packing
-    encoder = make_encoder(config.model, config.data, base, seq2seq)
+    encoder = make_encoder(config.model, config.data, base, seq2seq, config.train.seed)
     if config.data.prepared is not None:
         return _existing(resolve(config.data.prepared, base), encoder)
     build = _Build(config, base, packing, encoder, progress or _ignore, mapper)
