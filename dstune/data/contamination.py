@@ -1,6 +1,8 @@
 """Conversations that share long runs of words with evaluation files: what a model must not have seen before it is examined.
 
-The way of GPT-3 (Brown et al. 2020, appendix C): runs of 13 words, in lower case and without punctuation.
+The way of GPT-3 (Brown et al. 2020, appendix C): runs of 13 words, in lower case and without punctuation. Where most of a run is
+written without blanks (Chinese, …) it is of characters, and twice as long. Of evaluation texts that are shorter than a run all
+is compared, if that is at least 8 words, or 16 characters.
 """
 
 import itertools
@@ -13,15 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dstune.atomic import sha256_file
 from dstune.config.schema import DecontaminateSection, Source
 from dstune.data.conversation import Conversation, Refused
-from dstune.data.sources import SourceFile, expand, read
-from dstune.data.words import HashArray, ngrams, words
+from dstune.data.sources import SourceFile, digest, expand, read
+from dstune.data.words import HashArray, Words, ngrams, words
 from dstune.errors import DataError, Problem
 
 SHORTEST = 8
 """An evaluation text of fewer words says nothing about where it came from: it is not looked for."""
+TELLING_CHARACTERS = 3
+"""A run whose words have fewer on average is made of numbers and variables: too many texts share it."""
 FORM_RECORDS, FORM_SHARE = 10, 0.05
 """A run of words in more records of a file than both is the evaluation's form (its instructions), not its content."""
 _EXCERPT_CHARACTERS = 200
@@ -72,7 +75,7 @@ class Contamination:
 
     files: tuple[_File, ...]
     runs: dict[int, _Runs]
-    """By length in words: the section's `ngram`, and the lengths of shorter texts, which are looked for whole."""
+    """By length in words: the section's `ngram`, twice that for characters, and the lengths of shorter texts."""
     places: npt.NDArray[np.int64]
     """[records, 2] The number of the file and the line of each."""
 
@@ -80,10 +83,15 @@ class Contamination:
     def build(cls, section: DecontaminateSection, base: Path, max_record_bytes: int) -> "Contamination":
         """Reads every evaluation file. Raises ConfigError where one is missing, DataError for a record that cannot be read.
 
-        All texts of a record count, whatever its form; with `columns`, the named ones alone.
+        All texts of a record count, whatever its form; with `columns`, the named ones alone, and of a Natural Instructions task
+        its instances: the definition is what training and evaluation share on purpose.
         """
         sources = [Source(path=one) if isinstance(one, str) else one for one in section.against]
-        found = [_read(source, base, max_record_bytes, section.ngram) for source in sources]
+        try:
+            found = [_read(source, base, max_record_bytes, section.ngram) for source in sources]
+        except OSError as error:
+            where = str(error.filename or "data.decontaminate")
+            raise DataError(Problem(where, f"cannot be read: {error.strerror or error}")) from None
         read_files = [one for files in found for one in files]
         places = [(number, line) for number, (_, lines, _) in enumerate(read_files) for line in lines]
         offsets = np.cumsum([0, *(len(lines) for _, lines, _ in read_files)])
@@ -173,21 +181,52 @@ def _read_file(file: SourceFile, ngram: int, limit: int | None) -> _ReadFile:
         for length, hashes in of_record.items():
             found.setdefault(length, []).append((hashes, np.full(len(hashes), number, np.int32)))
     form = max(FORM_RECORDS, FORM_SHARE * len(lines))
-    digest = "" if file.is_builtin else sha256_file(file.path)
     runs = {length: _merged(parts, form) for length, parts in found.items()}
-    return _File(file.name, digest, len(lines), unchecked), lines, runs
+    return _File(file.name, "" if file.is_builtin else digest(file), len(lines), unchecked), lines, runs
 
 
 def _runs_of(value: dict[str, Any], source: Source, ngram: int) -> dict[int, HashArray]:
     """The distinct runs of one record, by length."""
-    looked_at = [value.get(theirs) for theirs in source.columns.values()] if source.columns else value
     runs: dict[int, list[HashArray]] = {}
-    for text in _texts(looked_at):
-        hashes = words([text]).hashes
-        length = min(ngram, len(hashes))
-        if length >= min(SHORTEST, ngram):
-            runs.setdefault(length, []).append(ngrams(hashes, length))
+    for text in _texts(_contents(value, source)):
+        for length, hashes in _runs_of_text(words([text]), ngram):
+            if len(hashes):
+                runs.setdefault(length, []).append(hashes)
     return {length: np.unique(np.concatenate(parts)) for length, parts in runs.items()}
+
+
+def _contents(value: dict[str, Any], source: Source) -> Any:
+    """What of a record is looked at: the named columns, of a Natural Instructions task its instances, else all."""
+    if source.columns:
+        return [value.get(theirs) for theirs in source.columns.values()]
+    return value["Instances"] if {"Definition", "Instances"} <= value.keys() else value
+
+
+def _runs_of_text(found: Words, ngram: int) -> Iterator[tuple[int, HashArray]]:
+    """The runs that say where they came from: of words, and of twice as many characters."""
+    count = len(found.hashes)
+    factor = 2 if found.alone.sum() * 2 > count else 1
+    if count < factor * ngram:
+        if count >= factor * min(SHORTEST, ngram):
+            yield count, ngrams(found.hashes, count)[_telling(found, count, factor == 2)]
+        return
+    for length, alone in ((ngram, False), (2 * ngram, True)):
+        if count >= length:
+            yield length, ngrams(found.hashes, length)[_telling(found, length, alone)]
+
+
+def _telling(found: Words, length: int, alone: bool) -> npt.NDArray[np.bool_]:
+    """[runs] Whether most of it is (`alone`) or is not characters by themselves, and its words are no mere signs."""
+    mostly_alone = _sums(found.alone, length) * 2 > length
+    if alone:
+        return mostly_alone
+    return ~mostly_alone & (_sums(found.ends - found.starts, length) >= TELLING_CHARACTERS * length)
+
+
+def _sums(values: npt.NDArray[Any], length: int) -> npt.NDArray[np.int64]:
+    """[values - length + 1] The sum of each run."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    return total[length:] - total[:-length]
 
 
 def _merged(parts: Iterable[tuple[HashArray, npt.NDArray[np.int32]]], most_records: float = np.inf) -> _Runs:

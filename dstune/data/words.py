@@ -44,6 +44,8 @@ class Words:
     """[words] Where each begins in `text`."""
     ends: IntArray
     """[words] Where each ends in `text`."""
+    alone: npt.NDArray[np.bool_]
+    """[words] Whether it is one character of a script that is written without blanks."""
     text: str
     """All texts in lower case, a line end between two."""
 
@@ -86,7 +88,7 @@ def words(texts: Sequence[str]) -> Words:
     inside = np.flatnonzero(kinds)
     if not len(inside):
         none = np.zeros(0, np.int64)
-        return Words(np.zeros(0, np.uint64), np.zeros(len(texts) + 1, np.int64), none, none, joined)
+        return Words(np.zeros(0, np.uint64), np.zeros(len(texts) + 1, np.int64), none, none, none > 0, joined)
     begins = kinds == _ALONE
     begins[0] |= kinds[0] == _LETTER
     begins[1:] |= (kinds[1:] == _LETTER) & (kinds[:-1] != _LETTER)
@@ -96,7 +98,8 @@ def words(texts: Sequence[str]) -> Words:
     place = np.arange(len(inside)) - np.repeat(first, lengths)
     terms = (codes[inside].astype(np.uint64) + np.uint64(1)) * _powers(int(lengths.max()))[place]
     offsets = np.concatenate([[0], np.searchsorted(starts, ends_of_texts)])
-    return Words(_mixed(np.add.reduceat(terms, first)), offsets, starts, starts + lengths, joined)
+    hashes = _mixed(np.add.reduceat(terms, first))
+    return Words(hashes, offsets, starts, starts + lengths, kinds[starts] == _ALONE, joined)
 
 
 def ngrams(hashes: HashArray, n: int) -> HashArray:

@@ -92,7 +92,12 @@ class ControlCharacters(Step):
         return edited(conversation, _visible)
 
 
+_SUSPECT = re.compile(
+    "[^\t\n\r -~\u00a1-\u00ac\u00ae-\u1fff\u2010-\u2027\u2030-\u205f\u2070-\ufefe\uff00-\ufff8\U00010000-\U000dffff]"
+)
+
+
 def _visible(text: str) -> str:
-    if text.isprintable():
+    if not _SUSPECT.search(text):
         return text
     return _INVISIBLE.sub("", _LINE_ENDS.sub("\n", _ESCAPES.sub("", text).translate(_WINDOWS)))

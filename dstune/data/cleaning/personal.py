@@ -229,7 +229,7 @@ def _everywhere(conversation: Conversation, edit: Callable[[str], str]) -> Conve
     same = all(
         new is old for new, old in zip((*messages, *tools), (*conversation.messages, *conversation.tools), strict=True)
     )
-    return conversation if same else Conversation(messages, tools)
+    return conversation if same else replace(conversation, messages=messages, tools=tools)
 
 
 def _in_message(message: Message, edit: Callable[[str], str]) -> Message:
@@ -238,7 +238,8 @@ def _in_message(message: Message, edit: Callable[[str], str]) -> Message:
     calls = tuple(_in_value(call, edit) for call in message.tool_calls)
     if content is message.content and reasoning is message.reasoning and all(map(_same, calls, message.tool_calls)):
         return message
-    return replace(message, content=content, reasoning=reasoning, tool_calls=calls)
+    context = None if message.context is None else edit(message.context)
+    return replace(message, content=content, reasoning=reasoning, tool_calls=calls, context=context)
 
 
 def _same(one: Any, other: Any) -> bool:

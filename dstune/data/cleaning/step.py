@@ -46,7 +46,8 @@ def _edited_message(message: Message, edit: Edit) -> Message:
     reasoning = None if message.reasoning is None else edit(message.reasoning)
     if content == message.content and reasoning == message.reasoning:
         return message
-    return replace(message, content=content, reasoning=reasoning)
+    context = None if message.context is None else edit(message.context)
+    return replace(message, content=content, reasoning=reasoning, context=context)
 
 
 def outside_code(text: str, edit: Edit) -> str:
