@@ -1,5 +1,7 @@
 """The page of `dstune preview --html`: what it shows is what is in the data, and what is in the data stays text."""
 
+import copy
+import dataclasses
 import html.parser
 import json
 import re
@@ -44,6 +46,9 @@ ALLOWED = """
 html head meta title style body a header h1 h2 h3 bdi p nav main section ul li b dl div dt dd small table thead tbody tr th td br
 span svg g rect line text figure figcaption details summary code mark i u
 """
+
+
+FINDING = re.compile('<li class="(good|note|warn)">(.*?)</li>')
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +247,23 @@ def test_reasons_come_from_the_manifest_and_their_lines_from_the_rejects(made, m
     monkeypatch.setattr(survey, "_MOST_REJECT_BYTES", 1)
     assert [reason.count for reason in survey.reasons(prepared, 2)] == [6, 3, 1]
     assert sum(len(reason.first) for reason in survey.reasons(prepared, 2)) == 1
+
+
+def test_what_the_run_file_asks_for_is_no_alarm(made):
+    """Cleaning, repetitions, selection: as the manifest has them where they are asked for."""
+    prepared, tokenizer = made
+    manifest = copy.deepcopy(dict(prepared.manifest))
+    manifest["settings"] |= {"deduplicate": {"method": "near"}, "clean": ["<b>"]}
+    manifest["selection"] = {"by": "ifd"}
+    first = manifest["sources"][0]
+    first["conversations"]["dropped"] |= {"near_duplicate": 12, "clean_refusal": 3, "not_selected": 40}
+    first |= {"cleaned": {"markup": 7}, "flagged": {"email": 2}}
+    shown = html_page(dataclasses.replace(prepared, manifest=manifest), tokenizer, 1, 0)
+    alarms, notes = ([text for found, text in FINDING.findall(shown) if found == level] for level in ("warn", "note"))
+    assert not any("near_duplicate" in text or "clean_refusal" in text for text in alarms)
+    assert any("40 not_selected, 12 near_duplicate, 3 clean_refusal" in text for text in notes)
+    assert any("7 markup" in text for text in notes) and any("2 email" in text for text in notes)
+    assert "12 conversations left out" in shown and "[&#34;&lt;b&gt;&#34;]" in shown
 
 
 def test_a_part_of_the_tokens_is_read_where_there_are_too_many(made, monkeypatch):

@@ -1,5 +1,6 @@
 """What a look at the figures tells by itself: what is as it should be, what to know, and what to look into before paying."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -47,27 +48,28 @@ def _total(sources: Sequence[dict[str, Any]], key: str) -> int:
 def _left_out(sources: Sequence[dict[str, Any]], reasons: Sequence[Reason]) -> Iterator[Finding]:
     read = sum(source["records"]["read"] for source in sources)
     made = sum(source["conversations"]["made"] for source in sources)
-    records, conversations = (
-        sum(reason.records for reason in reasons),
-        sum(reason.conversations for reason in reasons),
-    )
-    for dropped, whole, what in ((records, read, "record"), (conversations, made, "conversation")):
-        if dropped:
-            names = ", ".join(
-                f"{count:,} {reason.name}"
-                for reason in reasons
-                if (count := reason.records if what == "record" else reason.conversations)
-            )
-            level = "warn" if dropped > _MUCH_LEFT_OUT * whole else "note"
-            yield Finding(level, f"{dropped:,} of {many(whole, what)} ({share(dropped, whole)}) left out: {names}.")
-    if not records + conversations:
-        yield Finding(
-            "good", f"Every one of {many(read, 'record')} is used, every one of {many(made, 'conversation')} kept."
-        )
+    if not reasons:
+        yield Finding("good", f"Nothing is left out: {many(read, 'record')} read, {many(made, 'conversation')} kept.")
+    for asked, how in ((False, "left out"), (True, "left out as the run file asks")):
+        some = [reason for reason in reasons if reason.is_asked == asked]
+        records = {reason.name: reason.records for reason in some if reason.records}
+        conversations = {reason.name: reason.conversations for reason in some if reason.conversations}
+        for counts, whole, what in ((records, read, "record"), (conversations, made, "conversation")):
+            if dropped := sum(counts.values()):
+                names = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+                level = "warn" if not asked and dropped > _MUCH_LEFT_OUT * whole else "note"
+                yield Finding(level, f"{dropped:,} of {many(whole, what)} ({share(dropped, whole)}) {how}: {names}.")
 
 
 def _changed(manifest: Any, found: Survey) -> Iterator[Finding]:
     sources = manifest["sources"]
+    for key, how in (("cleaned", "changed by cleaning"), ("flagged", "flagged by cleaning, and as they were")):
+        steps = Counter[str]()
+        for source in sources:
+            steps.update(source.get(key, {}))
+        if steps:
+            names = ", ".join(f"{count:,} {name}" for name, count in steps.most_common())
+            yield Finding("note", f"Conversations {how}: {names}.")
     if cut := sum(source["conversations"]["truncated"] for source in sources):
         yield Finding("warn", f"{many(cut, 'conversation')} cut to max_length: what stood behind is not trained.")
     if lost := _total(sources, "lossy_characters"):

@@ -6,6 +6,7 @@ spells every invisible character (`_settled`), so that no place can forget it.
 
 import base64
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -99,6 +100,7 @@ def html_page(prepared: Prepared, tokenizer: Any, count: int, seed: int) -> str:
             counts=manifest["counts"],
             settings=manifest["settings"],
             marks=_MASKS.get(manifest["encoding"]["mask"], manifest["encoding"]["mask"]),
+            asked=_asked(manifest),
             validation=held_out.manifest["counts"] if held_out else None,
             findings=findings(prepared, found, why_out),
             files=_files(prepared, found),
@@ -116,6 +118,14 @@ def html_page(prepared: Prepared, tokenizer: Any, count: int, seed: int) -> str:
             drawn=min(max(count, 0), prepared.num_examples),
         )
     )
+
+
+def _asked(manifest: Any) -> list[tuple[str, str]]:
+    """What the run file asks for beside the plain preparation, as JSON."""
+    keys = {"Cleaning": "clean", "Deduplicate": "deduplicate", "Decontaminate": "decontaminate", "Turns": "turns"}
+    found = {name: manifest["settings"].get(key) for name, key in keys.items()}
+    found |= {"Mixing temperature": manifest["settings"].get("temperature"), "Selection": manifest.get("selection")}
+    return [(name, json.dumps(value, ensure_ascii=False)) for name, value in found.items() if value]
 
 
 @cache

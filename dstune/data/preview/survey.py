@@ -23,8 +23,10 @@ MOST_TOKENS = 1 << 27
 """Token ids that are read for `Survey.looked`: half a gigabyte, some seconds."""
 OVERLONG = "overlong"
 """The reason of what is longer than `max_length`."""
-_REPETITIONS = ("duplicate", "contaminat")
-"""What the reasons of repeated and contaminated conversations are called by; a key that stands twice is no such thing."""
+_REPETITIONS = ("duplicate", "near_duplicate", "contaminated")
+_ASKED = (*_REPETITIONS, "not_selected")
+_CLEANING = "clean_"
+"""How the reasons of cleaning steps begin."""
 _MOST_REJECT_BYTES = 32 << 20
 """Of rejects.jsonl; the counts come from the manifest, whatever is read."""
 _MOST_SOURCES_SAMPLED = 12
@@ -177,7 +179,12 @@ class Reason:
     @property
     def is_repetition(self) -> bool:
         """Left out because another conversation, or an evaluation file, says the same."""
-        return any(word in self.name for word in _REPETITIONS) and self.name != "duplicate_key"
+        return self.name in _REPETITIONS
+
+    @property
+    def is_asked(self) -> bool:
+        """The run file asks for it: nothing is wrong with the data."""
+        return self.name in _ASKED or self.name.startswith(_CLEANING)
 
 
 def reasons(prepared: Prepared, shown: int) -> list[Reason]:
