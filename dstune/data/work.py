@@ -156,7 +156,7 @@ class _Work:
     def _expanded(self, one: Conversation | Refused) -> Sequence[Conversation | Refused]:
         if not self._job.expand or isinstance(one, Refused):
             return (one,)
-        return expand(one) or (one,)
+        return expand(one, self._job.encoder.train_on)
 
     def _clean(self, made: list[_Made], tally: FileTally, drops: list[Drop]) -> list[_Made]:
         """What the cleaning steps and the comparison with evaluation data leave."""
