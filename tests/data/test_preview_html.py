@@ -201,6 +201,14 @@ def test_the_page_never_scrolls_sideways(opened, width):
     assert opened.value(f"{wide}.length") == 0
 
 
+def test_what_is_folded_is_printed_too(opened):
+    opened.value("document.querySelectorAll('details').forEach(one => one.open = false)")
+    folded = "[...document.querySelectorAll('.talk:not(.legend *)')].filter(one => !one.checkVisibility()).length"
+    assert opened.value(folded) > 40
+    opened.call("Emulation.setEmulatedMedia", media="print")
+    assert opened.value(folded) == 0
+
+
 def test_each_token_has_its_number(opened, made):
     prepared, _ = made
     titles = opened.value(

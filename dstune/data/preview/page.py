@@ -33,6 +33,8 @@ _FILES_SHOWN = 100
 _REASONS_SHOWN = 40
 _REJECTS_SHOWN = 5
 _ROWS_DRAWN = 5
+_MOST_DRAWN = 500
+"""Conversations."""
 _MOST_CHARACTERS = 300
 """Of a path, a template's text, a reason: the middle of what is longer is left out."""
 _MASKS = {
@@ -75,10 +77,11 @@ def _is_page(path: Path) -> bool:
 
 
 def html_page(prepared: Prepared, tokenizer: Any, count: int, seed: int) -> str:
-    """The whole page: figures of all examples, and `count` conversations drawn by `seed` beside the extreme ones.
+    """The whole page: figures of all examples, and `count` conversations (at most 500) drawn by `seed` beside the extreme ones.
 
     A few megabytes at most, whatever the data holds.
     """
+    count = max(0, min(count, _MOST_DRAWN, prepared.num_examples))
     marked = Marked.of(tokenizer)
     found = survey(prepared, marked)
     why_out = reasons(prepared, _REJECTS_SHOWN)
@@ -115,7 +118,7 @@ def html_page(prepared: Prepared, tokenizer: Any, count: int, seed: int) -> str:
             rows=charts.row_pictures(prepared, _rows_drawn(prepared, seed)),
             conversations=conversations(prepared, tokenizer, marked, chosen(prepared, found, count, seed)),
             seed=seed,
-            drawn=min(max(count, 0), prepared.num_examples),
+            drawn=count,
         )
     )
 
