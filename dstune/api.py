@@ -81,15 +81,12 @@ def select(run: RunFile, overrides: Sequence[str] = (), *, count: int = 5, progr
 
     Raises ConfigError, DataError, RunFailed.
     """
-    from dstune.data.tokenize import load_tokenizer
     from dstune.records.console import PreparationProgress
-    from dstune.selection import choose, report
+    from dstune.selection import report
 
     loaded = _loaded(run, overrides)
     with PreparationProgress(shown=progress) as show:
-        choice = choose.choose(loaded.config, loaded.base, show)
-        prepared = choice.prepared(loaded.config.name)
-    return report.describe(choice, prepared, load_tokenizer(loaded.config.model, loaded.base), max(0, count))
+        return report.explain(loaded.config, loaded.base, count, show)
 
 
 def preview(
@@ -211,7 +208,7 @@ def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
     prepared = start.open_prepared(loaded, paths)
     executor = bare.JoinedExecutor(world.world_size, lambda directory, attempt: worker.lead(world, directory, attempt))
     limits = DriveLimits(workers_wanted=world.world_size, workers_min=world.world_size, max_failures=0)
-    with Watcher(_total_steps(loaded, prepared), loaded.config.report.console) as observe:
+    with Watcher(start.total_steps(loaded, prepared), loaded.config.report.console) as observe:
         return start.drive_with(loaded, paths, prepared, executor, limits, observe).exit_status
 
 
@@ -274,23 +271,9 @@ def resubmit(
 def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
     """What is committed, oldest first; `verify` reads every byte of it."""
     directory = _checkpoints(run)
-    from dstune.checkpoint import resolve
-    from dstune.checkpoint.layout import load_manifest
+    from dstune.checkpoint import listing
 
-    found = resolve.committed(directory)
-    rows: list[dict[str, Any]] = []
-    for one in sorted(found, key=lambda checkpoint: checkpoint.step):
-        problems = resolve.verify(one) if verify else []
-        verdict = ("whole" if not problems else "; ".join(problems)) if verify else "committed"
-        rows.append({"step": one.step, "directory": str(one.directory), "problems": problems, "verdict": verdict})
-        if not problems:
-            manifest = load_manifest(one.directory)
-            rows[-1] |= {
-                "bytes": manifest.total_bytes,
-                "world_size": manifest.world_size,
-                "metrics": dict(manifest.metrics),
-            }
-    return rows
+    return listing.described(directory, verify)
 
 
 def export(
@@ -395,7 +378,9 @@ def _drive(
     from dstune.launch.observers import Watcher
 
     prepared = start.open_prepared(loaded, paths)
-    with Watcher(_total_steps(loaded, prepared), loaded.config.report.console if progress else None, *hooks) as observe:
+    with Watcher(
+        start.total_steps(loaded, prepared), loaded.config.report.console if progress else None, *hooks
+    ) as observe:
         observe.say(f"starting Ray{' at ' + address if address else ''} and the workers; logs: {paths.logs}")
         end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
     return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message)
@@ -403,24 +388,11 @@ def _drive(
 
 def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:
     """The result of a run that has nothing left to do; no worker is started for it."""
-    from dstune.data.shards import Prepared
-    from dstune.launch import rundir
-    from dstune.launch.status import read_status
-
-    status, noted = read_status(paths), rundir.environment(paths).get("prepared")
-    if status["state"] != "succeeded" or noted is None or not Path(noted["directory"]).is_dir():
-        return None
-    if status["step"] < _total_steps(loaded, Prepared.open(noted["directory"])):
-        return None
-    return RunResult(
-        loaded.config.name, str(paths.root), "succeeded", status["step"], EXIT_DONE, "every step was done already"
-    )
-
-
-def _total_steps(loaded: LoadedRun, prepared: "Prepared") -> int:
     from dstune.launch import start
 
-    return -(-start.data_facts(loaded.config, prepared).total_positions // loaded.config.train.global_batch_size)
+    if (step := start.finished_at(loaded, paths)) is None:
+        return None
+    return RunResult(loaded.config.name, str(paths.root), "succeeded", step, EXIT_DONE, "every step was done already")
 
 
 def _checkpoints(run: str | Path) -> Path:

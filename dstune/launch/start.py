@@ -16,6 +16,7 @@ from dstune.launch import rundir
 from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer, drive
 from dstune.launch.local import RayExecutor
+from dstune.launch.status import read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
 from dstune.planning import deepspeed, plan
@@ -69,6 +70,20 @@ def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
         has_validation=prepared.manifest["validation"] is not None,
         layout=layouts[settings["seq2seq"], settings["packing"]],
     )
+
+
+def total_steps(run: LoadedRun, prepared: Prepared) -> int:
+    """Steps of the whole run."""
+    return order.num_steps(data_facts(run.config, prepared).total_positions, run.config.train.global_batch_size)
+
+
+def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
+    """The last step of a run that has nothing left to do; None where there is more, or its data is gone."""
+    status, noted = read_status(paths), rundir.environment(paths).get("prepared")
+    if status["state"] != "succeeded" or noted is None or not Path(noted["directory"]).is_dir():
+        return None
+    step = int(status["step"])
+    return step if step >= total_steps(run, Prepared.open(noted["directory"])) else None
 
 
 def check(run: LoadedRun) -> None:

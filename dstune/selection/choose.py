@@ -6,6 +6,7 @@ prepared directory, which is what a run trains on. All of it is content-addresse
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ SELECTION_VERSION = 1
 
 _HASH_DIGITS = 16
 _BUDGET = "data.select.budget"
+Preparation = Callable[[RunConfig, Path, Report | None], Prepared]
 log = get_logger(__name__)
 
 
@@ -81,17 +83,20 @@ class Choice:
         )
 
 
-def prepared(config: RunConfig, base: Path, progress: Report | None = None) -> Prepared:
+def prepared(
+    config: RunConfig, base: Path, progress: Report | None = None, preparation: Preparation = prepare
+) -> Prepared:
     """The data that a run trains on: `data.prepare.prepare`, and of that what `data.select` takes.
 
-    Whoever needs a run's data calls this. Raises what `prepare` and `choose` raise.
+    Whoever needs a run's data calls this. `preparation` makes the base (for instance on other machines). Raises what it and
+    `choose` raise.
     """
     if config.data.select is None:
-        return prepare(config, base, progress)
-    return choose(config, base, progress).prepared(config.name)
+        return preparation(config, base, progress)
+    return choose(config, base, progress, preparation).prepared(config.name)
 
 
-def choose(config: RunConfig, base: Path, progress: Report | None = None) -> Choice:
+def choose(config: RunConfig, base: Path, progress: Report | None = None, preparation: Preparation = prepare) -> Choice:
     """Score and rank the run's training examples, or find the scores; `data.prepared` serves as well as sources.
 
     Raises ConfigError (no `data.select`, or a method that does not fit the model), DataError (a budget of nothing), RunFailed.
@@ -101,7 +106,7 @@ def choose(config: RunConfig, base: Path, progress: Report | None = None) -> Cho
         do = "Write it into the run file, or: dstune select RUN.yaml data.select.budget=5000 data.select.by=random"
         raise ConfigError(Problem("data.select", "not there: there is nothing to choose by", "a budget", do))
     require_budget(select.budget)
-    whole = prepare(config, base, progress)
+    whole = preparation(config, base, progress)
     wanted = examples_wanted(select.budget, whole.num_examples)
     ranking = _Ranking(config, base, whole, select, wanted, progress or _ignore)
     path = selection_scores(whole.root.name, select.by, _digest(ranking.about))

@@ -28,6 +28,7 @@ from dstune.selection.scores import Origins
 
 CHUNK_TOKENS = 1 << 17
 _BATCH_SIZE = 32
+_LOOKED_AT = 200
 _SAMPLE_BYTES = 1 << 20
 _BUILTIN = "builtin:"
 
@@ -147,6 +148,7 @@ class _Scorer:
         own = load_tokenizer(asked.own, base)
         other = own if model is asked.own else load_tokenizer(model, base)
         frame = ifd.frame(asked.own, asked.data, base, own)
+        _require_frame(frame, prepared)
         same = own.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
         if same:
             _require_vocabulary(model, base, prepared)
@@ -187,6 +189,19 @@ class _Scorer:
         del self.module
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _require_frame(frame: ifd.Frame, prepared: Prepared) -> None:
+    """A directory of the user's own may have been prepared with another template than the run file names."""
+    numbers = np.unique(np.linspace(0, prepared.num_examples - 1, _LOOKED_AT).astype(np.int64)).tolist()
+    stored = [prepared.example(number) for number in numbers]
+    prompts = [one.input_ids[: int(one.loss_mask.argmax())].tolist() for one in stored]
+    asking = [prompt for prompt in prompts if len(prompt) > 1]
+    size = len(frame.before)
+    fitting = sum(tuple(prompt[len(prompt) - size :]) == frame.before for prompt in asking)
+    if 2 * fitting < len(asking):
+        came = f"of {len(asking)} prepared examples {fitting} have what this template writes before an answer"
+        raise ConfigError(Problem("data.template", came, "the template that the data was prepared with"))
 
 
 def _require_vocabulary(model: ModelSection, base: Path, prepared: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from dstune.config.schema import RunConfig
+from dstune.data.prepare import Report
 from dstune.data.preview import visible
 from dstune.data.shards import Prepared
-from dstune.selection.choose import Choice
+from dstune.data.tokenizer_files import load_tokenizer
+from dstune.selection.choose import Choice, choose
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _HEADS = ("least", "1/4", "half", "3/4", "most")
@@ -20,8 +24,16 @@ _SCORE = {"ifd": "ifd", "diversity": "distance", "random": None}
 _CHARACTERS = 70
 
 
-def describe(choice: Choice, prepared: Prepared, tokenizer: Any, count: int) -> dict[str, Any]:
-    """All of it as plain values; `prepared` holds what was chosen, `count` examples of each side are shown. Texts as they are."""
+def explain(config: RunConfig, base: Path, count: int, progress: Report | None = None) -> dict[str, Any]:
+    """Choose, make the directory that a run trains on, and say what is in it: plain values, texts as they are.
+
+    `count` examples of each side are shown. Raises what `choose` raises.
+    """
+    choice = choose(config, base, progress)
+    return _described(choice, choice.prepared(config.name), load_tokenizer(config.model, base), max(0, count))
+
+
+def _described(choice: Choice, prepared: Prepared, tokenizer: Any, count: int) -> dict[str, Any]:
     table, chosen = choice.table, choice.chosen
     order = np.argsort(table["rank"], kind="stable")
     taken, left = order[: choice.wanted][:count], order[choice.wanted :][:count]
@@ -98,7 +110,7 @@ def _text(tokenizer: Any, ids: npt.NDArray[np.int32]) -> str:
 
 
 def show(found: Mapping[str, Any]) -> Iterable[RenderableType]:
-    """`describe`'s values for rich."""
+    """`explain`'s values for rich."""
     yield _summary(found)
     yield _sources_table(found["sources"])
     yield _quantiles_table(found)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dstune.data import prepare as preparation
 from dstune.data.tokenizer_files import load_tokenizer
 from dstune.errors import ConfigError
 from dstune.model.open import open_module
@@ -163,6 +164,14 @@ def test_a_named_model_is_told_apart_by_its_weights(base, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     assert choose.choose(config_of(model=str(folder)), base).scores != first.scores
+
+
+def test_a_directory_of_another_template_is_refused(base):
+    prepared = preparation.prepare(make_config(template="alpaca"), base)
+    with pytest.raises(ConfigError, match="the template that the data was prepared with"):
+        choose.choose(config_of(sources=[], prepared=str(prepared.root)), base)
+    right = choose.choose(config_of(sources=[], prepared=str(prepared.root), template="alpaca"), base)
+    assert np.isfinite(right.table["ifd"]).all()
 
 
 def test_models_that_cannot_be_asked(base):
