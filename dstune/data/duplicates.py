@@ -162,11 +162,14 @@ class _Near:
         self._rows = rows_per_band(NUM_PERMUTATIONS, threshold)
 
     def find(self, of: IntArray) -> Duplicates:
-        """Passes over what is left until no example was dropped for one that is dropped itself and stands for something else."""
+        """Passes over what is left until no example is dropped for one that is dropped itself, for the sake of something unlike.
+
+        It ends: an example depends on earlier ones alone, so the first that is not settled is settled by a pass.
+        """
+        exact = of >= 0
         while True:
-            left = np.flatnonzero(of < 0)
-            self._over_bands(of, left)
-            dropped = left[of[left] >= 0]
+            self._over_bands(of, np.flatnonzero(of < 0))
+            dropped = np.flatnonzero((of >= 0) & ~exact)
             roots = _roots(of, dropped)
             alike = self._alike(dropped, roots)
             of[dropped] = np.where(alike, roots, -1)
