@@ -36,18 +36,24 @@ class Step(Section):
 
 def edited(conversation: Conversation, edit: Edit) -> Conversation:
     """With `edit` over every turn's content and reasoning; the same object where nothing changed."""
-    messages = tuple(_edited_message(message, edit) for message in conversation.messages)
+    messages = tuple(edited_message(message, edit) for message in conversation.messages)
     same = all(new is old for new, old in zip(messages, conversation.messages, strict=True))
     return conversation if same else replace(conversation, messages=messages)
 
 
-def _edited_message(message: Message, edit: Edit) -> Message:
-    content = edit(message.content)
+def edited_message(message: Message, edit: Edit) -> Message:
+    """With `edit` over content and reasoning; an instruction and its input are edited apart. The same object where nothing changed."""
     reasoning = None if message.reasoning is None else edit(message.reasoning)
+    context = message.context
+    if context is None:
+        content = edit(message.content)
+    else:
+        instruction = edit(message.content.removesuffix(f"\n{context}"))
+        context = edit(context) or None
+        content = instruction if context is None else f"{instruction}\n{context}"
     if content == message.content and reasoning == message.reasoning:
         return message
-    context = None if message.context is None else edit(message.context)
-    return replace(message, content=content, reasoning=reasoning, context=context)
+    return replace(message, content=content, context=context, reasoning=reasoning)
 
 
 def outside_code(text: str, edit: Edit) -> str:
@@ -68,9 +74,9 @@ def without_code(text: str) -> str:
 
 
 def answers(conversation: Conversation) -> Iterator[str]:
-    """What the assistant says, turn by turn; turns that only call tools say nothing and are left out."""
+    """What the assistant says, turn by turn, or a document; turns that only call tools say nothing and are left out."""
     for message in conversation.messages:
-        if message.role == "assistant" and (message.content or not message.tool_calls):
+        if message.role in ("assistant", "document") and (message.content or not message.tool_calls):
             yield message.content
 
 
