@@ -4,6 +4,9 @@ Best-fit-decreasing takes examples from the longest to the shortest and puts eac
 examples are interchangeable and so are equally full rows, so whole groups move at once: the cost is that of the distinct
 lengths and fills (at most `max_length` of each), not of the examples. Small examples fill the gaps that long ones leave, which
 is why real data packs to more than 99.9%.
+
+The length of a sequence-to-sequence example is that of source and target together: a row of sources and a row of targets then hold
+`max_length` tokens between them, whichever side has more, and neither is padded.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dstune.config.schema import ModelSection
-from dstune.data.task import is_seq2seq
+from dstune.data.task import is_seq2seq, packs
 from dstune.errors import ConfigError
 
 
@@ -29,6 +29,14 @@ def test_builtin_models(tmp_path):
 
 def test_the_run_file_decides(tmp_path):
     assert is_seq2seq(ModelSection(path="nowhere", task="seq2seq-lm"), tmp_path)
+
+
+def test_auto_packs_causal_models_and_the_pairs_that_are_known_to_stay_apart(tmp_path):
+    t5 = _model(tmp_path / "a", {"model_type": "t5"})
+    assert packs(t5, tmp_path)
+    assert not packs(t5.model_copy(update={"attention": "sdpa"}), tmp_path), "sdpa has no mask for pairs"
+    assert not packs(_model(tmp_path / "b", {"model_type": "led"}), tmp_path)
+    assert packs(_model(tmp_path / "c", {"model_type": "llama"}), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"t5"'])

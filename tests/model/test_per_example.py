@@ -136,6 +136,24 @@ def test_flash_attention_on_a_gpu_equals_the_cpu(window):
     assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(ours.float().sum(), tensors))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's varlen_attn")
+def test_attention_across_on_a_gpu_equals_the_cpu():
+    """Targets of `LENGTHS` look at sources of `SOURCE_LENGTHS`, all of each."""
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.is_causal, module.is_decoder = False, True
+    tensors = [torch.randn(1, 4, sum(n), 16, dtype=torch.bfloat16) for n in (LENGTHS, SOURCE_LENGTHS, SOURCE_LENGTHS)]
+    sources = torch.tensor([0, *SOURCE_LENGTHS]).cumsum(0).to(torch.int32)
+    results = [
+        per_example_attention(
+            module, *(tensor.to(device) for tensor in tensors), None, max_length_q=17, max_length_k=12,
+            cu_seq_lens_q=starts(device), cu_seq_lens_k=sources.to(device),
+        )[0].float().cpu()
+        for device in ("cuda", "cpu")
+    ]  # fmt: skip
+    assert torch.allclose(*results, atol=2e-2)
+
+
 @pytest.mark.parametrize("length", [3, 700])
 def test_bf16_examples_short_and_long_agree_with_fp32(length):
     """A CPU attends in fp32 where that is faster (short examples): a choice of speed, not of result."""
