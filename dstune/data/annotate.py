@@ -14,6 +14,7 @@ from dstune.data.conversation import Conversation
 TRUSTED_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _SCHEMA_WORDS = frozenset({"function", "object", "string", "integer", "number", "boolean", "array", "null"})
 _PLAIN_KEY = re.compile(r"[\w.$-]*")
+_IDENTIFIERS = ("id", "tool_call_id")
 _PLANES = (0x100000, 0xF0000)
 """Private use areas that the marks come from: a conversation that uses one itself is marked in the other."""
 _PLANE_SIZE = 0xFFFE
@@ -45,7 +46,9 @@ class Marks:
 
     def _message(self, number: int, value: dict[str, Any]) -> dict[str, Any]:
         return {
-            key: item if key == "role" and item in TRUSTED_ROLES else self._value(item, number)
+            key: item
+            if (key == "role" and item in TRUSTED_ROLES) or _is_identifier(key, item)
+            else self._value(item, number)
             for key, item in value.items()
         }
 
@@ -53,7 +56,10 @@ class Marks:
         if isinstance(value, str):
             return value if value in _SCHEMA_WORDS else self._string(value, owner)
         if isinstance(value, dict):
-            return {self._key(key, owner): self._value(item, owner) for key, item in value.items()}
+            return {
+                self._key(key, owner): item if _is_identifier(key, item) else self._value(item, owner)
+                for key, item in value.items()
+            }
         if isinstance(value, list):
             return [self._value(item, owner) for item in value]
         return value
@@ -105,6 +111,11 @@ class Marks:
             ranges.append(Range(opened[1], opened[1], self._owners[opened[0]]))
         plain.append(rendered[at:])
         return "".join(plain), ranges
+
+
+def _is_identifier(key: str, value: Any) -> bool:
+    """A call's id: some templates count its letters."""
+    return key in _IDENTIFIERS and isinstance(value, str) and _PLAIN_KEY.fullmatch(value) is not None
 
 
 def core(value: str, owner: int) -> Iterator[tuple[int, int]]:

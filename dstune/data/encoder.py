@@ -4,6 +4,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 
 from dstune.config.schema import DataSection, ModelSection
+from dstune.data.stand_in import stand_in
 from dstune.data.templates import resolve_template
 from dstune.data.tokenize import Encoder, load_tokenizer
 
@@ -14,6 +15,6 @@ def make_encoder(model: ModelSection, data: DataSection, base: Path, seq2seq: bo
     Raises ConfigError where they cannot do what the run asks.
     """
     tokenizer = load_tokenizer(model, base)
-    template = resolve_template(data.template, tokenizer, base, seq2seq)
     today = datetime.combine(date.today(), time())
+    template = stand_in(resolve_template(data.template, tokenizer, base, seq2seq), tokenizer, today)
     return Encoder(tokenizer, template, data.train_on, data.control_tokens, data.lossy_text, seq2seq, today, seed=seed)

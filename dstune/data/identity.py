@@ -10,7 +10,7 @@ import tokenizers
 
 from dstune.data.templates import Template
 
-ENCODING_VERSION = "1"
+ENCODING_VERSION = "2"
 """Raised whenever the same conversation would become other tokens or another mask."""
 
 

@@ -21,10 +21,25 @@ from dstune.data.templates import Template
 from dstune.errors import ConfigError, Problem
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STUMBLES = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What a template runs into that does not fit the conversation."""
 _PROBES = (
     (Message("user", "Name a colour."), Message("assistant", "A shade of green.")),
     (Message("system", "Be brief."), Message("user", "Name a colour."), Message("assistant", "A shade of green.")),
 )
+
+
+def has_marks(source: str) -> bool:
+    """Whether a template says itself what the assistant writes."""
+    return _GENERATION.search(source) is not None
 
 
 class Span(NamedTuple):
@@ -50,7 +65,8 @@ class Renderer:
             tools: ChatTemplate(source, now)
             for tools, source in ((False, template.source), (True, template.for_tools(True)))
         }
-        self.marks_itself = bool(_GENERATION.search(template.source))
+        self._own = None if template.own is None else ChatTemplate(template.own, now)
+        self.marks_itself = has_marks(template.source)
 
     def render(self, conversation: Conversation, prompt: bool = False) -> Rendered:
         """The conversation's text. Raises Refused where the template refuses it or drops something of it."""
@@ -58,6 +74,7 @@ class Renderer:
         rendered = self._render(conversation.to_dicts(), tools, prompt, conversation.variant)
         if not prompt:
             self._check_complete(conversation, rendered.text)
+            self._check_own(conversation, rendered.text)
         return rendered
 
     def _render(
@@ -68,10 +85,22 @@ class Renderer:
             return self._compiled[bool(tools)].render(messages, tools, variables, prompt)
         except (jinja2.TemplateError, TemplateLimit) as error:
             raise Refused("template_refused", f"template {self.template.name}: {error}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        except _STUMBLES as error:
             raise Refused(
                 "template_failed", f"template {self.template.name}: {type(error).__name__}: {error}"
             ) from None
+
+    def _check_own(self, conversation: Conversation, text: str) -> None:
+        """Where a built-in template stands in for another, that one must write the same."""
+        if self._own is None:
+            return
+        try:
+            theirs = self._own.render(conversation.to_dicts(), list(conversation.tools) or None, self._variables).text
+        except (jinja2.TemplateError, TemplateLimit, *_STUMBLES) as error:
+            raise Refused("template_refused", f"template {self.template.name}: {error}") from None
+        if theirs != text:
+            detail = f"template {self.template.name}: the two write different texts here; name one by `data.template`"
+            raise Refused("template_differs", detail)
 
     def _check_complete(self, conversation: Conversation, text: str) -> None:
         """No template may lose a turn on the quiet (an assistant's thoughts of earlier turns apart, which many leave out)."""
@@ -81,6 +110,8 @@ class Renderer:
                 if not any(spelling in text for spelling in _spellings(said)):
                     detail = f"template {self.template.name} leaves out or changes what message {number} ({message.role}) says"
                     hint = "; it knows no tool calls: `data.template: chatml` does" if message.tool_calls else ""
+                    if said in _thoughts(message):
+                        hint = "; it shows no thoughts: `data.template` chatml, qwen3, deepseek and glm do"
                     raise Refused("template_drops_content", detail + hint)
         for tool in conversation.tools:
             if not any(name in text for name in _spellings(tool["function"].get("name", ""))):
@@ -182,6 +213,8 @@ class Renderer:
         if text.startswith(frame.opening, at) and at + len(frame.opening) <= mine[0].start:
             start = at + len(frame.opening)
         closing = frame.closing if number + 1 == len(conversation.messages) else frame.inner_closing
+        if conversation.messages[number].tool_calls and not self.control.search(closing):
+            return None  # what a call ends by is not known
         end = self._behind(text, mine[-1].end, _spoken(conversation.messages[number].content), closing)
         if end is None or any(other.message != number and other.start < end and start < other.end for other in ranges):
             return None
@@ -204,7 +237,8 @@ class Renderer:
         ):  # no generation prompt: a header would not show
             ranges = self.annotate(conversation, text) or ranges
             mine = [found for found in ranges if found.message == number]
-            if not mine or text[len(prompt) : mine[0].start].strip():
+            headless = self._is_headless and conversation.messages[number].tool_calls
+            if not mine or (text[len(prompt) : mine[0].start].strip() and not headless):
                 raise self._unverified(number)
         written = text[len(prompt) : len(whole)]
         for said in _must_appear(conversation.messages[number]):
@@ -226,6 +260,17 @@ class Renderer:
                 return at + len(blanks) + self._turn_end(closing)
         found = text.find(closing, at) if self.control.search(closing) else -1
         return None if found < 0 else found + self._turn_end(closing)
+
+    @cached_property
+    def _is_headless(self) -> bool:
+        """Whether a plain answer stands right behind the question: then all of a call is the assistant's too."""
+        for messages in _PROBES:
+            try:
+                prompt, whole = self._plain(messages[:-1], prompt=True), self._plain(messages)
+            except Refused:
+                continue
+            return whole.startswith(prompt) and whole[len(prompt) :].lstrip().startswith(messages[-1].content)
+        return False
 
     @cached_property
     def _frame(self) -> "_Frame":

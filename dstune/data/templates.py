@@ -93,6 +93,8 @@ class Template:
     """Of instruction templates: some have a place for the input apart from the instruction."""
     probes: tuple[tuple[Message, ...], ...] = ()
     """Of instruction templates: plain conversations of each kind that they take."""
+    own: str | None = None
+    """The template for which a built-in one stands in (`stand_in`): it must write the same."""
 
     def for_tools(self, tools: bool) -> str:
         """The text that transformers would take for a conversation with or without tools."""
@@ -189,13 +191,17 @@ def _matching(tokenizer: Any, seq2seq: bool) -> str:
     """The built-in template that this tokenizer was made for."""
     if seq2seq:
         return "plain"
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    for name, family in _FAMILIES.items():
-        if family.markers and added.issuperset(family.markers):
-            return name
+    if fitting := made_for(tokenizer):
+        return fitting[0]
     expected = "one of chatml, llama3, alpaca, or a .jinja file"
     do = "a base model learns any of them; `template: chatml` is the usual choice"
     raise ConfigError(Problem("data.template", "`auto`, but the tokenizer brings no chat template", expected, do))
+
+
+def made_for(tokenizer: Any) -> list[str]:
+    """The built-in templates whose control tokens the tokenizer has."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return [name for name, family in _FAMILIES.items() if family.markers and added.issuperset(family.markers)]
 
 
 def builtin_template(name: str, tokenizer: Any) -> Template:

@@ -233,7 +233,23 @@ class Encoder:
             "mask": "all" if self.train_on == "all" else "generation" if self._renderer.marks_itself else "comparison",
             "end_of_turn": self.tokenizer.convert_ids_to_tokens(self.end_of_turn_ids),
             "lossless": self._loss.lossless,
+            "notes": self._notes(),
         }
+
+    def _notes(self) -> list[str]:
+        """What a user of this template should know."""
+        notes: list[str] = []
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        missing = [marker for marker in self.template.markers if marker not in added]
+        if missing:
+            notes.append(f"the tokenizer has no tokens for {', '.join(missing)}: to this model they are ordinary text")
+        if not self.end_of_turn_ids and self.train_on != "all":
+            notes.append("no control token ends an answer in this template: the model may not learn to stop")
+        if self.template.own is not None:
+            notes.append(
+                "a built-in template that writes the same marks the answers; the export keeps the tokenizer's own"
+            )
+        return notes
 
     def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         self._backend.no_truncation()

@@ -170,6 +170,32 @@ def test_tool_calls_between_turns_are_marked():
     assert (second, third) == ("It is 3.<|im_end|>", "<think>\n\n</think>\n\nDone.<|im_end|>")
 
 
+def test_a_call_is_marked_to_its_end_where_no_token_ends_it():
+    """GLM writes arguments one by one and nothing behind the last one."""
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}"
+        "{% for k, v in call.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}</call>{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    conversation = Conversation(
+        (Message("user", "q"), Message("assistant", "", tool_calls=(CALL,)), Message("tool", "3"))
+    )
+    assert spoken(renderer(source), conversation) == ["<call>get_weathercity=Paris;n=2;</call>"]
+
+
+def test_without_headers_all_of_a_call_is_the_assistant_s():
+    """Mistral has no generation prompt: what follows the question is the answer, or the call and its brackets. It counts ids' letters."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}[Q]{{ m.content }}[/Q]{% elif m.tool_calls %}[CALLS]"
+        "{{ m.tool_calls[0].function | tojson }}{% if m.tool_calls[0].id | length != 9 %}{{ raise_exception('id') }}{% endif %}<|end|>"
+        "{% elif m.role == 'assistant' %} {{ m.content }}<|end|>{% else %}[R]{{ m.content }}[/R]{% endif %}{% endfor %}"
+    )
+    called = Message("assistant", "", tool_calls=({**CALL, "id": "abcdefgh1"},))
+    conversation = Conversation((Message("user", "q"), called, Message("tool", "3"), Message("assistant", "a")))
+    first, second = spoken(renderer(source, ("[Q]", "[/Q]", "[CALLS]", "[R]", "[/R]", "<|end|>")), conversation)
+    assert first.startswith("[CALLS]{") and first.endswith("}<|end|>") and second == " a<|end|>"
+
+
 @pytest.mark.parametrize("name", UNMARKABLE)
 def test_a_template_that_cannot_mark_is_an_error_that_names_it(name: str):
     with pytest.raises(ConfigError, match=r"data\.template \(t\)"):
