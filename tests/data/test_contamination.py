@@ -160,7 +160,8 @@ def test_real_evaluation_files_find_themselves_and_nothing_else(shared_data):
     section = DecontaminateSection(against=["humaneval/human_eval.jsonl", "bfcl/BFCL_v4_multiple.json"])
     against = Contamination.build(section, shared_data, 1 << 26)
     problems = [json.loads(line) for line in (shared_data / "humaneval/human_eval.jsonl").read_text().splitlines()]
-    assert all(against.check_all([chat(one["prompt"], one["canonical_solution"]) for one in problems]))
+    found = against.check_all([chat(one["prompt"], one["canonical_solution"]) for one in problems])
+    assert {one["entry_point"] for one, refused in zip(problems, found, strict=True) if refused is None} <= {"add"}
     rows = json.loads((shared_data / "llama_factory/alpaca_en_demo.json").read_text())
     rows += json.loads((shared_data / "gsm8k/gsm_8k_train.json").read_text())[:1000]
     assert not any(against.check_all([chat(f"{row['instruction']}\n{row['input']}", row["output"]) for row in rows]))

@@ -17,7 +17,7 @@ _CODE_SHARE = 0.05
 
 class Language(Step):
     """Drops conversations that are certainly in a language other than those to keep. What user and assistant say is looked at, each
-    side by itself; short texts, fenced code and what looks like code or maths have no language and are left alone."""
+    side by itself, or a document; short texts, fenced code and what looks like code or maths have no language and are left alone."""
 
     name: ClassVar[str] = "language"
     keep: list[str] = Field(min_length=1)
@@ -36,7 +36,7 @@ class Language(Step):
         return keep
 
     def apply(self, conversation: Conversation) -> Conversation:
-        for role in ("user", "assistant"):
+        for role in ("user", "assistant", "document"):
             text = "\n".join(turn.content for turn in conversation.messages if turn.role == role)
             self._check(role, without_code(text)[:_MOST_CHARACTERS])
         return conversation
