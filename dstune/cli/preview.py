@@ -3,6 +3,7 @@
 import argparse
 
 from dstune.cli.output import add_run_file, emit, print_json
+from dstune.errors import Problem, UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.seed < 0:
+        raise UsageError(Problem("--seed", str(args.seed), "0 or more"))
     return _html(args) if args.html else _here(args)
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -233,6 +234,45 @@ def test_figures(made, page):
     assert "6 unknown_format" in page and "1 invalid_json" in page and "3 overlong" in page
 
 
+class Added:
+    """A token of `added_tokens_decoder`."""
+
+    def __init__(self, content, special=True):
+        self.content, self.special = content, special
+
+
+class Vocabulary:
+    """What `Marked` asks of a tokenizer."""
+
+    bos_token_id = pad_token_id = None
+    unk_token_id, eos_token_id = 7, 1
+    added_tokens_decoder: ClassVar = {
+        1: Added("<eos>"),
+        2: Added("   "),
+        3: Added("protein", special=False),
+        4: Added("<think>", special=False),
+        7: Added("<unk>"),
+        9: Added("<eos>>", special=False),
+    }
+
+
+def test_control_tokens_are_no_words_and_are_found_where_they_are_spelled():
+    marked = Marked.of(Vocabulary)
+    assert set(marked.control) == {1, 4, 9} and marked.unknown == 7
+    assert marked.spelled("a <eos> protein <thin <eos>>") == {"<eos>", "<eos>>"}
+    Vocabulary.eos_token_id = 7
+    assert Marked.of(Vocabulary).unknown is None and 7 in Marked.of(Vocabulary).control
+
+
+def test_where_the_targets_end():
+    ids, starts = np.array([1, 5, 5, 9, 5, 9, 5, 5, 5, 9, 5]), np.array([0, 3, 6, 9, 11])
+    mask = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1], dtype=bool)
+    table = np.arange(12) == 9
+    control, unknown, ends = survey._looked(ids, mask, starts, table, 1)
+    assert control.tolist() == [0, 2, 0, 1] and unknown.tolist() == [1, 0, 0, 0]
+    assert ends.tolist() == [False, True, False, True]  # the control token before the third's targets is another's
+
+
 def test_the_extremes_are_shown_and_named(made):
     prepared, tokenizer = made
     found = survey.survey(prepared, Marked.of(tokenizer))
@@ -380,6 +420,7 @@ def test_the_command_writes_replaces_and_refuses(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.html").write_text("mine")
     assert main(["preview", run, "--html", "mine.html", "--overwrite"]) == 0
     assert (tmp_path / "mine.html").read_text() == first
+    assert main(["preview", run, "--seed", "-1"]) == 2
     for place in ("nowhere/page.html", "."):
         with pytest.raises(UsageError):
             api.preview_html(run, file=place)

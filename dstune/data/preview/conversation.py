@@ -168,8 +168,8 @@ def _classes(piece: Piece, marked: Marked) -> str:
 
 def _spelled(found: Sequence[Piece], marked: Marked) -> Iterator[str]:
     for special, group in groupby(found, lambda piece: _is_marked(piece, marked)):
-        text = "" if special else "".join(piece.text for piece in group)
-        yield from (name for name in marked.control.values() if name in text)
+        if not special:
+            yield from marked.spelled("".join(piece.text for piece in group))
 
 
 def _teaser(found: Iterable[Piece], marked: Marked) -> str:

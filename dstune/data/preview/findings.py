@@ -100,12 +100,12 @@ def _targets(prepared: Prepared, found: Survey) -> Iterator[Finding]:
         yield Finding("note", f"{many(few, 'example')} with at most {_FEW_TARGETS} trained tokens.")
     ends, looked = int(found.ends_in_control.sum()), len(found.looked)
     if ends == looked:
-        yield Finding("good", "Every example's last target is a control token: when to stop is trained.")
+        yield Finding("good", "The targets of every example end in a control token: when to stop is trained.")
     else:
         level = "note" if prepared.manifest["settings"]["train_on"] == "all" else "warn"
         where = f"{looked - ends:,} of {many(looked, 'example')}"
         yield Finding(
-            level, f"The last target of {where} is no control token: there nothing teaches the model to stop."
+            level, f"The targets of {where} end without a control token: there nothing teaches the model to stop."
         )
 
 

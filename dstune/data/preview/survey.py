@@ -48,7 +48,7 @@ class Survey:
     unknown: npt.NDArray[np.int32]
     """Tokens of that kind in each."""
     ends_in_control: npt.NDArray[np.bool_]
-    """Whether the last target is a control token."""
+    """Whether the last target is a control token, or the one before it (a line's end may follow)."""
     copies: Sequence[tuple[int, int]]
     """Of the looked-at: examples with the very tokens of an earlier one, each with that one."""
 
@@ -108,15 +108,17 @@ def _looked(
     table: npt.NDArray[np.bool_],
     unknown: int | None,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Control tokens, unknown tokens, and whether the last target is a control token, of each example of one record batch.
+    """`control`, `unknown` and `ends_in_control` of one record batch.
 
     ids, mask: [tokens of the batch]; starts: [examples + 1]. Every example has a target: one without is never stored.
     """
     is_control = table[np.minimum(ids, len(table) - 1)]
     is_unknown = ids == (-1 if unknown is None else unknown)
     targets = np.flatnonzero(mask)
-    last = targets[np.searchsorted(targets, starts[1:]) - 1]
-    return _counted(is_control, starts), _counted(is_unknown, starts), is_control[last]
+    ends = np.searchsorted(targets, starts[1:])
+    last, before = targets[ends - 1], targets[np.maximum(ends - 2, 0)]
+    ends_in_control = is_control[last] | (is_control[before] & (before >= starts[:-1]))
+    return _counted(is_control, starts), _counted(is_unknown, starts), ends_in_control
 
 
 def _counted(found: npt.NDArray[np.bool_], starts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -157,7 +159,7 @@ def _extremes(prepared: Prepared, found: Survey) -> Iterator[tuple[int, str]]:
         yield int(found.looked[found.unknown.argmax()]), "most unknown tokens"
     without = np.flatnonzero(~found.ends_in_control)
     if 0 < len(without) < len(found.looked):
-        yield int(found.looked[without[0]]), "its last target is no control token"
+        yield int(found.looked[without[0]]), "ends without a control token"
     if prepared.manifest["settings"]["overlong"] == "truncate" and (found.lengths == prepared.max_length).any():
         yield int((found.lengths == prepared.max_length).argmax()), "as long as a row: cut here, or just full"
 

@@ -36,17 +36,36 @@ class Marked(NamedTuple):
     """The tokens of a vocabulary that deserve a mark of their own."""
 
     control: Mapping[int, str]
-    """Added tokens and how they are spelled: the template's, and those for reasoning and tools."""
+    """Added tokens and how they are spelled: the template's, those for reasoning and tools; not mere words."""
     unknown: int | None
     """Written in place of text that the tokenizer does not know; None where there is none, or where it means something else too."""
+    lengths: Mapping[str, frozenset[int]]
+    """How long the spellings are that begin with a character."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Marked":
-        added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
         unknown = tokenizer.unk_token_id
         if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
             unknown = None
-        return cls({number: text for number, text in added.items() if text.strip() and number != unknown}, unknown)
+        control = {
+            number: token.content
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if number != unknown and token.content.strip() and (token.special or not token.content.strip().isalnum())
+        }
+        lengths: dict[str, set[int]] = {}
+        for text in control.values():
+            lengths.setdefault(text[0], set()).add(len(text))
+        return cls(control, unknown, {first: frozenset(found) for first, found in lengths.items()})
+
+    def spelled(self, text: str) -> set[str]:
+        """The control tokens whose spelling stands in `text`; quick for thousands of them."""
+        names = set(self.control.values())
+        return {
+            text[start : start + length]
+            for start, first in enumerate(text)
+            for length in self.lengths.get(first, ())
+            if text[start : start + length] in names
+        }
 
 
 def visible(text: str) -> str:
