@@ -79,6 +79,16 @@ def test_the_epoch_follows_repeat_and_seed(base):
     ]
 
 
+def test_a_temperature_evens_the_sources_that_are_left(base):
+    prepared = prepare.prepare(
+        config_of(sources=[{"path": f"data/{name}.jsonl"} for name in "ab"], temperature=100), base
+    )
+    keep = np.arange(80) < 70  # 60 and 10: nearly as many of each come in an epoch of 70
+    listed = derived(prepared, keep).manifest["source_settings"]
+    assert [source["examples"] for source in listed] == [60, 10]
+    assert [source["examples_per_epoch"] for source in listed] == pytest.approx([35, 35], abs=1)
+
+
 def test_datasets_opens_it_and_validation_is_untouched(base):
     import datasets
 
