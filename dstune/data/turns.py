@@ -43,7 +43,7 @@ _TAGS = {
     "function_tag": "call",
 }
 _WEIGHT_KEYS = ("weight", "loss_weight", "train", "training", "loss")
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
 _PAIR_KEYS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
 """A turn that holds a question and its answer."""
 _UNREAD_KEYS = (
@@ -57,7 +57,7 @@ class TurnNames:
     """What a source calls the parts of a turn and its speakers."""
 
     role: tuple[str, ...] = ("role", "from")
-    content: tuple[str, ...] = ("content", "value")
+    content: tuple[str, ...] = ("content", "value", "text")
     roles: Mapping[str, str] | None = None
     """Speakers that the user or a registry names, before the usual ones."""
 

@@ -11,7 +11,7 @@ from dstune.data.strict_json import kind, parse
 from dstune.data.turns import TurnNames
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs", "source")
-ANSWER_KEYS = ("completion", "output", "response", "answer", "solution", "target", "targets")
+ANSWER_KEYS = ("completion", "output", "response", "answer", "solution", "generation", "target", "targets")
 _CONTEXT_KEYS = ("input", "context")
 """Beside an instruction these hold what it is about."""
 _PART_OF_A_QUESTION = ("context", "passage", "choices", "options")
