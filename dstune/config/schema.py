@@ -72,7 +72,8 @@ class Source(Section):
     limit: int | None = Field(default=None, ge=1)
     """At most so many records, from the top."""
     columns: dict[str, str] = {}
-    """Renames, `{prompt: question, completion: answer}`: dstune's key on the left, the file's on the right."""
+    """Renames, `{prompt: question, completion: answer}`: dstune's key on the left, the file's on the right. `role_tag`, `content_tag`,
+    `user_tag`, `assistant_tag`, `system_tag`, `observation_tag`, `function_tag` name parts of turns; `{ignored: images}` sets one aside."""
     split: str | None = None
     """A split of a `datasets` directory or of the builtin data."""
 
