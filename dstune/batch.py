@@ -112,19 +112,25 @@ def _shifted(example: StoredExample) -> np.ndarray:
 
 def _packed(examples: Sequence[StoredExample], pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
     """Positions restart at every example; `cu_seq_lens_*` says where examples begin: [0, 3, 5] for lengths 3 and 2."""
-    ids = [np.asarray(example.input_ids, np.int64) for example in examples] or [np.array([pad_id], np.int64)]
-    targets = [_shifted(example) for example in examples] or [np.array([IGNORED], np.int64)]
-    starts = _starts(ids)
-    longest = max(map(len, ids))
+    ids = np.concatenate([example.input_ids for example in examples] or [np.array([pad_id])]).astype(np.int64)
+    mask = np.concatenate([example.loss_mask for example in examples] or [np.array([False])])
+    lengths = np.array([len(example.input_ids) for example in examples] or [1])
+    ends = np.cumsum(lengths)
+    supervised = mask[1:].copy()
+    supervised[ends[:-1] - 1] = False  # an example never predicts the next one's first token
+    targets = np.full(len(ids), IGNORED, np.int64)
+    targets[:-1][supervised] = ids[1:][supervised]
+    starts = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+    longest = int(lengths.max())
     inputs: dict[str, Any] = {
-        "input_ids": _row(ids),
-        "position_ids": _row([np.arange(len(piece), dtype=np.int64) for piece in ids]),
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(ends - lengths, lengths))[None],
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return inputs, _row(targets)
+    return inputs, torch.from_numpy(targets)[None]
 
 
 def _padded(examples: Sequence[StoredExample], height: int, pad_id: int) -> tuple[dict[str, Any], torch.Tensor]:
