@@ -9,14 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dstune import atomic
 from dstune.config.schema import DataSection, ModelSection
 from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq, vocabulary_size
@@ -24,7 +22,7 @@ from dstune.data.tokenizer_files import load_tokenizer
 from dstune.errors import ConfigError, Problem, RunFailed
 from dstune.loggers import get_logger
 from dstune.selection import ifd
-from dstune.selection.scores import Origins
+from dstune.selection.scores import Origins, write_stream
 
 CHUNK_TOKENS = 1 << 17
 _BATCH_SIZE = 32
@@ -116,11 +114,8 @@ def chunks(lengths: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def _write_chunk(path: Path, examples: npt.NDArray[np.int64], given: Floats, alone: Floats) -> None:
-    batch = pa.record_batch([pa.array(examples), pa.array(given), pa.array(alone)], names=["example", "given", "alone"])
-    sink = BytesIO()
-    with pa.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
-    atomic.write_bytes(path, sink.getvalue())
+    columns = {"example": pa.array(examples), "given": pa.array(given), "alone": pa.array(alone)}
+    write_stream(path, pa.table(columns))
 
 
 def _read_chunk(path: Path, examples: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:

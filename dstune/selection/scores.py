@@ -1,9 +1,9 @@
 """Scores of training examples, kept beside the prepared data: a row per example with where it came from, its rank, whether it was taken."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dstune import atomic
 from dstune.data.shards import Prepared
 
 _ABOUT = b"dstune"
+_ROWS_PER_BATCH = 100_000
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,20 @@ def write(path: Path, origins: Origins, scored: Scored, wanted: int, about: Mapp
     arrays = [pa.array(values, mask=_missing(values)) for values in columns.values()]
     table = pa.table(arrays, names=list(columns)).replace_schema_metadata({_ABOUT: json.dumps(dict(about))})
     path.parent.mkdir(parents=True, exist_ok=True)
-    sink = BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table, max_chunksize=100_000)
-    atomic.write_bytes(path, sink.getvalue())
+    write_stream(path, table)
+
+
+def write_stream(path: Path, table: pa.Table) -> None:
+    """Write an Arrow stream file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with atomic.durable_file(temporary) as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=_ROWS_PER_BATCH)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    atomic.fsync_directory(path.parent)
 
 
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:
