@@ -20,9 +20,13 @@ class Length(Step):
     unit: Literal["characters", "words"] = "characters"
     """What is counted, blanks at the ends aside; of Chinese and the like a character is a word."""
     min_question: int = Field(default=0, ge=0)
+    """Least length of the questions."""
     max_question: int | None = Field(default=None, ge=1)
+    """Greatest length of the questions; none by default."""
     min_answer: int = Field(default=1, ge=0)
+    """Least length of the answers."""
     max_answer: int | None = Field(default=None, ge=1)
+    """Greatest length of the answers; none by default."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Length":

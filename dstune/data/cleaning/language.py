@@ -22,8 +22,8 @@ class Language(Step):
     name: ClassVar[str] = "language"
     keep: list[str] = Field(min_length=1)
     """Languages by their two letters (ISO 639-1): `[en, zh]`."""
-    min_confidence: float = Field(default=0.95, gt=0, le=1)
-    """How sure the detector (py3langid, after Lui and Baldwin 2012) must be that it is another language."""
+    min_confidence: float = Field(default=0.999, gt=0, le=1)
+    """How sure the detector (py3langid, after Lui and Baldwin 2012) must be that it is none of these languages."""
     min_characters: int = Field(default=60, ge=1)
     """Letters that a text must have to be looked at; a character of Chinese, Japanese or Korean counts as three."""
 
@@ -47,10 +47,13 @@ class Language(Step):
         bare = _NO_LANGUAGE.sub(" ", text).strip()
         if sum(3 if character >= "\u3040" else character != " " for character in bare) < self.min_characters:
             return
-        language, confidence = _detector().classify(bare)
-        if language not in self.keep and confidence >= self.min_confidence:
-            kept = ", ".join(self.keep)
-            raise self.refuse(f"the {role}'s text is in {language!r} ({confidence:.2f} sure), and {kept} are kept")
+        ranked: list[tuple[str, float]] = _detector().rank(bare)
+        confidence = 1 - sum(share for language, share in ranked if language in self.keep)
+        if confidence >= self.min_confidence:
+            kept = " or ".join(self.keep)
+            raise self.refuse(
+                f"the {role}'s text is not in {kept} ({confidence:.3f} sure) but likely in {ranked[0][0]}"
+            )
 
 
 @cache

@@ -16,8 +16,7 @@ _SUBJECT = re.compile(
 _ATTRIBUTES = r"""(?:\s{1,9}[a-z-]{1,30}=(?:"[^"<>]{0,500}"|'[^'<>]{0,500}'|[^\s"'<>]{1,500})){0,9}\s{0,9}/?>"""
 _BREAKS = ("br", "p", "div", "li", "ul", "ol", "hr", "blockquote", "center", "h1", "h2", "h3", "h4", "h5", "h6")
 _INLINE = ("b", "i", "u", "em", "strong", "span", "font", "a", "small", "big", "strike", "nobr", "tt")
-_UNPAIRED = frozenset(("br", "hr", "p", "li"))
-"""Web pages leave these open."""
+_UNPAIRED = frozenset(("br", "hr"))
 _TAG = re.compile(rf"<(/?)({'|'.join(_BREAKS + _INLINE)}){_ATTRIBUTES}", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 _SPAN = re.compile(r"(`[^`\n]*`)")
