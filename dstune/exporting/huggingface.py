@@ -6,13 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import PretrainedConfig
 
 from dstune.atomic import commit_directory, dump_json, write_text
 from dstune.checkpoint.reader import Reader
 from dstune.config.schema import ModelSection, RunConfig
+from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
-from dstune.data.templates import Template, resolve_template
+from dstune.data.templates import Template
 from dstune.data.tokenize import load_tokenizer
 from dstune.errors import ConfigError, Problem, RunFailed, UsageError
 from dstune.exporting import tensors
@@ -83,7 +85,7 @@ def _write(
     source = model_directory(config.model, base, weights=False)
     _copy_code(source, directory, section, model_config)
     tokenizer = load_tokenizer(config.model, base)
-    template = resolve_template(config.data.template, tokenizer, base, model_config.is_encoder_decoder)
+    template = run_template(config.data, tokenizer, base, model_config.is_encoder_decoder)
     _write_tokenizer(directory, tokenizer, template)
     write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
     facts = _facts(reader, weights, dtype, model_config.is_encoder_decoder, prepared)
@@ -111,8 +113,11 @@ def _copy_code(source: Path, directory: Path, model: ModelSection, config: Pretr
             shutil.copyfile(file, directory / file.name)
 
 
-def _write_tokenizer(directory: Path, tokenizer: Any, template: Template) -> None:
-    """The tokenizer's files with the chat template that the run was trained with."""
+def _write_tokenizer(directory: Path, tokenizer: Any, template: Template | None) -> None:
+    """The tokenizer's files with the chat template that the run was trained with, where it was trained with one."""
+    if template is None:
+        tokenizer.save_pretrained(str(directory))
+        return
     if template.tool_source is not None:
         tokenizer.chat_template = {"default": template.source, "tool_use": template.tool_source}
     else:
@@ -145,8 +150,13 @@ def _generation(source: Path, config: PretrainedConfig, tokenizer: Any) -> dict[
 
 def _end_of_turn(tokenizer: Any) -> int | None:
     """The special token right behind an answer: for `…yes<|im_end|>\\n` that of `<|im_end|>`; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except jinja2.TemplateError:  # instruction templates that are never without an input or a system text
+        return None
     behind = text[text.rfind(_PROBE) + len(_PROBE) :]
     special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     found = [token for token in special if behind.lstrip().startswith(token)]

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dstune.checkpoint.commit import save
 from dstune.checkpoint.reader import Reader
-from dstune.config.schema import RunConfig
-from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
+from dstune.config.schema import ModelSection, RunConfig
+from dstune.data.tokenizer_files import BUILTIN_DIRECTORY, load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import CheckpointError, RunFailed, UsageError
@@ -150,6 +150,33 @@ def test_files_are_those_that_save_pretrained_writes(committed, tmp_path):
     ):
         assert set(ours.keys()) == set(theirs.keys())
         assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in ours.keys())  # noqa: SIM118
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("data", "asked"),
+    [
+        ({"template": ["Q: {instruction}\nA:", "Answer {instruction}:"]}, "Q: Hi\nA:"),
+        ({"template": "{instruction} of {input}:"}, None),
+        ({"template": "auto", "sources": [{"path": "a.txt", "format": "documents"}]}, None),
+    ],
+)
+def test_instruction_templates_are_exported_as_one_chat_template(committed, tmp_path, data, asked):
+    path, checkpoint = committed("builtin:tiny-llama")
+    plain = load_tokenizer(ModelSection(path="builtin:tiny-llama"), Path())
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "tokenizer")
+    config = config_of(path, **data)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})}
+    )
+    export(checkpoint, tmp_path / "out", config, Path())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "Hi"}]
+    if asked is None:
+        assert (tokenizer.chat_template is None) == (data["template"] == "auto")
+    else:
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).endswith(asked)
 
 
 @pytest.mark.dist
