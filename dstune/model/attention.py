@@ -5,7 +5,7 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from dstune.config.schema import ModelSection
-from dstune.errors import ConfigError
+from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.model.isolation import find_model_class, prove
 from dstune.model.per_example import PER_EXAMPLE
@@ -22,13 +22,16 @@ def choose(model: ModelSection, config: PretrainedConfig, layout: Layout) -> str
 
     Raises ConfigError where none keeps packed examples apart.
     """
+    if model.attention not in ("auto", PER_EXAMPLE) and layout == "packed-seq2seq":
+        # No mask that transformers takes keeps encoder, decoder and what lies between them apart at once.
+        came = f"{model.attention} attention for packed pairs of source and target"
+        raise ConfigError(Problem("model.attention", came, "auto", "Take that, or set `data.packing: false`."))
     if model.attention != "auto":
         return model.attention
     if layout in ("padded", "seq2seq"):
         kind = find_model_class(config)
         return "sdpa" if kind is None or kind._supports_sdpa else "eager"
     refused: ConfigError | None = None
-    # No mask that transformers takes keeps encoder, decoder and what lies between them apart at once.
     for kernel in _FASTEST_FIRST if layout == "packed" else (PER_EXAMPLE,):
         try:
             prove(config, kernel)

@@ -144,6 +144,11 @@ def test_the_written_attention_is_taken_and_other_layouts_need_no_proof():
     assert choose(ModelSection(path="x"), tiny_config("t5"), "seq2seq") in ("sdpa", "eager")
 
 
+def test_an_attention_that_cannot_keep_pairs_apart_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"model\.attention"):
+        choose(ModelSection(path="x", attention="sdpa"), tiny_config("t5"), "packed-seq2seq")
+
+
 def test_every_kind_of_layer_stays_when_a_config_is_made_small():
     config = AutoConfig.for_model("gemma3_text")
     assert set(shrunk(config, True).layer_types) == {"sliding_attention", "full_attention"}
