@@ -6,8 +6,10 @@ processes of a machine as like share one copy of the pages.
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +150,14 @@ class Prepared:
     """[num_rows] tokens of each row."""
     rows_supervised: npt.NDArray[np.int32]
     """[num_rows] targets of each row."""
-    _shards: tuple[_Stream, ...] = field(repr=False)
-    _shard_starts: npt.NDArray[np.int64] = field(repr=False)
+    _num_examples: int = field(repr=False)
     _rows: _Stream = field(repr=False)
-    _batches: dict[int, _Batch] = field(repr=False, default_factory=lambda: {})
+    _batches: list[pa.RecordBatch] = field(repr=False)
+    """Every shard's, in order."""
+    _batch_starts: list[int] = field(repr=False)
+    """Number of each batch's first example."""
+    _views: list[_Batch | None] = field(repr=False)
+    """Of the batches that were read from."""
 
     @classmethod
     def open(cls, path: str | Path) -> "Prepared":
@@ -171,20 +177,23 @@ class Prepared:
         starts = np.cumsum([0, *(shard.num_rows for shard in shards)], dtype=np.int64)
         _check_counts(root, [("rows.arrow", manifest["counts"]["rows"], rows.num_rows)])
         _check_counts(root, [("data-*", manifest["counts"]["examples"], int(starts[-1]))])
+        batches = [batch for shard in shards for batch in shard.batches]
         return cls(
             root=root,
             manifest=manifest,
             fingerprint=hashlib.sha256(text).hexdigest(),
             rows_tokens=rows.column("tokens"),
             rows_supervised=rows.column("supervised"),
-            _shards=shards,
-            _shard_starts=starts,
+            _num_examples=int(starts[-1]),
             _rows=rows,
+            _batches=batches,
+            _batch_starts=[0, *accumulate(batch.num_rows for batch in batches)][:-1],
+            _views=[None] * len(batches),
         )
 
     @property
     def num_examples(self) -> int:
-        return int(self._shard_starts[-1])
+        return self._num_examples
 
     @property
     def num_rows(self) -> int:
@@ -211,12 +220,11 @@ class Prepared:
         """One example, its tokens straight from the mapped file. Raises IndexError outside."""
         if not 0 <= index < self.num_examples:
             raise IndexError(f"example {index} of {self.num_examples}")
-        number = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
-        batch, place = self._shards[number].at(index - int(self._shard_starts[number]))
-        key = id(batch)  # the shard holds its batches as long as this directory is open
-        if key not in self._batches:
-            self._batches[key] = _Batch(batch)
-        return self._batches[key].example(place)
+        number = bisect_right(self._batch_starts, index) - 1
+        view = self._views[number]
+        if view is None:
+            view = self._views[number] = _Batch(self._batches[number])
+        return view.example(index - self._batch_starts[number])
 
     def origin(self, index: int) -> str:
         """`file:line` (and the part, where it is not the first) of example `index`, the path as the run file wrote it."""
@@ -226,8 +234,7 @@ class Prepared:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Every record batch of examples, in order."""
-        for shard in self._shards:
-            yield from shard.batches
+        yield from self._batches
 
     def largest_token(self) -> int:
         """The largest token number in it (every token is read)."""

@@ -36,7 +36,7 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/linear
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_min_interval=0
+SchedulerParameters=bf_interval=2,sched_interval=1,sched_min_interval=0
 ReturnToService=2
 SlurmdParameters=config_overrides
 JobCompType=jobcomp/none
