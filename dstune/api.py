@@ -52,6 +52,13 @@ def schema(file: str = "run") -> dict[str, Any]:
     return (SiteConfig if file == "site" else RunConfig).model_json_schema(by_alias=True)
 
 
+def cleaning_steps() -> dict[str, Any]:
+    """What `data.clean` may list: each step's JSON Schema with its settings, their meaning and defaults."""
+    from dstune.data.cleaning import registry
+
+    return registry.described()
+
+
 def recipes() -> dict[str, str]:
     """The recipes that `init` knows, each with a line on what it is for."""
     from dstune.config import recipes as known

@@ -58,6 +58,6 @@ status = main(sys.argv[1:])
 heavy = {"torch", "ray", "deepspeed", "transformers", "datasets"} & set(sys.modules)
 assert status == 0 and not heavy, (status, heavy)
 """
-    for words in (["--help"], ["schema"], ["init", "--list"]):
+    for words in (["--help"], ["schema"], ["schema", "--cleaning"], ["init", "--list"]):
         result = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, result.stderr

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from dstune.cli.main import main
 from dstune.config.schema import Source
 from dstune.data.cleaning import STEPS, Cleaner
 from dstune.data.conversation import Conversation, Message, Refused
@@ -80,6 +81,15 @@ class TestCleaner:
             schema = step.model_json_schema()
             assert schema["description"]
             assert all("description" in setting for setting in schema["properties"].values())
+
+    def test_the_command_line_lists_every_step_and_setting(self, capsys):
+        assert main(["schema", "--cleaning"]) == 0
+        shown = capsys.readouterr().out
+        assert main(["schema", "--cleaning", "--json"]) == 0
+        steps = json.loads(capsys.readouterr().out)
+        for name, step in STEPS.items():
+            assert name in shown and all(setting in shown for setting in step.model_fields)
+            assert steps[name]["properties"].keys() == step.model_fields.keys()
 
     def test_an_instruction_stays_apart_from_its_input(self):
         record = {"instruction": " Sum  up: \u200b", "input": "  One &amp; two.\r\n\n\n\n\nThree.  ", "output": " ok "}
