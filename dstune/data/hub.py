@@ -45,7 +45,13 @@ def files(source: Source, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
     chosen = _of_card(source, card, data) if card else _by_names(source, data)
     if folder is not None:
         _require_parts(source.path, chosen)
-    return [(name, folder / name if folder else _fetch(source.path, name, commit)) for name in chosen]
+        return [(name, folder / name) for name in chosen]
+    found = [(name, _fetch(source.path, name, commit)) for name in chosen]
+    if (
+        source.revision != commit
+    ):  # the client notes which commit a branch stands at: what it goes by without a connection
+        _fetch(source.path, chosen[0], source.revision or "main")
+    return found
 
 
 def _is_about(name: str) -> bool:

@@ -38,7 +38,11 @@ class Stamp(NamedTuple):
 
 
 class Place(Protocol):
-    """A file that can be opened again and again. Both ways of opening raise OSError."""
+    """A file that can be opened again and again. Reading and opening raise OSError."""
+
+    def head(self, count: int) -> bytes:
+        """Its first bytes, fewer where it is shorter."""
+        ...
 
     def open(self) -> io.BufferedReader:
         """Its bytes, from the start."""
@@ -59,6 +63,10 @@ class LocalFile:
 
     path: Path
 
+    def head(self, count: int) -> bytes:
+        with self.path.open("rb") as file:
+            return file.read(count)
+
     def open(self) -> io.BufferedReader:
         return io.BufferedReader(io.FileIO(self.path), _LOCAL_BUFFER_BYTES)
 
@@ -75,6 +83,10 @@ class RemoteFile:
     """A file behind an address."""
 
     address: str
+
+    def head(self, count: int) -> bytes:
+        with self.open_arrow() as file:
+            return file.read(count)
 
     def open(self) -> io.BufferedReader:
         return io.BufferedReader(self.open_arrow(), _REMOTE_BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
@@ -188,18 +200,19 @@ def find(address: str, wanted: Iterable[str]) -> list[str]:
     if glob.has_magic(path):
         start = posixpath.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0])
         matches = _pattern(path)
-        found = [file for file in _below(system, start) if matches.fullmatch(file)]
+        deep = "/" in path[len(start) :].lstrip("/") or "**" in path
+        found = [file for file in _below(system, start, deep) if matches.fullmatch(file)]
     else:
         (info,) = system.get_file_info([path])
         if info.type == fs.FileType.File:
             return [address]
-        found = _below(system, path) if info.type == fs.FileType.Directory else []
+        found = _below(system, path, deep=True) if info.type == fs.FileType.Directory else []
         found = [file for file in found if plain_suffix(file) in wanted]
     return [prefix + file for file in sorted(found)]
 
 
-def _below(system: fs.FileSystem, start: str) -> list[str]:
-    selected = system.get_file_info(fs.FileSelector(start, allow_not_found=True, recursive=True))
+def _below(system: fs.FileSystem, start: str, deep: bool) -> list[str]:
+    selected = system.get_file_info(fs.FileSelector(start, allow_not_found=True, recursive=deep))
     return [info.path for info in selected if info.type == fs.FileType.File]
 
 

@@ -104,7 +104,7 @@ def expand(source: Source, base: Path, max_record_bytes: int = DEFAULT_RECORD_BY
     else:
         matches = glob.glob(str(root), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute patterns)
         found = sorted(path for path in map(Path, matches) if path.is_file())
-        if not found and hub.is_id(written, _suffixes(source)):
+        if not found and not root.parent.is_dir() and hub.is_id(written, _suffixes(source)):
             return [make(LocalFile(path), f"{written}/{name}") for name, path in hub.files(source, _suffixes(source))]
     if not found:
         raise ConfigError(_missing(written, root, source))
@@ -182,8 +182,8 @@ def read_pieces(file: SourceFile) -> Iterator[Record | Lines]:
         return
     suffix = plain_suffix(file.name)
     try:
+        magic = file.place.head(6)
         with file.open() as stream:
-            magic = stream.peek(6)[:6]
             if magic.startswith(b"PAR1") or suffix == ".parquet":
                 with file.place.open_arrow() as table:
                     yield from tables.read_parquet(table, file.name, file.max_record_bytes)

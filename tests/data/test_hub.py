@@ -1,8 +1,14 @@
 """Data sets of the hub, from a cache laid out as the hub's own client does it: nothing here asks the network."""
 
+import hashlib
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -96,6 +102,78 @@ def test_what_is_not_there_is_told(cache: Path):
         expand(Source(path="owner/other"), Path("/"))
     with pytest.raises(ConfigError, match="there is no such file"):
         expand(Source(path="data/missing.json"), Path("/"))
+    (cache / "own").mkdir()
+    (cache / "own" / "trainings").mkdir()
+    with pytest.raises(ConfigError, match="did you mean 'trainings'"):  # its directory is here: no id of the hub
+        expand(Source(path="own/training"), cache)
     fill(cache, "only.py")
     with pytest.raises(ConfigError, match="code is not run"):
         names()
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as its client asks for: what a data set holds, and its files."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/owner/name"):
+            listed = [{"rfilename": name} for name in self.files]
+            content = json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": listed}).encode()
+        else:
+            revision_and_name = path.removeprefix("/datasets/owner/name/resolve/")
+            content = self.files.get(revision_and_name.partition("/")[2], b"")
+        self.send_response(200 if content else 404)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        if not content:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_the_hub_is_asked_once_and_its_cache_then_serves(tmp_path: Path):
+    """In a process of its own: the hub's client reads its settings when it is imported."""
+    _Hub.files = {
+        "README.md": CARD.encode(),
+        "data/train-0.jsonl": b'{"prompt": "q", "completion": "a"}\n',
+        "loader.py": b"1/0",
+    }
+    program = """
+import sys
+from pathlib import Path
+from dstune.config.schema import Source
+from dstune.data.sources import expand, read
+try:
+    print([[record.value for record in read(file)] for file in expand(Source(path=sys.argv[1]), Path("/"))])
+except ValueError as error:
+    print(error)
+"""
+
+    def ask(name: str, **more: str) -> str:
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), **more}
+        environment = {key: value for key, value in environment.items() if key not in ("HF_HUB_CACHE", "HF_TOKEN")}
+        command = [sys.executable, "-c", program, name]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment).stdout
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        rows = "[[{'prompt': 'q', 'completion': 'a'}]]\n"
+        assert ask("owner/name") == rows
+        assert "no such data set on the hub" in ask("owner/other")
+        server.shutdown()
+    assert ask("owner/name") == rows
+    assert ask("owner/name", HF_HUB_OFFLINE="1") == rows
