@@ -52,7 +52,7 @@ class Duplicates:
     of: IntArray
     """[examples] The earlier, kept example that each dropped one repeats; -1 for kept ones."""
     similarity: npt.NDArray[np.float32]
-    """[examples] To that example: 1 for exact repetitions, else the estimate; 0 for kept ones."""
+    """[examples] To that example: 1 for exact repetitions and those alone, else the estimate; 0 for kept ones."""
 
 
 def sketch(conversation: Conversation, settings: DeduplicateSection) -> Sketch:
@@ -166,6 +166,7 @@ class _Near:
 
         It ends: an example depends on earlier ones alone, so the first that is not settled is settled by a pass.
         """
+        first_equal = of.copy()
         exact = of >= 0
         while True:
             self._over_bands(of, np.flatnonzero(of < 0))
@@ -178,7 +179,8 @@ class _Near:
         dropped = np.flatnonzero(of >= 0)
         of[dropped] = _roots(of, dropped)
         similarity = np.zeros(len(of), np.float32)
-        similarity[dropped] = self._similarities(dropped, of[dropped])[0]
+        estimates = np.minimum(self._similarities(dropped, of[dropped])[0], 1 - 0.5 / NUM_PERMUTATIONS)
+        similarity[dropped] = np.where(of[dropped] == first_equal[dropped], 1, estimates)
         return Duplicates(of < 0, of, similarity)
 
     def _over_bands(self, of: IntArray, left: IntArray) -> None:

@@ -77,6 +77,14 @@ def test_the_estimate_is_near_the_real_similarity(kept_words):
     assert abs(estimate - real) < 4 * np.sqrt(real * (1 - real) / 128)
 
 
+def test_only_exact_repetitions_are_wholly_alike():
+    text = numbered(0, 50)
+    result = found([chat("a", text), chat("a", text + "!"), chat("A", text), chat("a", text + "!")])
+    assert result.of.tolist() == [-1, 0, 0, 0]
+    assert result.similarity[2] == 1
+    assert 0.99 < result.similarity[1] < 1 and 0.99 < result.similarity[3] < 1
+
+
 def test_other_questions_on_one_passage_are_no_duplicates():
     passage = numbered(0, 400)
     asked = [
