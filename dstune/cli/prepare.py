@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
         "prepared": str(prepared.root),
         "counts": prepared.manifest["counts"],
         "sources": sources,
+        "notes": prepared.manifest["encoding"].get("notes", []),
         "validation": held_out.manifest["counts"] if held_out else None,
     }
     emit(args, document, [*_lines(prepared, held_out), f"prepared: {prepared.root}"])
@@ -45,6 +46,8 @@ def _lines(prepared: "Prepared", held_out: "Prepared | None") -> Iterator[str]:
     yield _totals("training", prepared.manifest["counts"])
     if held_out:
         yield _totals("held out", held_out.manifest["counts"])
+    for note in prepared.manifest["encoding"].get("notes", []):
+        yield f"note: {note}"
 
 
 def _totals(what: str, counts: dict[str, Any]) -> str:
