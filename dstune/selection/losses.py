@@ -3,12 +3,15 @@
 Chunks are of like length, the longest first: what does not fit into memory fails at once. Each is a file, renamed into place when it
 is done; a later call goes on behind those that are there. Losses on a GPU (bf16) and on a CPU (fp32) differ in the third digit:
 what was computed first is kept.
+
+It is done in this process, on one device. A process that asked a GPU keeps a CUDA context of some hundred MB until it ends: `dstune
+select` before `dstune train` leaves all of the memory to training, and lets a machine with a GPU do the work for one without.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +63,18 @@ def require(asked: Asked, prepared: Prepared) -> None:
     if asked.model.init == "random" and not asked.model.path.startswith(_BUILTIN):
         came = "ifd by a model with random weights (`model.init: random`)"
         raise ConfigError(Problem(where, came, do="Name a model that has learned something: `data.select.model`."))
-    if prepared.manifest["settings"]["seq2seq"] or is_seq2seq(asked.model, asked.base):
+    if prepared.manifest["settings"]["seq2seq"] or _is_seq2seq(asked):
         raise ConfigError(Problem(where, "ifd for a sequence-to-sequence model", "diversity or random"))
+
+
+def _is_seq2seq(asked: Asked) -> bool:
+    """Raises ConfigError where there is no such model, under the name that the run file gives it."""
+    try:
+        return is_seq2seq(asked.model, asked.base)
+    except ConfigError as error:
+        if asked.model is asked.own:
+            raise
+        raise ConfigError([replace(problem, where="data.select.model") for problem in error.problems]) from None
 
 
 def fingerprint(asked: Asked) -> str:

@@ -183,6 +183,8 @@ def test_models_that_cannot_be_asked(base):
         losses.require(asked, prepared)
     with pytest.raises(ConfigError, match="sequence-to-sequence"):
         choose.choose(config_of(model="builtin:tiny-t5"), base)
+    with pytest.raises(ConfigError, match=r"data\.select\.model: .*does not exist"):
+        choose.choose(config_of(model="./no/such/model"), base)
 
 
 KILLED = """
