@@ -402,6 +402,7 @@ class TestPersonalData:
             ("from 93.184.216.34 and 2606:2800:220:1:248:1893:25c8:1946", "from [IP] and [IP]"),
             (f"key {SK} and {GITHUB} and {AWS}", "key [API_KEY] and [API_KEY] and [API_KEY]"),
             ("api_key = 'a1B2c3D4e5F6g7H8i9J0k1'", "api_key = '[API_KEY]'"),
+            ('OPENAI_API_KEY="a1B2c3D4e5F6g7H8i9J0k1"', 'OPENAI_API_KEY="[API_KEY]"'),
             (f"Mine:\n{PRIVATE}\nEnd", "Mine:\n[PRIVATE_KEY]\nEnd"),
         ],
     )

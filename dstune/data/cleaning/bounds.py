@@ -68,7 +68,8 @@ class Ratio(Step):
         replies = list(answers(conversation))
         self._proportion(sum(map(len, questions(conversation))), sum(map(len, replies)))
         if self.max_repetition < 1 and replies:
-            self._repetition([without_code(reply) for reply in replies])
+            bare = [without_code(reply) for reply in replies]
+            self._repetition([reply for reply in bare if len(reply) >= 2 * self.min_words or not reply.isascii()])
         return conversation
 
     def _proportion(self, asked: int, answered: int) -> None:

@@ -62,7 +62,8 @@ _KEY = re.compile(
     r"sk-[\w-]{20,200}|sk_live_\w{16,100}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22,100}|glpat-[\w-]{20}|(?:AKIA|ASIA)[0-9A-Z]{16}"
     r"|AIza[\w-]{35}|xox[abprs]-[\w-]{10,200}|hf_[A-Za-z0-9]{30,40}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,300}|SG\.[\w-]{22}\.[\w-]{43}"
     r"|eyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{20,1000}"
-    r"|(?:(?:api|access|secret|auth)[_-]?(?:key|token)|secret|password|token)[\"']?\s?[:=]\s?[\"']([\w+/=.-]{20,200})[\"']"
+    r"|(?i:(?:[a-z]{1,20}_){0,3}(?:(?:api|access|secret|auth)[_-]?(?:key|token)|secret|password|token)[\"']?\s?[:=]\s?)"
+    r"[\"']([\w+/=.-]{20,200})[\"']"
     r")(?![\w-])",
     re.ASCII,
 )
@@ -132,22 +133,50 @@ def _certain(found: re.Match[str]) -> bool:
     return True
 
 
-KINDS: dict[Kind, tuple[re.Pattern[str], Confirm, str]] = {
-    "private_key": (_PRIVATE_KEY, _certain, "PRIVATE KEY"),
-    "api_key": (_KEY, _key, ""),
-    "email": (_EMAIL, _email, "@"),
-    "iban": (_IBAN, _iban, ""),
-    "credit_card": (_CARD, _card, ""),
-    "ip": (_IP, _ip, ""),
-    "phone": (_PHONE, _phone, ""),
+_KEY_STARTS = (
+    *("sk-", "sk_live_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "AKIA", "ASIA", "AIza"),
+    *(
+        "xox",
+        "hf_",
+        "npm_",
+        "pypi-",
+        "SG.",
+        "eyJ",
+        "key",
+        "token",
+        "secret",
+        "password",
+        "KEY",
+        "TOKEN",
+        "SECRET",
+        "PASSWORD",
+    ),
+)
+_ADDRESS = re.compile(r"\d\.\d{1,3}\.\d|:[0-9a-fA-F]{0,4}:")
+_LONG_NUMBER = re.compile(r"\d[\d ().-]{5}")
+_ACCOUNT = re.compile(r"\d{2} ?[A-Z0-9]{4} ?[A-Z0-9]{4}")
+
+
+def _has_key(text: str) -> bool:
+    return any(start in text for start in _KEY_STARTS)
+
+
+KINDS: dict[Kind, tuple[re.Pattern[str], Confirm, Callable[[str], object]]] = {
+    "private_key": (_PRIVATE_KEY, _certain, re.compile("-----BEGIN").search),
+    "api_key": (_KEY, _key, _has_key),
+    "email": (_EMAIL, _email, re.compile("@").search),
+    "iban": (_IBAN, _iban, _ACCOUNT.search),
+    "credit_card": (_CARD, _card, _LONG_NUMBER.search),
+    "ip": (_IP, _ip, _ADDRESS.search),
+    "phone": (_PHONE, _phone, _LONG_NUMBER.search),
 }
-"""How each is found: a pattern, what confirms it, and what a text has that has one. In this order: a card is no phone number."""
+"""How each is found: a pattern, what confirms it, and a quick look whether a text may have one. In this order: a card is no phone."""
 
 
 def mask_kind(text: str, kind: Kind) -> str:
     """`text` with `[KIND]` for what is found; the same object where nothing is."""
-    pattern, confirm, sign = KINDS[kind]
-    if sign and sign not in text:
+    pattern, confirm, may_have = KINDS[kind]
+    if not may_have(text):
         return text
     found = False
 

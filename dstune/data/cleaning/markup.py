@@ -19,6 +19,7 @@ _INLINE = ("b", "i", "u", "em", "strong", "span", "font", "a", "small", "big", "
 _UNPAIRED = frozenset(("br", "hr"))
 _TAG = re.compile(rf"<(/?)({'|'.join(_BREAKS + _INLINE)}){_ATTRIBUTES}", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+_LEFTOVER = re.compile(r"</?[A-Za-z]|&#?[A-Za-z0-9]{1,31};")
 _SPAN = re.compile(r"(`[^`\n]*`)")
 
 
@@ -34,7 +35,7 @@ class Html(Step):
 
     def apply(self, conversation: Conversation) -> Conversation:
         texts = [message.content for message in conversation.messages]
-        if not any("&" in text or "<" in text for text in texts) or any(map(_SUBJECT.search, texts)):
+        if not any(map(_LEFTOVER.search, texts)) or any(map(_SUBJECT.search, texts)):
             return conversation
         return edited(conversation, lambda text: outside_code(text, _without_markup))
 

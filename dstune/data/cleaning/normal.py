@@ -28,6 +28,7 @@ class Unicode(Step):
 
 
 _RUN = re.compile(r"(?<=[^ \u00a0])[ \u00a0]{2,}(?=[^ \u00a0])")
+_UNTIDY = re.compile("[ \t\u00a0][ \u00a0\n]|\r")
 _TABLE = re.compile(r"[\t|]|(?<=[^ ])[ \u00a0]{3,}[^ ].*[^ ][ \u00a0]{3,}[^ ]")
 """A line whose blanks may be columns."""
 
@@ -46,6 +47,8 @@ class Whitespace(Step):
         return edited(conversation, self._trimmed)
 
     def _trimmed(self, text: str) -> str:
+        if text == text.strip() and not _UNTIDY.search(text) and "\n" * (self.max_blank_lines + 2) not in text:
+            return text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         text = outside_code(text, self._squeezed).rstrip()
         start = len(text) - len(text.lstrip())
