@@ -88,7 +88,7 @@ def read_parquet(file: pa.NativeFile, name: str, cap: int) -> Iterator[Record]:
     try:
         with pq.ParquetFile(file, buffer_size=_PAGE_BYTES, pre_buffer=False) as parquet:
             yield from _rows(_row_groups(parquet), name, cap)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(name, "Parquet", error) from None
 
 
@@ -110,7 +110,7 @@ def read_arrow(file: pa.NativeFile, name: str, cap: int) -> Iterator[Record]:
             yield from _rows((reader.get_batch(index) for index in range(reader.num_record_batches)), name, cap)
         else:
             yield from _rows(pa.ipc.open_stream(file), name, cap)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(name, "Arrow", error) from None
 
 
@@ -125,10 +125,24 @@ def _rows(batches: Iterable[pa.RecordBatch], name: str, cap: int) -> Iterator[Re
         names = batch.schema.names
         if twice := {column for column in names if names.count(column) > 1}:
             raise DataError(Problem(name, f"column {min(twice)!r} stands twice", "each column once"))
+        _validate(batch)
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             piece = batch.slice(start, _BATCH_ROWS)
             yield from _values(piece, line + start, cap)
         line += batch.num_rows
+
+
+def _validate(batch: pa.RecordBatch) -> None:
+    """Raises ArrowInvalid where offsets point outside of what the file holds: pyarrow itself would read there.
+
+    A plain column with bytes that are no UTF-8 passes: its rows are then refused one by one.
+    """
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error) or pa.types.is_nested(column.type):
+                raise
 
 
 def _values(piece: pa.RecordBatch, line: int, cap: int) -> Iterator[Record]:
