@@ -72,9 +72,16 @@ def described(sources: Sequence[Source], inputs: Sequence[Input]) -> list[dict[s
         {
             **source.model_dump(mode="json"),
             "files": [{"path": one.file.name, "sha256": one.sha256} for one in inputs if one.source == number],
+            **_resolved(source, [one.file.source for one in inputs if one.source == number]),
         }
         for number, source in enumerate(sources)
     ]
+
+
+def _resolved(source: Source, read_as: Sequence[Source]) -> dict[str, Any]:
+    """What a registry made of a source: its columns decide what comes out as much as the run file's own."""
+    resolved = [one.model_dump(mode="json") for one in read_as[:1] if one != source]
+    return {"read_as": resolved[0]} if resolved else {}
 
 
 def counts(
