@@ -106,6 +106,8 @@ def choose(config: RunConfig, base: Path, progress: Report | None = None, prepar
         do = "Write it into the run file, or: dstune select RUN.yaml data.select.budget=5000 data.select.by=random"
         raise ConfigError(Problem("data.select", "not there: there is nothing to choose by", "a budget", do))
     require_budget(select.budget)
+    if select.by == "ifd":
+        losses.require(losses.Asked(config.model, config.data, base))
     whole = preparation(config, base, progress)
     wanted = examples_wanted(select.budget, whole.num_examples)
     ranking = _Ranking(config, base, whole, select, wanted, progress or _ignore)
@@ -151,7 +153,6 @@ class _Ranking:
         self._asked = losses.Asked(config.model, config.data, base)
         self.about: dict[str, Any] = {"version": SELECTION_VERSION, "by": select.by, "base": whole.fingerprint}
         if select.by == "ifd":
-            losses.require(self._asked, whole)
             self.about |= {"model": losses.fingerprint(self._asked)}
             self._losses = selection_losses(whole.root.name, _digest(self.about))
             self.about |= {"max_ifd": select.max_ifd}

@@ -54,8 +54,8 @@ class Asked:
         return self.own if named is None else ModelSection(path=named)
 
 
-def require(asked: Asked, prepared: Prepared) -> None:
-    """Raises ConfigError for what cannot be scored so."""
+def require(asked: Asked) -> None:
+    """Raises ConfigError for what cannot be scored so: before anything slow is done."""
     where = "data.select.by"
     if asked.data.train_on == "all":
         came = "ifd with `train_on: all`: where every token is a target, nothing tells answers from questions"
@@ -63,7 +63,7 @@ def require(asked: Asked, prepared: Prepared) -> None:
     if asked.model.init == "random" and not asked.model.path.startswith(_BUILTIN):
         came = "ifd by a model with random weights (`model.init: random`)"
         raise ConfigError(Problem(where, came, do="Name a model that has learned something: `data.select.model`."))
-    if prepared.manifest["settings"]["seq2seq"] or _is_seq2seq(asked):
+    if is_seq2seq(asked.own, asked.base) or _is_seq2seq(asked):
         raise ConfigError(Problem(where, "ifd for a sequence-to-sequence model", "diversity or random"))
 
 

@@ -177,10 +177,8 @@ def test_a_directory_of_another_template_is_refused(base):
 def test_models_that_cannot_be_asked(base):
     config = config_of()
     random = config.model_copy(update={"model": config.model.model_copy(update={"path": "x", "init": "random"})})
-    asked = losses.Asked(random.model, random.data, base)
-    prepared = choose.choose(make_config(select={"budget": 3, "by": "random"}), base).base
     with pytest.raises(ConfigError, match="random weights"):
-        losses.require(asked, prepared)
+        choose.choose(random, base)
     with pytest.raises(ConfigError, match="sequence-to-sequence"):
         choose.choose(config_of(model="builtin:tiny-t5"), base)
     with pytest.raises(ConfigError, match=r"data\.select\.model: .*does not exist"):
