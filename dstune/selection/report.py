@@ -12,11 +12,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dstune.config.schema import RunConfig
-from dstune.data.prepare import Report
+from dstune.data.prepare import Report, prepare
 from dstune.data.preview import visible
 from dstune.data.shards import Prepared
 from dstune.data.tokenizer_files import load_tokenizer
-from dstune.selection.choose import Choice, choose
+from dstune.selection.choose import Choice, Preparation, choose
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _HEADS = ("least", "1/4", "half", "3/4", "most")
@@ -24,12 +24,18 @@ _SCORE = {"ifd": "ifd", "diversity": "distance", "random": None}
 _CHARACTERS = 70
 
 
-def explain(config: RunConfig, base: Path, count: int, progress: Report | None = None) -> dict[str, Any]:
+def explain(
+    config: RunConfig,
+    base: Path,
+    count: int,
+    progress: Report | None = None,
+    preparation: Preparation = prepare,
+) -> dict[str, Any]:
     """Choose, make the directory that a run trains on, and say what is in it: plain values, texts as they are.
 
     `count` examples of each side are shown. Raises what `choose` raises.
     """
-    choice = choose(config, base, progress)
+    choice = choose(config, base, progress, preparation)
     return _described(choice, choice.prepared(config.name), load_tokenizer(config.model, base), max(0, count))
 
 
@@ -114,9 +120,9 @@ def show(found: Mapping[str, Any]) -> Iterable[RenderableType]:
     yield _summary(found)
     yield _sources_table(found["sources"])
     yield _quantiles_table(found)
-    yield _examples(f"taken, the first {len(found['taken'])}", found["taken"])
-    if found["left"]:
-        yield _examples(f"left out, the first {len(found['left'])}", found["left"])
+    for side, title in (("taken", "taken"), ("left", "left out")):
+        if found[side]:
+            yield _examples(f"{title}, the first {len(found[side])}", found[side])
 
 
 def _summary(found: Mapping[str, Any]) -> RenderableType:
