@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstune.data import turns
-from dstune.data.conversation import Conversation, Refused
+from dstune.data.conversation import Refused
 from dstune.data.formats.record import SYSTEM_KEYS, TOOLS_KEYS, Parts, Settings, listed, present, tools_of, with_system
 from dstune.data.turns import TurnNames
 
@@ -39,4 +39,4 @@ class Chat:
         messages = turns.to_messages(record[self.key], self.key, self.names)
         if self.system:
             messages = with_system(record, self.system, messages)
-        return [Conversation(tuple(messages), tools_of(record, self.tools) if self.tools else ())]
+        return [turns.conversation(messages, tools_of(record, self.tools) if self.tools else ())]

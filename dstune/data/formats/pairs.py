@@ -74,23 +74,23 @@ class Pair:
             messages[-1] = self._reasoned(record, messages[-1])
         if self.system:
             messages = with_system(record, self.system, messages)
-        return Conversation(tuple(messages), tools_of(record, self.tools) if self.tools else ())
+        return turns.conversation(messages, tools_of(record, self.tools) if self.tools else ())
 
     def question(self, record: dict[str, Any]) -> Message:
         """The prompt; below an instruction, on a line of its own, what it is about."""
-        prompt = turns.text("" if record[self.prompt] is None else record[self.prompt], self.prompt)
+        prompt = record[self.prompt]
+        prompt = "" if prompt is None else turns.text(prompt, self.prompt)
         context = None
         for key in self.contexts:
-            if record.get(key) not in (None, ""):
+            value = record.get(key)
+            if value is not None and value != "":
                 if context is not None:
                     raise Refused("ambiguous_format", f"both {listed(self.contexts)} beside `instruction`")
-                context = turns.text(record[key], key)
+                context = turns.text(value, key)
         question = prompt if context is None else f"{prompt}\n{context}" if prompt else context
         if not question or question.isspace():
             raise Refused("empty_prompt", f"`{self.prompt}` is empty")
-        if context is None or not prompt:
-            return turns.plain("user", question)
-        return Message("user", question, context=context)
+        return turns.plain("user", question, context if prompt else None)
 
     def _turns(self, record: dict[str, Any], prompt: Any, reply: Any) -> list[Message]:
         """A conversation as prompt, of which nothing is learnt, and the turns to learn as completion."""
