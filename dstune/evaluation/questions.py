@@ -88,7 +88,7 @@ def _each(task: Task, base: Path) -> Iterator[Question | Problem]:
                 yield Problem(place, str(record.error))
                 continue
             try:
-                conversations = to_conversations(record.value, source)
+                conversations = to_conversations(record.value, file.source)
             except Refused as refused:
                 yield Problem(place, str(refused))
                 continue
