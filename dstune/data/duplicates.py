@@ -59,14 +59,14 @@ def sketch(conversation: Conversation, settings: DeduplicateSection) -> Sketch:
     """What `find_duplicates` compares of `conversation`.
 
     `by: conversation` takes every turn with its role, reasoning and tool calls; `by: prompt` the system's and the user's alone.
-    Conversations that are offered different tools are never alike.
+    Conversations that are offered different tools are never alike. Where nobody asks (a document), all is compared.
     """
     return sketches([conversation], settings)[0]
 
 
 def sketches(conversations: Sequence[Conversation], settings: DeduplicateSection) -> list[Sketch]:
     """`sketch` of each: a chunk at once takes a fraction of the time."""
-    turns = [[turn for turn in one.messages if _compared(turn, settings.by)] for one in conversations]
+    turns = [_compared(one, settings.by) for one in conversations]
     tools = [sorted(json.dumps(tool, sort_keys=True, default=str) for tool in one.tools) for one in conversations]
     exact = [_digest([*map(_normal, said), "tools", *of], 16) for said, of in zip(turns, tools, strict=True)]
     if settings.method == "exact":
@@ -78,8 +78,9 @@ def sketches(conversations: Sequence[Conversation], settings: DeduplicateSection
     return [Sketch(one, signature) for one, signature in zip(exact, np.concatenate(parts, axis=1), strict=True)]
 
 
-def _compared(turn: Message, by: str) -> bool:
-    return by == "conversation" or turn.role in ("system", "user")
+def _compared(conversation: Conversation, by: str) -> list[Message]:
+    asked = [turn for turn in conversation.messages if by == "conversation" or turn.role in ("system", "user")]
+    return asked or list(conversation.messages)
 
 
 def _normal(turn: Message) -> str:

@@ -5,7 +5,7 @@ blanks (Chinese, Japanese, Thai, …) have a word per character. Hashes are the 
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,7 +17,8 @@ IntArray = npt.NDArray[np.int64]
 
 _CHARACTER_BASE = np.uint64(0x9E3779B97F4A7C15)
 _WORD_BASE = np.uint64(0xD1342543DE82EF95)
-_OUTSIDE, _LETTER, _ALONE = 0, 1, 2
+_LETTER, _ALONE = 1, 2
+_CHARACTERS_AT_ONCE = 1 << 20
 _TABLE_SIZE = 0x20000
 """Above stand ideographs (to 0x3FFFF) and what is no word."""
 _WITHOUT_BLANKS = (
@@ -79,16 +80,41 @@ class Words:
 
 
 def words(texts: Sequence[str]) -> Words:
-    """The words of `texts` with their hashes. Many short texts at once cost less than one after another."""
+    """The words of `texts` with their hashes. Many short texts at once cost less than one after another.
+
+    Memory is bounded beside the texts and 40 bytes per word: long ones are looked at a million characters at a time.
+    """
     lower = [text.lower() for text in texts]
     joined = "\n".join(lower)
+    found = [_words(joined[start:end], start) for start, end in _slices(joined)]
+    hashes, starts, ends, alone = (np.concatenate(column) for column in zip(*found, strict=True))
     ends_of_texts = np.cumsum([len(text) + 1 for text in lower])
-    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    offsets = np.concatenate([[0], np.searchsorted(starts, ends_of_texts)])
+    return Words(hashes, offsets, starts, ends, alone, joined)
+
+
+def _slices(text: str) -> Iterator[tuple[int, int]]:
+    """Where to look at a time: up to a blank, so that no word is cut (only one of a million letters is)."""
+    start = 0
+    while len(text) - start > _CHARACTERS_AT_ONCE:
+        limit = start + _CHARACTERS_AT_ONCE
+        end = max(text.rfind(" ", start, limit), text.rfind("\n", start, limit)) + 1 or limit
+        yield start, end
+        start = end
+    yield start, len(text)
+
+
+_Found = tuple[HashArray, IntArray, IntArray, npt.NDArray[np.bool_]]
+
+
+def _words(text: str, offset: int) -> _Found:
+    """Hashes, starts, ends of the words of `text` in lower case, which begins at `offset`, and which are one character alone."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = _kinds()[np.minimum(codes, _TABLE_SIZE + (codes >= 0x40000))]
     inside = np.flatnonzero(kinds)
     if not len(inside):
         none = np.zeros(0, np.int64)
-        return Words(np.zeros(0, np.uint64), np.zeros(len(texts) + 1, np.int64), none, none, none > 0, joined)
+        return np.zeros(0, np.uint64), none, none, none > 0
     begins = kinds == _ALONE
     begins[0] |= kinds[0] == _LETTER
     begins[1:] |= (kinds[1:] == _LETTER) & (kinds[:-1] != _LETTER)
@@ -97,9 +123,8 @@ def words(texts: Sequence[str]) -> Words:
     lengths = np.diff(first, append=len(inside))
     place = np.arange(len(inside)) - np.repeat(first, lengths)
     terms = (codes[inside].astype(np.uint64) + np.uint64(1)) * _powers(int(lengths.max()))[place]
-    offsets = np.concatenate([[0], np.searchsorted(starts, ends_of_texts)])
     hashes = _mixed(np.add.reduceat(terms, first))
-    return Words(hashes, offsets, starts, starts + lengths, kinds[starts] == _ALONE, joined)
+    return hashes, starts + offset, starts + lengths + offset, kinds[starts] == _ALONE
 
 
 def ngrams(hashes: HashArray, n: int) -> HashArray:

@@ -111,6 +111,13 @@ def test_prompts_alone_are_compared_on_request():
     assert found(pair).kept.all()
 
 
+def test_documents_are_compared_whole_even_where_prompts_are():
+    documents = [Conversation((Message("document", numbered(at, 50)),), document=True) for at in (0, 100, 0)]
+    for method in ("exact", "near"):
+        assert found(documents, DeduplicateSection(by="prompt", method=method)).kept.tolist() == [True, True, False]
+        assert found(documents, DeduplicateSection(method=method)).kept.tolist() == [True, True, False]
+
+
 def test_chinese_is_compared_by_characters():
     text = "".join(chr(code) for code in range(0x4E00, 0x4EC8))
     edited = text.replace(chr(0x4E40), "猫")
