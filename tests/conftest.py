@@ -8,6 +8,12 @@ import pytest
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two streams for tools/check: what waits for Slurm's daemons, and beside it all the rest, each in its usual order."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if item.get_closest_marker("slurm") else "rest"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not (SHARED / "data").is_dir():

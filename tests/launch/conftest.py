@@ -17,7 +17,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         pytest.skip(why)
     folder: Path = tmp_path_factory.mktemp("slurm")
     for parent in (folder, *folder.parents[:3]):  # slurmd reads its configuration as other users too
-        if parent.name.startswith(("slurm", "pytest")):
+        if parent.name.startswith(("slurm", "popen", "pytest")):
             parent.chmod(0o755)
     with SlurmCluster(folder) as cluster:
         yield cluster
