@@ -114,21 +114,6 @@ def test_two_nodes_a_hostile_name_and_a_queued_neighbour(tmp_path, slurm):
 
 
 @pytest.mark.slurm
-def test_a_warning_saves_and_requeues_and_the_job_goes_on(tmp_path, slurm):
-    paths, job = hand_over(tmp_path, nodes=1, steps=400, commit_every=1000, seconds=0.05)
-    until_step(paths, 20)
-    slurm.run("scancel", "--signal=USR1", "--batch", job)  # as --signal=B:USR1@seconds does
-    slurm.wait_for(job, "PENDING")
-    now = submission.status(paths)
-    assert now["state"] == "queued" and now["step"] >= 20
-    hurry(paths)
-    slurm.release(job)
-    slurm.wait_for(job, "COMPLETED", seconds=200)
-    assert submission.status(paths)["state"] == "succeeded" and steps(paths) == list(range(1, 401))
-    assert [event["state"] for event in events(paths, "drive_ended")] == ["preempted", "succeeded"]
-
-
-@pytest.mark.slurm
 def test_a_preemption_with_grace_saves_and_requeues(tmp_path, slurm):
     paths, job = hand_over(tmp_path, nodes=1, steps=600, commit_every=1000, seconds=0.1)
     until_step(paths, 10)
@@ -149,6 +134,7 @@ def test_stop_saves_first_and_the_job_is_over(tmp_path, slurm):
     assert now["state"] == "stopped" and now["step"] >= 5
     facts = slurm.wait_for(job, "FAILED", "COMPLETED", "PENDING")
     assert facts["ExitCode"] == "75:0" and facts["JobState"] == "FAILED"  # no requeue: a person wanted it to stop
+    assert slurm.left_behind(job) == []
 
 
 @pytest.mark.slurm

@@ -45,12 +45,17 @@ def test_slurm_warns_the_run_saves_requeues_itself_and_is_exact(
     until_step(paths, 5)
     slurm.run("scancel", "--signal=USR1", "--batch", sent["job_id"])  # as --signal=B:USR1@seconds does
     slurm.wait_for(sent["job_id"], "PENDING")
-    assert said("status", paths.root)["state"] == "queued"
+    saved = said("status", paths.root)
+    assert saved["state"] == "queued"
+    assert 5 <= saved["step"] < 40
     slurm.release(sent["job_id"])
     slurm.wait_for(sent["job_id"], "COMPLETED", "FAILED", "CANCELLED", seconds=300)
     status = said("status", paths.root)
     assert status["state"] == "succeeded", "\n".join(said("logs", paths.root)["lines"][-40:])
     assert status["attempt"] == 2
+    events = read_lines(paths.events)
+    assert [event["from_step"] for event in events if event["event"] == "attempt_started"] == [0, saved["step"]]
+    assert [event["state"] for event in events if event["event"] == "drive_ended"] == ["preempted", "succeeded"]
     assert_exact(paths, reference)
 
 
