@@ -75,12 +75,13 @@ def init(directory: str | Path = ".", recipe: str = "quickstart") -> Path:
 
 def prepare(run: RunFile, overrides: Sequence[str] = (), *, progress: bool = False) -> "Prepared":
     """The run's data as a prepared directory, `data.select` heeded; a finished one is reused. Raises DataError, ConfigError."""
+    from dstune.launch.ray_pool import prepared_where_asked
     from dstune.records.console import PreparationProgress
     from dstune.selection import choose
 
     loaded = _loaded(run, overrides)
     with PreparationProgress(shown=progress) as show:
-        return choose.prepared(loaded.config, loaded.base, show)
+        return choose.prepared(loaded.config, loaded.base, show, prepared_where_asked)
 
 
 def select(run: RunFile, overrides: Sequence[str] = (), *, count: int = 5, progress: bool = False) -> dict[str, Any]:
@@ -88,12 +89,13 @@ def select(run: RunFile, overrides: Sequence[str] = (), *, count: int = 5, progr
 
     Raises ConfigError, DataError, RunFailed.
     """
+    from dstune.launch.ray_pool import prepared_where_asked
     from dstune.records.console import PreparationProgress
     from dstune.selection import report
 
     loaded = _loaded(run, overrides)
     with PreparationProgress(shown=progress) as show:
-        return report.explain(loaded.config, loaded.base, count, show)
+        return report.explain(loaded.config, loaded.base, count, show, prepared_where_asked)
 
 
 def preview(

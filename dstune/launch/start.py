@@ -16,6 +16,7 @@ from dstune.launch import rundir
 from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer, drive
 from dstune.launch.local import RayExecutor
+from dstune.launch.ray_pool import prepared_where_asked
 from dstune.launch.status import read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
@@ -116,7 +117,7 @@ def open_prepared(run: LoadedRun, paths: RunPaths) -> Prepared:
     """The data of a run that exists, every hash checked; prepared again where its directory is gone (the same, byte for byte)."""
     noted = rundir.environment(paths).get("prepared")
     if noted is None or not Path(noted["directory"]).is_dir():
-        prepared = prepare(run.config, run.base)
+        prepared = prepare(run.config, run.base, preparation=prepared_where_asked)
         if noted is not None and prepared.fingerprint != noted["fingerprint"]:
             came = f"{prepared.root} is not what the run was started with ({noted['directory']}, which is gone)"
             raise DataError(f"{came}\n    the sources, the tokenizer or the settings have changed since")

@@ -146,6 +146,15 @@ class SlurmCluster:
         with (self.folder / f"{len(self._daemons)}-{command[0]}.out").open("wb") as output:
             self._daemons.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
 
+    def left_behind(self, job: int | str, seconds: float = 30) -> list[str]:
+        """The commands of a job's processes that outlive it by so long. Slurm itself follows no process that left its parent."""
+        found: list[str] = []
+        for _ in ticks(seconds):
+            found = list(_processes_of(str(job)))
+            if not found:
+                break
+        return found
+
     def _stop(self) -> None:
         if len(self._daemons) == 4:
             self.cancel_all()
@@ -165,6 +174,17 @@ class SlurmCluster:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _processes_of(job: str) -> Iterator[str]:
+    for process in Path("/proc").iterdir():
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue  # no process, or no longer one
+        if f"SLURM_JOB_ID={job}".encode() in variables and command:
+            yield command
 
 
 def ticks(seconds: float, every: float = 0.25) -> Iterator[None]:
