@@ -205,7 +205,7 @@ class TestHtml:
             "List<String> and Map<i, b> and Vec<u>",
             "#include <iostream>\nvector<p> x;",
             "https://x.org/?a=1&copy=2&lt=3",
-            "AT&T; R&D; &unknown;",
+            "AT&T; R&D; &unknown; &#0; &#xD800; &#99999999;",
             "```\n<br>&amp;\n```",
             "Write `<br>` or `&amp;` there.",
             "<think>Hm.</think>\n<answer>4</answer>",
@@ -290,6 +290,8 @@ class TestLengthAndRatio:
         assert dropped(words, "these are three") is None
         assert dropped(words, "三个字") is None
         assert dropped(words, "这是五个字")
+        assert dropped({"length": {"unit": "words"}}, "😀") is None
+        assert dropped({"length": {"unit": "words"}}, " ")
 
     def test_turns_that_only_call_tools_have_no_answer_to_measure(self):
         call = {"type": "function", "function": {"name": "f", "arguments": {}}}

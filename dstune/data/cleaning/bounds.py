@@ -18,7 +18,7 @@ class Length(Step):
 
     name: ClassVar[str] = "length"
     unit: Literal["characters", "words"] = "characters"
-    """What is counted, blanks at the ends aside; of Chinese and the like a character is a word."""
+    """What is counted, blanks at the ends aside; of Chinese and the like a character is a word, and signs alone are one."""
     min_question: int = Field(default=0, ge=0)
     """Least length of the questions."""
     max_question: int | None = Field(default=None, ge=1)
@@ -43,7 +43,9 @@ class Length(Step):
     def _check(self, what: str, texts: list[str], low: int, high: int | None) -> None:
         if not texts:
             return
-        counted = len(words(texts).hashes) if self.unit == "words" else sum(len(text.strip()) for text in texts)
+        counted = sum(len(text.strip()) for text in texts)
+        if self.unit == "words" and counted:
+            counted = max(1, len(words(texts).hashes))
         if counted < low or (high is not None and counted > high):
             bounds = f"at least {low}" if counted < low else f"at most {high}"
             raise self.refuse(f"the {what} has {counted} {self.unit}, and {bounds} are wanted")

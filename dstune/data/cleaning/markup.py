@@ -63,6 +63,6 @@ def _plain(text: str, known: set[str]) -> str:
 def _character(entity: re.Match[str]) -> str:
     """What an entity stands for; itself where no such entity is known. A non-breaking blank becomes a blank."""
     written = entity[0]
-    if written[1] != "#" and written[1:] not in html5:
-        return written
-    return html.unescape(written).replace("\u00a0", " ")
+    meant = html.unescape(written).replace("\u00a0", " ")
+    known = meant.isprintable() and "\ufffd" not in meant if written[1] == "#" else written[1:] in html5
+    return meant if known else written
