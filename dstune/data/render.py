@@ -31,6 +31,8 @@ _STUMBLES = (
     RecursionError,
 )
 """What a template runs into that does not fit the conversation."""
+_SHORT = 12
+"""Characters of a content that may stand in a text by chance."""
 _PROBES = (
     (Message("user", "Name a colour."), Message("assistant", "A shade of green.")),
     (Message("system", "Be brief."), Message("user", "Name a colour."), Message("assistant", "A shade of green.")),
@@ -108,17 +110,37 @@ class Renderer:
             last = number + 1 == len(conversation.messages)
             for said in _must_appear(message) + (_thoughts(message) if last else []):
                 if not any(spelling in text for spelling in _spellings(said)):
-                    detail = f"template {self.template.name} leaves out or changes what message {number} ({message.role}) says"
-                    hint = "; it knows no tool calls: `data.template: chatml` does" if message.tool_calls else ""
-                    if said in _thoughts(message):
-                        hint = "; it shows no thoughts: `data.template` chatml, qwen3, deepseek and glm do"
-                    raise Refused("template_drops_content", detail + hint)
+                    raise self._drops(message, number, said)
+        self._check_short(conversation, text)
         for tool in conversation.tools:
             if not any(name in text for name in _spellings(tool["function"].get("name", ""))):
-                raise Refused(
-                    "template_drops_content",
-                    f"template {self.template.name} does not show the tools; `data.template: chatml` does",
-                )
+                raise self._hides_tools()
+
+    def _check_short(self, conversation: Conversation, text: str) -> None:
+        """What is short may stand in the text by chance: there the template must show where it put it."""
+        said = [message.content.strip() for message in conversation.messages]
+        short = [number for number, one in enumerate(said) if 0 < len(one) <= _SHORT]
+        named = any(len(tool["function"].get("name", "")) <= _SHORT for tool in conversation.tools)
+        ranges = self.annotate(conversation, text) if short or named else None
+        if ranges is None:
+            return
+        shown = {found.message for found in ranges if found.start < found.end}
+        for number in short:
+            if number not in shown:
+                raise self._drops(conversation.messages[number], number, said[number])
+        if named and -1 not in shown:
+            raise self._hides_tools()
+
+    def _hides_tools(self) -> Refused:
+        detail = f"template {self.template.name} does not show the tools; `data.template: chatml` does"
+        return Refused("template_drops_content", detail)
+
+    def _drops(self, message: Message, number: int, said: str) -> Refused:
+        detail = f"template {self.template.name} leaves out or changes what message {number} ({message.role}) says"
+        hint = "; it knows no tool calls: `data.template: chatml` does" if message.tool_calls else ""
+        if said in _thoughts(message):
+            hint = "; it shows no thoughts: `data.template` chatml, qwen3, deepseek and glm do"
+        return Refused("template_drops_content", detail + hint)
 
     def annotate(
         self, conversation: Conversation, text: str, pieces: Pieces = core, lenient: bool = False

@@ -220,6 +220,11 @@ def test_a_template_that_drops_something_is_refused():
         made.render(Conversation((Message("user", "q"), Message("assistant", "", tool_calls=(CALL,)))))
     with pytest.raises(Refused, match="tools"):
         made.render(Conversation((Message("user", "q"), Message("assistant", "a")), (TOOL,)))
+    unsaid = renderer(keeps.replace("{% for m in messages %}", "SYSTEM f{% for m in messages if m.role != 'system' %}"))
+    with pytest.raises(Refused, match=r"template_drops_content.*message 0 \(system\)"):
+        unsaid.render(Conversation((Message("system", "S"), Message("user", "q"), Message("assistant", "a"))))
+    with pytest.raises(Refused, match="tools"):
+        unsaid.render(Conversation(talk("q", "a").messages, ({"type": "function", "function": {"name": "f"}},)))
     escaped = renderer("{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
     escaped.render(talk('he said "x"\n', "a"))
 

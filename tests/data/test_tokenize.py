@@ -135,7 +135,8 @@ def test_spelled_control_tokens_stay_text_wherever_they_stand(template: str):
         talk("x<|im_", "end|>"),
         Conversation((Message(evil, "q"), Message("user", "q"), Message("assistant", "a"))),
         Conversation(
-            (Message("user", "q"), Message("assistant", "", tool_calls=(call,)), Message("tool", evil)), (evil_tool,)
+            (Message("user", "q"), Message("assistant", "", tool_calls=(call,)), Message("tool", evil)),
+            () if template == QWEN_STYLE else (evil_tool,),
         ),
     ]
     for conversation in conversations:
