@@ -21,12 +21,19 @@ _SPLITS = {
 }
 """What file names call the usual splits."""
 _PART = re.compile(r"-(\d{5})-of-(\d{5})")
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SECONDS = 20
 
 
 def is_id(written: str, suffixes: Sequence[str]) -> bool:
     """Whether a path that is not there may be an `owner/name` of the hub."""
     return bool(_ID.fullmatch(written)) and plain_suffix(written) not in (*suffixes, ".txt", ".md", ".yaml")
+
+
+def is_about(relative: Path) -> bool:
+    """Files of a directory that describe data rather than hold it, and what is hidden."""
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in relative.parts)
+    return hidden or relative.name in _ABOUT
 
 
 def is_of_split(relative: Path, split: str) -> bool:
@@ -40,7 +47,7 @@ def files(source: Source, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
     The split is `train` unless named. Raises ConfigError where there is none such, DataError where it cannot be had.
     """
     commit, names, folder = _listing(source.path, source.revision)
-    data = [name for name in names if plain_suffix(name) in suffixes and not _is_about(name)]
+    data = [name for name in names if plain_suffix(name) in suffixes and not is_about(Path(name))]
     card = _card(source.path, commit, names, folder)
     chosen = _of_card(source, card, data) if card else _by_names(source, data)
     if folder is not None:
@@ -52,17 +59,6 @@ def files(source: Source, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
     ):  # the client notes which commit a branch stands at: what it goes by without a connection
         _fetch(source.path, chosen[0], source.revision or "main")
     return found
-
-
-def _is_about(name: str) -> bool:
-    """Files of a repository that describe data rather than hold it."""
-    last = PurePosixPath(name).name
-    return last.startswith(".") or last in (
-        "dataset_info.json",
-        "dataset_infos.json",
-        "dataset_dict.json",
-        "state.json",
-    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -124,9 +124,10 @@ def _addresses(source: Source) -> list[str]:
     except OSError as error:
         do = "Are the address, the endpoint and the credentials (environment variables) right?"
         raise DataError(Problem(source.path, f"cannot be looked at: {places.first_line(error)}", do=do)) from None
-    if source.split is not None:
-        start = source.path.rstrip("/")
-        found = [address for address in found if hub.is_of_split(Path(address.removeprefix(start)), source.split)]
+    start = source.path.rstrip("/") + "/"
+    found = [
+        one for one in found if not one.startswith(start) or _is_wanted(Path(one.removeprefix(start)), source.split)
+    ]
     if not found:
         came = "no file there" if source.split is None else f"no file of the split {source.split!r} there"
         raise ConfigError(Problem(source.path, came, "an address of a file, a pattern, or a directory of data files"))
@@ -160,7 +161,11 @@ def _in_directory(root: Path, source: Source) -> list[Path]:
     if (root / "state.json").exists():
         return sorted(root.glob("data-*.arrow"))
     files = sorted(path for path in root.rglob("*") if path.is_file() and plain_suffix(path.name) in _suffixes(source))
-    return [path for path in files if split is None or hub.is_of_split(path.relative_to(root), split)]
+    return [path for path in files if _is_wanted(path.relative_to(root), split)]
+
+
+def _is_wanted(relative: Path, split: str | None) -> bool:
+    return not hub.is_about(relative) and (split is None or hub.is_of_split(relative, split))
 
 
 def read(file: SourceFile) -> Iterator[Record]:

@@ -258,13 +258,23 @@ def test_a_directory_of_datasets_is_read_by_split(tmp_path: Path):
     made.save_to_disk(tmp_path / "set")
     (file,) = expand(Source(path="set", split="test"), tmp_path)
     assert [record.value for record in read(file)] == [{"a": "test"}] * 3
+    for file in ("train", "test"):
+        assert [record.value for one in expand(Source(path=f"set/{file}"), tmp_path) for record in read(one)] == [
+            {"a": file}
+        ] * 3
+    (tmp_path / "set" / "dataset_dict.json").unlink()
+    assert [file.name for file in expand(Source(path="set"), tmp_path)] == [
+        f"set/{split}/data-00000-of-00001.arrow" for split in ("test", "train")
+    ]
+    (tmp_path / "set" / "dataset_dict.json").write_text("{}")
     with pytest.raises(ConfigError, match="test, train"):
         expand(Source(path="set", split="dev"), tmp_path)
 
 
 def test_names_are_as_written_and_sorted(tmp_path: Path):
     (tmp_path / "d").mkdir()
-    for name in ("b.jsonl", "a.json", "notes.md"):
+    (tmp_path / "d" / ".cache").mkdir()
+    for name in ("b.jsonl", "a.json", "notes.md", ".cache/c.json"):
         (tmp_path / "d" / name).write_text("{}")
     for written in ("d/*.json*", "d", "../" + tmp_path.name + "/d/?.json*"):
         files = expand(Source(path=written), tmp_path)

@@ -136,6 +136,7 @@ def _pair_keys(keys: Collection[str], settings: Settings) -> tuple[str, str]:
         raise Refused("ambiguous_format", f"question in {listed(prompts)}? answer in {listed(answers)}? {named_by}")
     expected = "`messages`, `conversations`, `instruction` and `output`, or `prompt` and `completion`"
     hint = "; plain text is taken with `format: documents`" if "text" in keys and not prompts else ""
+    hint = "; `use: chosen` takes the preferred answer" if "chosen" in keys else hint
     raise Refused("unknown_format", f"the keys {listed(keys)}; expected {expected}; rename by `columns`{hint}")
 
 
