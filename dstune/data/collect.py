@@ -14,8 +14,6 @@ from dstune.errors import DataError, Problem
 
 LOSSY = "lossy_text"
 CONTROL = "control_tokens"
-DUPLICATE = "duplicate"
-NEAR_DUPLICATE = "near_duplicate"
 _NOTHING_TO_LEARN = (OVERLONG, NO_TARGETS, "empty_answer", "contaminated")
 """Reasons that are no fault of the record: dropped and listed, whatever `bad_rows` says."""
 _CLEANING = "clean_"

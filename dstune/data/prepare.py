@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,11 @@ from dstune.config.load import resolve
 from dstune.config.schema import DataSection, DeduplicateSection, RunConfig, Source
 from dstune.data import inputs, journal, manifest, pool, schedule
 from dstune.data.cleaning import Cleaner
-from dstune.data.collect import DUPLICATE, NEAR_DUPLICATE, Collector
+from dstune.data.collect import Collector
 from dstune.data.contamination import Contamination
-from dstune.data.duplicates import Duplicates, find_duplicates
+from dstune.data.duplicates import find_duplicates
 from dstune.data.encoder import make_encoder
+from dstune.data.examples import Examples, drop_duplicates, share_out
 from dstune.data.inputs import Input
 from dstune.data.journal import Journal
 from dstune.data.mixing import epoch_shares
@@ -40,7 +41,7 @@ from dstune.data.shard_writer import (
     write_hashed,
     write_rows,
 )
-from dstune.data.shards import FORMAT_VERSION, Prepared, read_blocks
+from dstune.data.shards import FORMAT_VERSION, Prepared
 from dstune.data.sources import expand
 from dstune.data.tally import FileTally, Rejects
 from dstune.data.task import is_seq2seq, packs
@@ -230,7 +231,7 @@ class _Build:
         else:
             self._write_parted(root, validation)
 
-    def _read(self, root: Path, files: Sequence[Input], part: str) -> "_Examples":
+    def _read(self, root: Path, files: Sequence[Input], part: str) -> Examples:
         """Tokenise `files` to `root`, without the repetitions."""
         if self._duplicates is None:
             return self._tokenise(root, root, files, part)
@@ -238,10 +239,10 @@ class _Build:
         stage.mkdir()
         whole = self._tokenise(root, stage, files, part)
         with closing(ShardWriter(root)) as writer:
-            _share_out(stage, whole.shards, [(writer, whole.kept)])
+            share_out(stage, whole.shards, [(writer, whole.kept)])
             return whole.part(whole.kept, writer, whole.rejects)
 
-    def _tokenise(self, root: Path, shards: Path, files: Sequence[Input], part: str) -> "_Examples":
+    def _tokenise(self, root: Path, shards: Path, files: Sequence[Input], part: str) -> Examples:
         """Tokenise `files`; rejects go to `root`, the examples to `shards`, repetitions among them."""
         tallies = [file.tally() for file in files]
         writer = ShardWriter(shards)
@@ -263,13 +264,13 @@ class _Build:
             if not collector.num_examples:
                 raise DataError(_nothing(tallies, rejects.first))
             written = writer.finish()
-            examples = _Examples(
+            examples = Examples(
                 tallies, written, writer.lengths(), writer.supervised(), writer.files(), collector.records()
             )
             if self._duplicates is not None:
                 self._report(Progress("deduplicating", examples=collector.num_examples))
                 found = find_duplicates(collector.digests(), signatures.mapped(), self._duplicates)
-                _drop_duplicates(found, examples, shards, rejects)
+                drop_duplicates(found, examples, shards, rejects)
                 examples = replace(examples, kept=found.kept)
             signatures.remove()
             return replace(examples, rejects=rejects.finish())
@@ -304,14 +305,14 @@ class _Build:
         trained, held_out = ShardWriter(root), ShardWriter(below)
         rest = whole.kept & ~chosen
         with closing(trained), closing(held_out):
-            _share_out(stage, whole.shards, [(held_out, chosen), (trained, rest)])
+            share_out(stage, whole.shards, [(held_out, chosen), (trained, rest)])
             no_rejects = write_hashed(PreparedPaths(below).rejects, b"")
             each_once = [source.model_copy(update={"repeat": 1.0}) for source in sources]
             validation = self._write(below, whole.part(chosen, held_out, no_rejects), each_once, None)
             self._write(root, whole.part(rest, trained, whole.rejects), sources, validation)
 
     def _write(
-        self, root: Path, examples: "_Examples", sources: Sequence[Source], below: WrittenFile | None
+        self, root: Path, examples: Examples, sources: Sequence[Source], below: WrittenFile | None
     ) -> WrittenFile:
         """Pack, and write all that stands beside the shards, the manifest last; `below`: the validation set's manifest."""
         self._report(Progress("packing", examples=len(examples.lengths)))
@@ -354,7 +355,7 @@ class _Build:
 
     def _manifest(
         self,
-        examples: "_Examples",
+        examples: Examples,
         sources: Sequence[Source],
         epochs: Sequence[npt.NDArray[np.int64]],
         num_rows: int,
@@ -382,75 +383,6 @@ class _Build:
             ],
             "validation": {"manifest": "validation/manifest.json"} if has_validation else None,
         }
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """The examples of one directory, written but not yet packed. Arrays: [examples]."""
-
-    tallies: Sequence[FileTally]
-    shards: Sequence[WrittenFile]
-    lengths: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.int32]
-    files: npt.NDArray[np.int32]
-    """Index of each example's tally."""
-    records: npt.NDArray[np.int64]
-    """Number of each example's record."""
-    kept: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
-    """Those that repeat no other; all of them where nobody looked."""
-    rejects: WrittenFile = field(default_factory=lambda: WrittenFile("", 0, ""))
-
-    def __post_init__(self) -> None:
-        if len(self.kept) != len(self.files):
-            object.__setattr__(self, "kept", np.ones(len(self.files), dtype=np.bool_))
-
-    def of_source(self, source: int) -> npt.NDArray[np.int64]:
-        """The numbers of a source's examples, ascending."""
-        of_tally = np.array([tally.source for tally in self.tallies])
-        return np.flatnonzero(of_tally[self.files] == source)
-
-    def part(self, chosen: npt.NDArray[np.bool_], writer: ShardWriter, rejects: WrittenFile) -> "_Examples":
-        """Those of them that were written again by `writer`."""
-        shards = writer.finish()
-        records = self.records[chosen]
-        found = (writer.lengths(), writer.supervised(), writer.files(), records)
-        return _Examples(self.tallies, shards, *found, rejects=rejects)
-
-
-def _share_out(
-    stage: Path, shards: Sequence[WrittenFile], writers: Sequence[tuple[ShardWriter, npt.NDArray[np.bool_]]]
-) -> None:
-    """Write the examples of `stage` again, each to the writer whose mask [examples] has it, and delete the stage."""
-    first = 0
-    for shard in shards:
-        for block in read_blocks(stage / shard.name):
-            last = first + block.num_examples
-            for writer, chosen in writers:
-                writer.add(block.take(chosen[first:last]))
-            first = last
-        (stage / shard.name).unlink()
-    stage.rmdir()
-
-
-def _drop_duplicates(found: Duplicates, examples: "_Examples", shards: Path, rejects: Rejects) -> None:
-    """Count and list the repetitions: each with what it repeats."""
-    places = [
-        (block.lines.copy(), block.parts.copy())
-        for shard in examples.shards
-        for block in read_blocks(shards / shard.name)
-    ]
-    lines, parts = (np.concatenate(column) for column in zip(*places, strict=True))
-    for number in np.flatnonzero(~found.kept).tolist():
-        of, similarity = int(found.of[number]), float(found.similarity[number])
-        tally, other = examples.tallies[int(examples.files[number])], examples.tallies[int(examples.files[of])]
-        reason = DUPLICATE if similarity >= 1 else NEAR_DUPLICATE
-        tally.dropped[reason] += 1
-        tally.kept -= 1
-        tally.tokens -= int(examples.lengths[number])
-        tally.supervised_tokens -= int(examples.supervised[number])
-        where = f"{other.path}:{lines[of]}" + (f" part {parts[of]}" if parts[of] else "")
-        detail = f"repeats {where}" + ("" if similarity >= 1 else f", {similarity:.2f} alike")
-        rejects.add(tally.path, int(lines[number]), int(parts[number]), reason, detail)
 
 
 def _duplicates(data: DataSection) -> DeduplicateSection | None:

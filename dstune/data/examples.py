@@ -1,0 +1,85 @@
+"""The examples of a prepared directory while it is made: written, counted, not packed yet; parted, and without their repetitions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dstune.data.duplicates import Duplicates
+from dstune.data.shard_writer import ShardWriter, WrittenFile
+from dstune.data.shards import read_blocks
+from dstune.data.tally import FileTally, Rejects
+
+DUPLICATE = "duplicate"
+NEAR_DUPLICATE = "near_duplicate"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one directory, written but not yet packed. Arrays: [examples]."""
+
+    tallies: Sequence[FileTally]
+    shards: Sequence[WrittenFile]
+    lengths: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.int32]
+    files: npt.NDArray[np.int32]
+    """Index of each example's tally."""
+    records: npt.NDArray[np.int64]
+    """Number of each example's record."""
+    kept: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    """Those that repeat no other; all of them where nobody looked."""
+    rejects: WrittenFile = field(default_factory=lambda: WrittenFile("", 0, ""))
+
+    def __post_init__(self) -> None:
+        if len(self.kept) != len(self.files):
+            object.__setattr__(self, "kept", np.ones(len(self.files), dtype=np.bool_))
+
+    def of_source(self, source: int) -> npt.NDArray[np.int64]:
+        """The numbers of a source's examples, ascending."""
+        of_tally = np.array([tally.source for tally in self.tallies])
+        return np.flatnonzero(of_tally[self.files] == source)
+
+    def part(self, chosen: npt.NDArray[np.bool_], writer: ShardWriter, rejects: WrittenFile) -> "Examples":
+        """Those of them that were written again by `writer`."""
+        shards = writer.finish()
+        records = self.records[chosen]
+        found = (writer.lengths(), writer.supervised(), writer.files(), records)
+        return Examples(self.tallies, shards, *found, rejects=rejects)
+
+
+def share_out(
+    stage: Path, shards: Sequence[WrittenFile], writers: Sequence[tuple[ShardWriter, npt.NDArray[np.bool_]]]
+) -> None:
+    """Write the examples of `stage` again, each to the writer whose mask [examples] has it, and delete the stage."""
+    first = 0
+    for shard in shards:
+        for block in read_blocks(stage / shard.name):
+            last = first + block.num_examples
+            for writer, chosen in writers:
+                writer.add(block.take(chosen[first:last]))
+            first = last
+        (stage / shard.name).unlink()
+    stage.rmdir()
+
+
+def drop_duplicates(found: Duplicates, examples: "Examples", shards: Path, rejects: Rejects) -> None:
+    """Count and list the repetitions: each with what it repeats."""
+    places = [
+        (block.lines.copy(), block.parts.copy())
+        for shard in examples.shards
+        for block in read_blocks(shards / shard.name)
+    ]
+    lines, parts = (np.concatenate(column) for column in zip(*places, strict=True))
+    for number in np.flatnonzero(~found.kept).tolist():
+        of, similarity = int(found.of[number]), float(found.similarity[number])
+        tally, other = examples.tallies[int(examples.files[number])], examples.tallies[int(examples.files[of])]
+        reason = DUPLICATE if similarity >= 1 else NEAR_DUPLICATE
+        tally.dropped[reason] += 1
+        tally.kept -= 1
+        tally.tokens -= int(examples.lengths[number])
+        tally.supervised_tokens -= int(examples.supervised[number])
+        where = f"{other.path}:{lines[of]}" + (f" part {parts[of]}" if parts[of] else "")
+        detail = f"repeats {where}" + ("" if similarity >= 1 else f", {similarity:.2f} alike")
+        rejects.add(tally.path, int(lines[number]), int(parts[number]), reason, detail)
