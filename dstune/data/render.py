@@ -21,6 +21,7 @@ from dstune.data.templates import Template
 from dstune.errors import ConfigError, Problem
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THINK = re.compile(r"</?think>")
 _STUMBLES = (
     TypeError,
     ValueError,
@@ -409,9 +410,9 @@ def _must_appear(message: Message) -> list[str]:
 
 
 def _thoughts(message: Message) -> list[str]:
-    """What an assistant thinks aloud before the answer, in a field of its own or between tags."""
-    tagged = message.content.rpartition("</think>")[0].rpartition("<think>")[2] if message.role == "assistant" else ""
-    return [said.strip() for said in (message.reasoning or "", tagged) if said.strip()]
+    """What an assistant thinks aloud before the answer, in a field of its own or between tags; what it says before that, too."""
+    tagged = _THINK.split(message.content)[:-1] if message.role == "assistant" and "</think>" in message.content else []
+    return [said.strip() for said in (message.reasoning or "", *tagged) if said.strip()]
 
 
 def _spoken(content: str) -> str:

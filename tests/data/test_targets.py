@@ -126,6 +126,12 @@ def test_an_earlier_answer_without_its_thoughts_is_no_target(name: str):
     assert ["because" in one for one in trained(made, second)] == [True]
 
 
+@pytest.mark.parametrize("said", ["first <think>why</think>A", "<think>why</think>B<think></think>A"])
+def test_what_stands_before_a_thought_is_not_lost(said: str):
+    with pytest.raises(Refused, match="template_drops_content"):
+        family_encoder("qwen3").encode(Conversation((Message("user", "Q"), Message("assistant", said))))
+
+
 def test_thoughts_of_earlier_answers_that_stay_are_no_reason_to_refuse():
     made = family_encoder("qwen2")
     assert [("why" in one, "because" in one) for one in trained(made, made.encode(Conversation(THINKING)))] == [
@@ -149,8 +155,11 @@ def test_expand_makes_one_conversation_an_answer():
     )
     parts = expand(called)
     assert [len(part.messages) for part in parts] == [2, 6] and all(part.tools for part in parts)
-    assert [message.train for message in parts[1].messages] == [False] * 5 + [True]
+    assert [message.train for message in parts[1].messages] == [False] * 2 + [None, False, None, True]
     assert [len(part.messages) for part in expand(called, "last")] == [6]
+    first, second = expand(weighed(None, True, None, True, None))
+    assert [message.train for message in first.messages] == [None, True, True]
+    assert [message.train for message in second.messages] == [False, False, False, True, True]
     asked = Conversation((Message("user", "Q"),))
     assert expand(asked) == [asked]
     text = Conversation((Message("document", "text"),), document=True)
