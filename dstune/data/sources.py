@@ -185,7 +185,8 @@ def read_pieces(file: SourceFile) -> Iterator[Record | Lines]:
     if file.place is None:
         yield from _builtin(file)
         return
-    suffix = plain_suffix(file.name)
+    stored_as = file.path.name if file.path else file.name
+    suffix = plain_suffix(stored_as)
     try:
         magic = file.place.head(6)
         with file.open() as stream:
@@ -193,12 +194,13 @@ def read_pieces(file: SourceFile) -> Iterator[Record | Lines]:
                 with file.place.open_arrow() as table:
                     yield from tables.read_parquet(table, file.name, file.max_record_bytes)
             elif magic.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or suffix == ".arrow":
-                with file.place.open_arrow() as table:
-                    yield from tables.read_arrow(table, file.name, file.max_record_bytes)
+                at_random = file.path or magic == b"ARROW1"  # from afar, a stream is read in large pieces
+                with file.place.open_arrow() if at_random else pa.PythonFile(stream, "r") as table:
+                    yield from tables.read_arrow(table, magic == b"ARROW1", file.name, file.max_record_bytes)
             elif magic.startswith(_GZIP):
                 with gzip.GzipFile(fileobj=stream) as packed, io.BufferedReader(packed, _BUFFER_BYTES) as text:
                     yield from _text(file, text, suffix)  # pyright: ignore[reportArgumentType]
-            elif magic.startswith(_ZSTD) or file.name.lower().endswith((".zst", ".zstd")):
+            elif magic.startswith(_ZSTD) or stored_as.lower().endswith((".zst", ".zstd")):
                 with file.place.open_arrow() as packed:
                     yield from _zstd(file, packed, suffix)
             else:

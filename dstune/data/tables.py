@@ -100,11 +100,9 @@ def _row_groups(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
         yield from parquet.iter_batches(batch_size=rows, row_groups=[number], use_threads=False)
 
 
-def read_arrow(file: pa.NativeFile, name: str, cap: int) -> Iterator[Record]:
-    """The rows of an Arrow file or stream, such as `datasets` writes."""
+def read_arrow(file: pa.NativeFile, is_file: bool, name: str, cap: int) -> Iterator[Record]:
+    """The rows of an Arrow file (with random access) or else stream, such as `datasets` writes."""
     try:
-        is_file = file.read(6) == b"ARROW1"
-        file.seek(0)
         if is_file:
             reader = pa.ipc.open_file(file)
             yield from _rows((reader.get_batch(index) for index in range(reader.num_record_batches)), name, cap)

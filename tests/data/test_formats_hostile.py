@@ -33,8 +33,11 @@ _WORDS = st.sampled_from(
         "tool_call",
         "[",
         "{}",
+        '{"name": "f", "arguments": {}}',
+        '[{"role": "user", "content": "q"}]',
+        "[[1, 2]]",
+        "é\x00",
     ]
-    + ['{"name": "f", "arguments": {}}', '[{"role": "user", "content": "q"}]', "[[1, 2]]", "é\x00"]
 )
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-1, 2), st.floats(allow_nan=False), _WORDS)
 
@@ -55,8 +58,9 @@ _FORMATS = st.sampled_from(
         "self_instruct",
         "oasst",
         "p3",
+        "preference",
+        "documents",
     ]
-    + ["preference", "documents"]
 )
 _COLUMNS = st.sampled_from(
     [{}, {"prompt": "question"}, {"completion": "chosen"}, {"messages": "value", "role_tag": "name"}]

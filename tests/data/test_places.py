@@ -36,6 +36,13 @@ def parquet() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def in_arrow(stream: bool) -> bytes:
+    sink, rows = pa.BufferOutputStream(), pa.Table.from_pylist(ROWS)
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=7)
+    return sink.getvalue().to_pybytes()
+
+
 def values(path: str, **settings: Any) -> list[dict[str, Any] | None]:
     return [record.value for file in expand(Source(path=path, **settings), Path("/")) for record in read(file)]
 
@@ -49,7 +56,8 @@ def test_an_object_store_is_read_by_key_pattern_and_directory(s3: fs.S3FileSyste
     table = put(s3, "train/deep/b.parquet", parquet())
     test = put(s3, "test/c.json", json.dumps(ROWS).encode())
     put(s3, "train/notes.md", b"about")
-    assert values(packed) == values(table) == values(test) == ROWS
+    arrow = [put(s3, f"arrow/{stream}.arrow", in_arrow(stream)) for stream in (True, False)]
+    assert values(packed) == values(table) == values(test) == values(arrow[0]) == values(arrow[1]) == ROWS
     assert names(f"s3://{BUCKET}/train") == names(f"s3://{BUCKET}/train/") == [packed, table]
     assert names(f"s3://{BUCKET}/**/*.parquet") == [table]
     assert names(f"s3://{BUCKET}/*/?.js*") == [test, packed]

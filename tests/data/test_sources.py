@@ -307,10 +307,13 @@ def test_an_address_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/a.jsonl"
         (file,) = expand(Source(path=address), tmp_path)
+        write(tmp_path, "c.csv", "a,b\n1,2\n")
+        (table,) = expand(Source(path=address.replace("a.jsonl", "c.csv?download=true")), tmp_path)
         with pytest.raises(DataError, match="cannot be fetched"):
             expand(Source(path=address.replace("a.jsonl", "b.jsonl")), tmp_path)
         server.shutdown()
     assert file.name == address
+    assert [record.value for record in read(table)] == [{"a": "1", "b": "2"}]
     assert [record.value for record in read(file)] == [{"a": 1}]
     assert expand(Source(path=address), tmp_path) == [file]
 
