@@ -19,24 +19,8 @@ _KEYS = [
 ]
 _WORDS = st.sampled_from(
     [
-        "",
-        " ",
-        "x",
-        "user",
-        "assistant",
-        "system",
-        "tool",
-        "function_call",
-        "prompter",
-        "bot",
-        "text",
-        "tool_call",
-        "[",
-        "{}",
-        '{"name": "f", "arguments": {}}',
-        '[{"role": "user", "content": "q"}]',
-        "[[1, 2]]",
-        "é\x00",
+        *("", " ", "x", "user", "assistant", "system", "tool", "function_call", "prompter", "bot", "text", "tool_call"),
+        *("[", "{}", '{"name": "f", "arguments": {}}', '[{"role": "user", "content": "q"}]', "[[1, 2]]", "é\x00"),
     ]
 )
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-1, 2), st.floats(allow_nan=False), _WORDS)
@@ -49,17 +33,8 @@ def _objects(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]
 _VALUES = st.recursive(_SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=4), _objects(inner)), max_leaves=12)
 _FORMATS = st.sampled_from(
     [
-        "auto",
-        "alpaca",
-        "sharegpt",
-        "messages",
-        "prompt_completion",
-        "natural_instructions",
-        "self_instruct",
-        "oasst",
-        "p3",
-        "preference",
-        "documents",
+        *("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "natural_instructions", "self_instruct"),
+        *("oasst", "p3", "preference", "documents"),
     ]
 )
 _COLUMNS = st.sampled_from(
