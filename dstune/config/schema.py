@@ -42,7 +42,8 @@ class Source(Section):
     """One place that instruction data comes from."""
 
     path: str
-    """File, glob, directory or URL; relative to the run file. `builtin:instructions` is the quickstart's generator."""
+    """File, glob, directory, address (http, s3, gs, hf, … with credentials from the environment) or hub id; relative to the run file.
+    `builtin:instructions` is the quickstart's generator."""
     format: Literal[
         "auto",
         "alpaca",
@@ -66,7 +67,7 @@ class Source(Section):
     use: Literal["chosen"] | None = None
     """`chosen`: of preference data, tune on the preferred answer. Without it such data is refused."""
     paths: Literal["all", "best"] = "all"
-    """Of message trees: every path from the root to a leaf, or the one whose replies are ranked best."""
+    """Of message trees: every path from the root to a last answer, or one: by `rank`, else by labelled quality, else by order."""
     repeat: float = Field(default=1.0, gt=0, le=10_000)
     """How often each example comes per epoch; a fraction is drawn by `train.seed`, the same in every epoch."""
     limit: int | None = Field(default=None, ge=1)

@@ -122,7 +122,7 @@ def _addresses(source: Source) -> list[str]:
     try:
         found = places.find(source.path, _suffixes(source))
     except OSError as error:
-        do = "Are the address, the endpoint and the credentials (environment variables) right?"
+        do = "Are the address, the endpoint and the credentials (environment variables) right? AWS_NO_SIGN_REQUEST=1 opens public buckets."
         raise DataError(Problem(source.path, f"cannot be looked at: {places.first_line(error)}", do=do)) from None
     start = source.path.rstrip("/") + "/"
     found = [
