@@ -5,8 +5,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +20,14 @@ from dstune.data.words import HashArray, words
 
 NUM_PERMUTATIONS = 128
 """Of the whole text: the first columns of a signature."""
-ANSWER_PERMUTATIONS = 32
-"""Of the answers alone: the columns behind them, where conversations and not prompts are compared."""
+PART_PERMUTATIONS = 16
+"""Of what is asked, and where conversations and not prompts are compared of the answers: the columns behind them."""
 _SEED = 20_240_229
 _BAND_BASE = np.uint64(0xD1342543DE82EF95)
 _ROWS_AT_ONCE = 1 << 14
 _MISSED = 0.01
 """The bands are so narrow that two conversations as alike as the threshold are missed less often than this."""
+_SENTENCE_ENDS = re.compile("[.!。！\n]")
 _LEADERS = 64
 """In a bucket of conversations that are all unlike each other, so many are compared with all the others."""
 
@@ -40,7 +43,7 @@ class Sketch:
     exact: bytes
     """16 bytes: a hash of the text in lower case and with single blanks."""
     signature: Signatures | None
-    """[160, or 128 for prompts] MinHash of the word n-grams; None where only exact repetitions count."""
+    """[160, or 144 for prompts] MinHash of the word n-grams; None where only exact repetitions count."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,15 @@ def sketch(conversation: Conversation, settings: DeduplicateSection) -> Sketch:
 def sketches(conversations: Sequence[Conversation], settings: DeduplicateSection) -> list[Sketch]:
     """`sketch` of each: a chunk at once takes a fraction of the time."""
     turns = [_compared(one, settings.by) for one in conversations]
-    tools = [sorted(json.dumps(tool, sort_keys=True, default=str) for tool in one.tools) for one in conversations]
+    tools = [sorted(map(_canonical, one.tools)) for one in conversations]
     exact = [_digest([*map(_normal, said), "tools", *of], 16) for said, of in zip(turns, tools, strict=True)]
     if settings.method == "exact":
         return [Sketch(one, None) for one in exact]
-    parts = [_signatures(turns, tools, settings.ngram, NUM_PERMUTATIONS)]
+    parts = [_signatures([_text(said) for said in turns], tools, settings.ngram, NUM_PERMUTATIONS)]
+    parts.append(_signatures([_asked(said) for said in turns], tools, 1, PART_PERMUTATIONS))
     if settings.by == "conversation":
-        replies = [[turn for turn in said if turn.role == "assistant"] for said in turns]
-        parts.append(_signatures(replies, tools, settings.ngram, ANSWER_PERMUTATIONS))
+        replies = [_text(turn for turn in said if turn.role == "assistant") for said in turns]
+        parts.append(_signatures(replies, tools, settings.ngram, PART_PERMUTATIONS))
     return [Sketch(one, signature) for one, signature in zip(exact, np.concatenate(parts, axis=1), strict=True)]
 
 
@@ -90,25 +94,37 @@ def _normal(turn: Message) -> str:
 def _said(turn: Message) -> str:
     if not turn.tool_calls and not turn.reasoning:
         return turn.content
-    calls = [json.dumps(call.get("function", call), sort_keys=True, default=str) for call in turn.tool_calls]
+    calls = [_canonical(call.get("function", call)) for call in turn.tool_calls]
     return "\n".join(part for part in (turn.content, turn.reasoning, *calls) if part)
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _text(turns: Iterable[Message]) -> str:
+    return "\n".join(map(_said, turns))
+
+
+def _asked(turns: Iterable[Message]) -> str:
+    """The user's sentences with a question mark, of a user who has none all: what differs where a long passage is the same."""
+    text = _text(turn for turn in turns if turn.role == "user")
+    return "\n".join(part for part in _SENTENCE_ENDS.split(text) if "?" in part or "？" in part) or text
 
 
 def _digest(texts: Iterable[str], size: int) -> bytes:
     return hashlib.blake2b("\0\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
-def _signatures(
-    turns: Sequence[Sequence[Message]], tools: Sequence[list[str]], n: int, permutations: int
-) -> Signatures:
-    """[conversations, permutations] MinHash of the runs of `n` words; of a shorter text all its words are one run, and a text
+def _signatures(texts: Sequence[str], tools: Sequence[list[str]], n: int, permutations: int) -> Signatures:
+    """[texts, permutations] MinHash of the runs of `n` words; of a shorter text all its words are one run, and a text
     without words is a run of its own."""
-    texts = ["\n".join(map(_said, said)) for said in turns]
     found = words(texts)
     counts = np.diff(found.run_offsets(n))
     wholes = found.wholes()
-    for bare in np.flatnonzero(np.diff(found.offsets) == 0):
-        wholes[bare] = int.from_bytes(_digest([texts[bare]], 8), "little")
+    for number, length in enumerate(np.diff(found.offsets)):
+        if not length:
+            wholes[number] = int.from_bytes(_digest([texts[number]], 8), "little")
     shingles = np.insert(found.runs(n), found.run_offsets(n)[:-1][counts == 0], wholes[counts == 0])
     counts = np.maximum(counts, 1)
     apart = np.array([int.from_bytes(_digest(of, 8), "little") if of else 0 for of in tools], np.uint64)
@@ -124,13 +140,14 @@ def as_digests(exact: bytes) -> Digests:
 
 
 def find_duplicates(exact: Digests, signatures: Signatures | None, settings: DeduplicateSection) -> Duplicates:
-    """Of each group of alike examples the first stays; `exact` [n, 2] and `signatures` [n, 128 or 160] are in the user's order.
+    """Of each group of alike examples the first stays; `exact` [n, 2] and `signatures` [n, 144 or 160] are in the user's order.
 
     Exact repetitions are found with certainty. Every other dropped example is, as estimated, at least `threshold` alike to the
-    kept one that it names, and its answers are at least half as alike: two questions on one long passage are no duplicates. The
-    estimate of a Jaccard similarity J from k permutations has the standard error sqrt(J (1 - J) / k): 0.035 at 0.8 from 128.
-    Candidates share a band of their signatures (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4): a pair at the
-    threshold is missed in at most 1 of 100 cases, a more alike one less often.
+    kept one that it names, and both what is asked and the answers are at least half as alike as that: two questions on one long
+    passage, or below one long system text, are no duplicates. The estimate of a Jaccard similarity J from k permutations has the
+    standard error sqrt(J (1 - J) / k): 0.035 at 0.8 from 128. Candidates share a band of their signatures (Leskovec, Rajaraman,
+    Ullman, "Mining of Massive Datasets", 3.4): a pair at the threshold is missed in at most 1 of 100 cases, a more alike one less
+    often.
 
     Holds about 60 bytes per example beside its arguments, and `signatures` may be mapped from a file.
     """
@@ -180,7 +197,7 @@ class _Near:
         dropped = np.flatnonzero(of >= 0)
         of[dropped] = _roots(of, dropped)
         similarity = np.zeros(len(of), np.float32)
-        estimates = np.minimum(self._similarities(dropped, of[dropped])[0], 1 - 0.5 / NUM_PERMUTATIONS)
+        estimates = np.minimum(self._similarities(dropped, of[dropped]), 1 - 0.5 / NUM_PERMUTATIONS)
         similarity[dropped] = np.where(of[dropped] == first_equal[dropped], 1, estimates)
         return Duplicates(of < 0, of, similarity)
 
@@ -212,21 +229,26 @@ class _Near:
         return bands
 
     def _alike(self, some: IntArray, others: IntArray) -> npt.NDArray[np.bool_]:
-        whole, answers = self._similarities(some, others)
-        return (whole >= self._threshold) & (answers >= self._threshold / 2)
+        """Pair by pair, whether the whole is `threshold` alike and each part half of that."""
+        alike = np.empty(len(some), np.bool_)
+        for at, same in self._same(some, others):
+            parts = same[:, NUM_PERMUTATIONS:].reshape(len(same), -1, PART_PERMUTATIONS).mean(2)
+            whole = same[:, :NUM_PERMUTATIONS].mean(1)
+            alike[at : at + len(same)] = (whole >= self._threshold) & (parts >= self._threshold / 2).all(1)
+        return alike
 
-    def _similarities(
-        self, some: IntArray, others: IntArray
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Estimates, pair by pair: of the whole texts and of the answers alone (1 where those are not compared)."""
-        whole, answers = np.empty(len(some), np.float32), np.ones(len(some), np.float32)
+    def _similarities(self, some: IntArray, others: IntArray) -> npt.NDArray[np.float32]:
+        """Pair by pair, the estimate of the whole."""
+        whole = np.empty(len(some), np.float32)
+        for at, same in self._same(some, others):
+            whole[at : at + len(same)] = same[:, :NUM_PERMUTATIONS].mean(1)
+        return whole
+
+    def _same(self, some: IntArray, others: IntArray) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+        """[pairs, columns] Where two signatures agree, some pairs at a time, each lot with the number of its first."""
         for at in range(0, len(some), _ROWS_AT_ONCE):
             part = slice(at, at + _ROWS_AT_ONCE)
-            same = self._signatures[some[part]] == self._signatures[others[part]]
-            whole[part] = same[:, :NUM_PERMUTATIONS].mean(1)
-            if same.shape[1] > NUM_PERMUTATIONS:
-                answers[part] = same[:, NUM_PERMUTATIONS:].mean(1)
-        return whole, answers
+            yield at, self._signatures[some[part]] == self._signatures[others[part]]
 
 
 def _shared(examples: IntArray, bands: HashArray) -> tuple[IntArray, HashArray]:
