@@ -48,7 +48,7 @@ def resolve(source: Source, path: Path, written: str) -> Source:
     limits = [limit for limit in (source.limit, _number(entry, where)) if limit is not None]
     return source.model_copy(
         update={
-            "path": _path(entry, where, written if path.name in written else f"{written}/{path.name}"),
+            "path": _path(entry, where, written if Path(written).name == path.name else f"{written}/{path.name}"),
             "entry": None,
             "format": format_ if source.format == "auto" else source.format,
             "columns": {**columns, **source.columns},

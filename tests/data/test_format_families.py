@@ -120,6 +120,8 @@ def test_columns_that_the_user_names_settle_a_preference():
         ({"prompt": "q", "completions": ["a"], "labels": [True]}, "unknown_format", "completions"),
         ({"prompt": "q", "completion": ["a"]}, "non_text_content", "a list"),
         ({"text": "x"}, "unknown_format", "format: documents"),
+        ({"INSTRUCTION": "q", "RESPONSE": "a"}, "unknown_format", "{prompt: INSTRUCTION, completion: RESPONSE}"),
+        ({"prompt": "q", "chosen": "a"}, "unknown_format", "use: chosen"),
         ({"message_id": "1", "parent_id": None, "role": "prompter", "text": "q"}, "unknown_format", "trees"),
         ({"system": "s", "system_prompt": "t", "query": "q", "response": "a"}, "ambiguous_format", "system"),
     ],

@@ -135,9 +135,18 @@ def _pair_keys(keys: Collection[str], settings: Settings) -> tuple[str, str]:
         named_by = "name them by `columns: {prompt: …, completion: …}`"
         raise Refused("ambiguous_format", f"question in {listed(prompts)}? answer in {listed(answers)}? {named_by}")
     expected = "`messages`, `conversations`, `instruction` and `output`, or `prompt` and `completion`"
-    hint = "; plain text is taken with `format: documents`" if "text" in keys and not prompts else ""
-    hint = "; `use: chosen` takes the preferred answer" if "chosen" in keys else hint
-    raise Refused("unknown_format", f"the keys {listed(keys)}; expected {expected}; rename by `columns`{hint}")
+    raise Refused("unknown_format", f"the keys {listed(keys)}; expected {expected}; rename by `columns`{_hint(keys)}")
+
+
+def _hint(keys: Collection[str]) -> str:
+    """What a record without a known pair of keys may be meant as."""
+    if "chosen" in keys:
+        return "; `use: chosen` takes the preferred answer"
+    small = {key.lower(): key for key in keys if len(key) <= 40}
+    prompts, answers = present(small, PROMPT_KEYS), present(small, ANSWER_KEYS)
+    if prompts and answers:
+        return f", perhaps {{prompt: {small[prompts[0]]}, completion: {small[answers[0]]}}}"
+    return "; plain text is taken with `format: documents`" if "text" in keys else ""
 
 
 def _one(keys: Collection[str], wanted: tuple[str, ...]) -> str:
