@@ -190,10 +190,7 @@ class Renderer:
 
     def check_thoughts(self, conversation: Conversation, number: int, targets: str) -> None:
         """Raises Refused where an answer among the `targets` has thoughts that the template leaves out there."""
-        message = conversation.messages[number]
-        if message.role != "assistant" or (message.reasoning is None and "</think>" not in message.content):
-            return
-        for thought in _thoughts(message):
+        for thought in _thoughts(conversation.messages[number]):
             if not any(spelling in targets for spelling in _spellings(thought)):
                 came = (
                     f"template {self.template.name} leaves out what message {number} thinks, and its answer is a target"
@@ -407,6 +404,11 @@ def _must_appear(message: Message) -> list[str]:
         content = _spoken(content)
     said = [one.strip() for one in (content, message.input or "") if one.strip()]
     return said + [call["function"]["name"] for call in message.tool_calls]
+
+
+def thinks(message: Message) -> bool:
+    """Whether this is an answer with thoughts before it."""
+    return message.role == "assistant" and (message.reasoning is not None or "</think>" in message.content)
 
 
 def _thoughts(message: Message) -> list[str]:

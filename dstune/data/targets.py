@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dstune.data.conversation import Conversation, Refused
-from dstune.data.render import Renderer, Span
+from dstune.data.render import Renderer, Span, thinks
 
 TrainOn = Literal["assistant", "last", "all", "weights"]
 
 
 def target_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
     """The numbers of the messages whose turns are targets; with `all`, without its text between the turns."""
-    answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
-    usual = {
-        "assistant": frozenset(answers),
-        "last": frozenset(answers[-1:]),
-        "all": frozenset(range(len(conversation.messages))),
-        "weights": frozenset[int](),
-    }[train_on]
-    said = [message.train for message in conversation.messages]
-    return [number for number, train in enumerate(said) if (number in usual if train is None else train)]
+    messages = conversation.messages
+    last = -1
+    if train_on == "last":
+        last = max((number for number, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    wanted: list[int] = []
+    for number, message in enumerate(messages):
+        usual = train_on == "all" or number == last or (train_on == "assistant" and message.role == "assistant")
+        if usual if message.train is None else message.train:
+            wanted.append(number)
+    return wanted
 
 
 def targets(
@@ -36,21 +37,27 @@ def targets(
     """
     wanted = target_turns(conversation, train_on)
     whole = train_on == "all"
-    turns = sorted({*range(len(conversation.messages))} - {*wanted}) if whole else wanted
+    turns = [number for number in range(len(conversation.messages)) if number not in wanted] if whole else wanted
     if not wanted:
         weights = "no turn has a weight above 0" if train_on == "weights" else "no answer to learn"
         raise Refused("no_supervised_tokens", f"{weights} in this conversation")
+    spoken: dict[int, list[tuple[int, int]]] = {}
+    for span in answers:
+        spoken.setdefault(span.message, []).append((span.start, span.end))
     places: list[tuple[int, int]] = []
     for number in turns:
-        mine = [(span.start, span.end) for span in answers if span.message == number]
-        if not mine and conversation.messages[number].role != "assistant":
-            mine = [renderer.turn(conversation, text, number, end)]
-        places += mine
+        if conversation.messages[number].role == "assistant":
+            places += spoken.get(number, ())
+        else:
+            places.append(renderer.turn(conversation, text, number, end))
     places.sort()
     if whole:
         places = _between(places, len(text))
-    for number in wanted:
-        renderer.check_thoughts(conversation, number, "".join(text[start:stop] for start, stop in places))
+    thinking = [number for number in wanted if thinks(conversation.messages[number])]
+    if thinking:
+        shown = "".join(text[start:stop] for start, stop in places)
+        for number in thinking:
+            renderer.check_thoughts(conversation, number, shown)
     return tuple(places)
 
 
