@@ -100,6 +100,8 @@ class TestCleaner:
 
     def test_settings_that_decide_are_described(self):
         assert Cleaner([{"unicode": {"form": "NFKC"}}]).described() == [{"unicode": {"form": "NFKC"}}]
+        [language] = Cleaner([{"language": {"keep": ["en"]}}]).described()
+        assert language["language"]["keep"] == ["en"] and "py3langid" in language["language"]["detector"]
 
 
 class TestUnicode:

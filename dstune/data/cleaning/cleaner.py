@@ -53,7 +53,7 @@ class Cleaner:
 
     def described(self) -> list[dict[str, Any]]:
         """For the manifest: each step with all its settings, in order."""
-        return [{step.name: step.model_dump(mode="json")} for step in self._steps]
+        return [{step.name: step.described()} for step in self._steps]
 
 
 def _made(written: str | Mapping[str, Any], where: str) -> Step | list[Problem]:

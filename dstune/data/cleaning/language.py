@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -34,6 +35,9 @@ class Language(Step):
             known = ", ".join(sorted(_detector().labels))
             raise ValueError(f"{', '.join(unknown)} unknown; one of {known}")
         return keep
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "detector": f"py3langid {version('py3langid')}"}
 
     def apply(self, conversation: Conversation) -> Conversation:
         for role in ("user", "assistant", "document"):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dstune.config.schema import Section
 from dstune.data.conversation import Conversation, Message, Refused
@@ -28,6 +28,10 @@ class Step(Section):
     def flags(self, conversation: Conversation) -> tuple[str, ...]:
         """What is pointed at in the conversation, as it was before `apply`."""
         return ()
+
+    def described(self) -> dict[str, Any]:
+        """All that decides what this step does, for the manifest: its settings, and the version of what it asks."""
+        return self.model_dump(mode="json")
 
     def refuse(self, detail: str) -> Refused:
         """The reason by which this step drops a conversation."""
