@@ -5,11 +5,18 @@ import math
 import re
 from typing import Any
 
+from pydantic_core import from_json
+
 from dstune.data.conversation import Refused
 
 MAX_DEPTH = 100
 """Brackets within brackets. Real tool schemas stay below 20; Python's reader overflows its stack at some thousands."""
 
+_UNSURE = object()
+_NEVER = -(1 << 62)
+_LARGE = 1 << 63
+_KEY_END = re.compile(rb'"[ \t\r\n]*:')
+_PLAIN_KEY_END = re.compile(rb'(?<!\\)"[ \t\r\n]*:')
 _BACKSLASH = ord("\\")
 _STRING_OR_BRACKET = re.compile(rb'["\[\]{}]')
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -18,6 +25,49 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 def parse(raw: bytes) -> Any:
     """The value that `raw` spells in UTF-8 JSON. Raises Refused with what is wrong and at which byte or column."""
+    value = _quick(raw)
+    return _careful(raw) if value is _UNSURE else value
+
+
+def _quick(raw: bytes) -> Any:
+    """The value by pydantic's reader, which refuses all that JSON is not, or `_UNSURE` where it may have let something through.
+
+    It keeps the last of two equal keys. There were none if as many keys came out as quotes with a colon behind them went in: each
+    key has one, and so may a text (`\\":`), but then there are more.
+    """
+    try:
+        value = from_json(raw, allow_inf_nan=False, cache_strings="keys")
+    except ValueError:
+        return _UNSURE
+    keys = _num_keys(value, 1)
+    if keys == len(_KEY_END.findall(raw)):
+        return value
+    # No key ends with a backslash: then the quotes in texts, escaped all of them, can be told from those of keys.
+    if b'\\\\"' not in raw and keys == len(_PLAIN_KEY_END.findall(raw)):
+        return value
+    return _UNSURE
+
+
+def _num_keys(value: Any, depth: int) -> int:
+    """Keys of all objects in `value`; far below zero where a number or the depth is beyond what `_careful` takes without a look."""
+    if isinstance(value, dict | list):
+        if depth > MAX_DEPTH:
+            return _NEVER
+        items = value.values() if isinstance(value, dict) else value
+        keys = len(value) if isinstance(value, dict) else 0
+        for item in items:
+            if type(item) is not str:
+                keys += _num_keys(item, depth + 1)
+        return keys
+    if type(value) is float:
+        return 0 if math.isfinite(value) else _NEVER
+    if type(value) is int:
+        return 0 if -_LARGE < value < _LARGE else _NEVER
+    return 0
+
+
+def _careful(raw: bytes) -> Any:
+    """`parse`, by Python's reader, which says what is wrong and where."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
