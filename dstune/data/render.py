@@ -5,9 +5,8 @@ template's own generation prompt ends, and ends where the template goes on after
 conversation up to the answer and up to its end. What cannot be shown is refused, never guessed.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,11 +16,11 @@ import jinja2
 from dstune.data.annotate import Marks, Pieces, Range, core
 from dstune.data.conversation import Conversation, Message, Refused
 from dstune.data.jinja_sandbox import ChatTemplate, Rendered, TemplateLimit
+from dstune.data.said import must_appear, spellings, spoken, spoken_core, thoughts
 from dstune.data.templates import Template
 from dstune.errors import ConfigError, Problem
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_THINK = re.compile(r"</?think>")
 _STUMBLES = (
     TypeError,
     ValueError,
@@ -109,12 +108,12 @@ class Renderer:
         """No template may lose a turn on the quiet (an assistant's thoughts of earlier turns apart, which many leave out)."""
         for number, message in enumerate(conversation.messages):
             last = number + 1 == len(conversation.messages)
-            for said in _must_appear(message) + (_thoughts(message) if last else []):
-                if not any(spelling in text for spelling in _spellings(said)):
+            for said in must_appear(message) + (thoughts(message) if last else []):
+                if not any(spelling in text for spelling in spellings(said)):
                     raise self._drops(message, number, said)
         self._check_short(conversation, text)
         for tool in conversation.tools:
-            if not any(name in text for name in _spellings(tool["function"].get("name", ""))):
+            if not any(name in text for name in spellings(tool["function"].get("name", ""))):
                 raise self._hides_tools()
 
     def _check_short(self, conversation: Conversation, text: str) -> None:
@@ -139,7 +138,7 @@ class Renderer:
     def _drops(self, message: Message, number: int, said: str) -> Refused:
         detail = f"template {self.template.name} leaves out or changes what message {number} ({message.role}) says"
         hint = "; it knows no tool calls: `data.template: chatml` does" if message.tool_calls else ""
-        if said in _thoughts(message):
+        if said in thoughts(message):
             hint = "; it shows no thoughts: `data.template` chatml, qwen3, deepseek and glm do"
         return Refused("template_drops_content", detail + hint)
 
@@ -163,7 +162,7 @@ class Renderer:
             return []
         if self.marks_itself:
             return self._own_spans(conversation, rendered, wanted)
-        ranges = self.annotate(conversation, rendered.text, _spoken_core) or []
+        ranges = self.annotate(conversation, rendered.text, spoken_core) or []
         spans: list[Span] = []
         for number in wanted:
             before = spans[-1].end if spans else 0
@@ -190,8 +189,8 @@ class Renderer:
 
     def check_thoughts(self, conversation: Conversation, number: int, targets: str) -> None:
         """Raises Refused where an answer among the `targets` has thoughts that the template leaves out there."""
-        for thought in _thoughts(conversation.messages[number]):
-            if not any(spelling in targets for spelling in _spellings(thought)):
+        for thought in thoughts(conversation.messages[number]):
+            if not any(spelling in targets for spelling in spellings(thought)):
                 came = (
                     f"template {self.template.name} leaves out what message {number} thinks, and its answer is a target"
                 )
@@ -211,8 +210,8 @@ class Renderer:
             spans = _attributed(blocks, ranges)
         for number in wanted:
             written = "".join(rendered.text[span.start : span.end] for span in spans if span.message == number)
-            for said in _must_appear(conversation.messages[number]):
-                if not any(spelling in written for spelling in _spellings(said)):
+            for said in must_appear(conversation.messages[number]):
+                if not any(spelling in written for spelling in spellings(said)):
                     raise self._unverified(number)
         if any(span.message not in wanted for span in spans):
             raise self._unverified(wanted[-1])
@@ -235,7 +234,7 @@ class Renderer:
         closing = frame.closing if number + 1 == len(conversation.messages) else frame.inner_closing
         if conversation.messages[number].tool_calls and not self.control.search(closing):
             return None  # what a call ends by is not known
-        end = self._behind(text, mine[-1].end, _spoken(conversation.messages[number].content), closing)
+        end = self._behind(text, mine[-1].end, spoken(conversation.messages[number].content), closing)
         if end is None or any(other.message != number and other.start < end and start < other.end for other in ranges):
             return None
         return start, end
@@ -261,8 +260,8 @@ class Renderer:
             if not mine or (text[len(prompt) : mine[0].start].strip() and not headless):
                 raise self._unverified(number)
         written = text[len(prompt) : len(whole)]
-        for said in _must_appear(conversation.messages[number]):
-            if not any(spelling in written for spelling in _spellings(said)):
+        for said in must_appear(conversation.messages[number]):
+            if not any(spelling in written for spelling in spellings(said)):
                 raise self._unverified(number)
         return len(prompt), len(prompt) + self._turn_end(written)
 
@@ -390,40 +389,3 @@ def _attributed(blocks: list[tuple[int, int]], ranges: list[Range]) -> list[Span
         before = spans[-1].message if spans else -1
         spans.append(Span(start, end, owners.pop() if len(owners) == 1 else -1 if owners else before))
     return spans
-
-
-def _spellings(said: str) -> tuple[str, str]:
-    """As it is, and as JSON writes it within a string."""
-    return said, json.dumps(said, ensure_ascii=False)[1:-1]
-
-
-def _must_appear(message: Message) -> list[str]:
-    """What a rendering cannot do without: the content (of an assistant that thinks aloud, what follows its thoughts) and calls."""
-    content = message.content
-    if message.role == "assistant":
-        content = _spoken(content)
-    said = [one.strip() for one in (content, message.input or "") if one.strip()]
-    return said + [call["function"]["name"] for call in message.tool_calls]
-
-
-def thinks(message: Message) -> bool:
-    """Whether this is an answer with thoughts before it."""
-    return message.role == "assistant" and (message.reasoning is not None or "</think>" in message.content)
-
-
-def _thoughts(message: Message) -> list[str]:
-    """What an assistant thinks aloud before the answer, in a field of its own or between tags; what it says before that, too."""
-    tagged = _THINK.split(message.content)[:-1] if message.role == "assistant" and "</think>" in message.content else []
-    return [said.strip() for said in (message.reasoning or "", *tagged) if said.strip()]
-
-
-def _spoken(content: str) -> str:
-    """An answer without the thoughts before it, which templates move or leave out."""
-    return content.rpartition("</think>")[2]
-
-
-def _spoken_core(value: str, owner: int) -> Iterator[tuple[int, int]]:
-    spoken = _spoken(value)
-    offset = len(value) - len(spoken)
-    for start, end in core(spoken, owner):
-        yield offset + start, offset + end

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dstune.data.conversation import Conversation, Refused
-from dstune.data.render import Renderer, Span, thinks
+from dstune.data.render import Renderer, Span
+from dstune.data.said import thinks
 
 TrainOn = Literal["assistant", "last", "all", "weights"]
 
