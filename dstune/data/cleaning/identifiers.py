@@ -20,7 +20,7 @@ _DOMAINS = "|".join(
 _EMAIL = re.compile(
     r"(?<![\w.%+/@-])[\w%+-]{1,64}(?:\.[\w%+-]{1,64}){0,8}@(?:[a-z0-9-]{1,63}\.){1,6}(?:"
     + _DOMAINS
-    + r")\b(?![(\[@=:])",
+    + r")\b(?![(\[@=]|:[\w/~])",
     re.IGNORECASE | re.ASCII,
 )
 _NO_PERSONS = re.compile(
@@ -33,7 +33,7 @@ _PHONE = re.compile(
     r"|\([2-9]\d{2}\) ?[2-9]\d{2}[ .-]\d{4}"  # (415) 555-2671
     r"|(?:1[ .-])?[2-9]\d{2}([.-])[2-9]\d{2}\1\d{4}"  # 415-555-2671
     r"|(0\d{2,3}-)\d{7,8}"  # 010-12345678
-    r"|1[3-9]\d[ -]?\d{4}[ -]?\d{4}"  # 138 1234 5678
+    r"|1[3-9]\d[ -]?\d{4}[ -]?\d{4}|[2-9]\d{2} [2-9]\d{2} \d{4}"  # 138 1234 5678, 415 555 2671
     r")(?![\w+]|[.-]\d)",
     re.ASCII,
 )
@@ -43,13 +43,20 @@ _CALL = re.compile(
 _CALL_WITHIN = 40
 _OPERATORS = "=*/^<>)]}0123456789"
 
-_CARD = re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?![\w-]|[.,]\d)", re.ASCII)
+_CARD = re.compile(
+    r"(?<![\w.,-])(?<!\d{4} )(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{5})(?![\w-]|[.,]\d| \d{4}(?!\d))",
+    re.ASCII,
+)
 _ISSUED = re.compile(
     r"4\d{12}(?:\d{3})?|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}|6(?:011|5\d\d|4[4-9]\d)\d{12}|62\d{14}"
 )
-_CARD_GROUPS = re.compile(r"\d+|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{5}")
 
-_IBAN = re.compile(r"(?<![\w-])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![\w-])", re.ASCII)
+_IBAN = re.compile(
+    r"(?<![\w-])[A-Z]{2}\d{2}(?:[A-Z0-9]{11,30}"
+    r"| [A-Z0-9]{4}(?: (?=[A-Z0-9]{0,3}\d)[A-Z0-9]{4}){1,6}(?: (?=[A-Z0-9]{0,2}\d)[A-Z0-9]{1,3})?)(?![\w-])",
+    re.ASCII,
+)
+"""In one piece or in fours; a bank's code behind it, which has no digits, is not part of it."""
 
 _IP = re.compile(
     r"(?<![\w.:/-])(?:(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)|(?:[0-9a-f]{1,4}:){2,7}(?::?[0-9a-f]{1,4}){1,7}(?![\w:]))",
@@ -80,19 +87,20 @@ def _email(found: re.Match[str]) -> bool:
 
 
 def _phone(found: re.Match[str]) -> bool:
-    """Numbers in a spelling that nothing else has; a bare Chinese mobile number only where someone is to be called."""
+    """Numbers in a spelling that nothing else has; barer ones, and behind an operator, only where someone is to be called."""
     before = found.string[max(0, found.start() - _CALL_WITHIN) : found.start()]
     if found[0].startswith("("):
         return True
     if found[0].startswith("+") or found[1] or found[2]:
         digits = sum(character.isdigit() for character in found[0])
-        return digits >= 8 and before.rstrip()[-1:] not in tuple(_OPERATORS)
+        if digits >= 8 and before.rstrip()[-1:] not in tuple(_OPERATORS):
+            return True
     return bool(_CALL.search(before) or _CALL.search(found.string[found.end() : found.end() + _CALL_WITHIN // 2]))
 
 
 def _card(found: re.Match[str]) -> bool:
     digits = re.sub(r"\D", "", found[0])
-    return bool(_ISSUED.fullmatch(digits) and _CARD_GROUPS.fullmatch(found[0])) and _luhn(digits)
+    return bool(_ISSUED.fullmatch(digits)) and _luhn(digits)
 
 
 def _luhn(digits: str) -> bool:
