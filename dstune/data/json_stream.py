@@ -14,6 +14,7 @@ _BOM = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 18
 _BLOCK_BYTES = 1 << 20
 _STRUCTURE = re.compile(rb'["{}\[\],]')
+_INSIDE = re.compile(rb'["{}\[\]]')
 _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 
 
@@ -224,7 +225,7 @@ class _Elements:
                 if ended < 0:
                     return self._safe_cut(at), depth, True, False
                 at, string = ended, False
-            found = _STRUCTURE.search(buffer, at)
+            found = (_INSIDE if depth else _STRUCTURE).search(buffer, at)
             if not found:
                 return len(buffer), depth, False, False
             at, byte = found.end(), found.group()
