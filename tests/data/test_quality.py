@@ -1,133 +1,113 @@
-"""Cleaning, comparison with evaluation data, repetitions and mixing on the way from raw files to a prepared directory."""
+"""What is cleaned, repeated, contaminated, mixed or expanded on the way through a whole preparation: counted, listed, and right."""
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from dstune.cli.main import main
+from dstune.data import prepare
+from dstune.errors import ConfigError
+from tests.data.test_prepare import base, cache, make_config, rejects_of, require_sums, write_lines  # noqa: F401
 
-QUESTION = "Natalia sold clips to forty eight of her friends in April and then she sold half as many in May"
-
-
-def words(first, count=40):
-    return " ".join(f"word{number}" for number in range(first, first + count))
-
-
-def row(question, answer):
-    return {"instruction": question, "input": "", "output": answer}
+QUESTIONS = (
+    "Why is the sky blue on a clear day, and why do sunsets look red to someone who stands on the same hill?",
+    "Explain how a bicycle stays upright while it moves, and what changes once its rider slows down to walking pace.",
+    "Describe the steps by which flour, water, salt and yeast become a loaf of bread with an open crumb.",
+)
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+def pair(question, answer):
+    return {"prompt": question, "completion": answer}
 
 
-@pytest.fixture
-def run_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
-    good = [row(f"Tell me about {number}.", words(number * 100)) for number in range(40)]
-    write(
-        tmp_path / "first.jsonl",
-        [
-            *good,
-            row("Who are you?", "I am {{name}}."),
-            row("Feel!", "As an AI language model, I don't have feelings."),
-            row("Count.", QUESTION + "."),
-            row("Mail?", "Write to ada@gmail.com  today.\u200b"),
-        ],
-    )
-    write(
-        tmp_path / "second.jsonl",
-        [
-            row("TELL me about 3.", words(300)),
-            row("Tell me about 4.", words(400, 39) + " changed"),
-            row("Tell me about fish.", words(9000)),
-            row("Empty?", "<nooutput>"),
-        ],
-    )
-    write(tmp_path / "eval.jsonl", [{"question": QUESTION, "answer": "72"}])
-    (tmp_path / "run.yaml").write_text("""
-name: quality
-model: {path: builtin:tiny-llama}
-data:
-  sources: [{path: first.jsonl}, {path: second.jsonl}]
-  max_length: 1024
-  num_processes: 1
-  clean:
-    - placeholders: {values: {name: Ada}}
-    - control_characters
-    - whitespace
-    - refusals
-    - personal_data: {action: mask}
-  deduplicate: near
-  decontaminate: {against: [eval.jsonl]}
-""")  # fmt: skip
-    return tmp_path / "run.yaml"
+def test_repetitions_within_and_across_sources(base, cache):  # noqa: F811
+    answers = [f"Because of reason number {number}, which is long enough to be told apart." for number in range(3)]
+    first = [pair(question, answer) for question, answer in zip(QUESTIONS, answers, strict=True)]
+    write_lines(base / "data/a.jsonl", [*first, first[0]])
+    near = pair(QUESTIONS[1].replace("bicycle", "bike"), answers[1])
+    write_lines(base / "data/b.jsonl", [pair(QUESTIONS[0].upper(), answers[0]), near, pair("New?", "Yes, new.")])
+    sources = [{"path": "data/a.jsonl"}, {"path": "data/b.jsonl"}]
+    exact = prepare.prepare(make_config(sources=sources, deduplicate="exact", max_length=256), base)
+    require_sums(exact)
+    assert exact.num_examples == 5
+    found = [(one["file"], one["line"], one["reason"], one["detail"]) for one in rejects_of(exact)]
+    assert found == [
+        ("data/a.jsonl", 4, "duplicate", "repeats data/a.jsonl:1"),
+        ("data/b.jsonl", 1, "duplicate", "repeats data/a.jsonl:1"),
+    ]
+    settings = {"method": "near", "threshold": 0.6, "ngram": 3}
+    loose = prepare.prepare(make_config(sources=sources, deduplicate=settings, max_length=256), base)
+    require_sums(loose)
+    assert loose.num_examples == 4
+    assert Counter(one["reason"] for one in rejects_of(loose)) == {"duplicate": 2, "near_duplicate": 1}
+    # The user's order decides: with the second file first, its own stay.
+    other = prepare.prepare(make_config(sources=sources[::-1], deduplicate="exact", max_length=256), base)
+    assert [(one["file"], one["line"]) for one in rejects_of(other)] == [("data/a.jsonl", 1), ("data/a.jsonl", 4)]
 
 
-def prepared(run_file, capsys, *overrides):
-    status = main(["prepare", str(run_file), *overrides, "--json"])
-    return status, json.loads(capsys.readouterr().out)
+def test_repetitions_are_left_out_before_examples_are_held_out(base, cache):  # noqa: F811
+    write_lines(base / "data/a.jsonl", [pair(f"Number {n % 10}?", f"It is {n % 10}.") for n in range(40)])
+    prepared = prepare.prepare(make_config(deduplicate="exact", validation=0.2), base)
+    require_sums(prepared)
+    held_out = prepared.validation()
+    assert (prepared.num_examples, held_out.num_examples) == (8, 2)
 
 
-def test_every_drop_is_counted_and_listed_with_its_reason(run_file, capsys):
-    status, shown = prepared(run_file, capsys)
-    assert status == 0
-    root = Path(shown["prepared"])
-    manifest = json.loads((root / "manifest.json").read_text())
-    first, second = manifest["sources"]
-    assert first["conversations"]["dropped"] == {"clean_refusals": 1, "contaminated": 1}
-    assert second["conversations"]["dropped"] == {"clean_placeholders": 1, "duplicate": 1, "near_duplicate": 1}
-    assert first["cleaned"] == {"control_characters": 1, "personal_data": 1, "placeholders": 1, "whitespace": 1}
-    for source in (first, second):
-        made = source["conversations"]
-        assert made["made"] == made["kept"] + sum(made["dropped"].values())
-        assert source["examples"] == made["kept"]
-    rejects = [json.loads(line) for line in (root / "rejects.jsonl").read_text().splitlines()]
-    assert Counter((one["file"], one["line"], one["reason"]) for one in rejects) == Counter(
-        [
-            ("first.jsonl", 42, "clean_refusals"),
-            ("first.jsonl", 43, "contaminated"),
-            ("second.jsonl", 1, "duplicate"),
-            ("second.jsonl", 2, "near_duplicate"),
-            ("second.jsonl", 4, "clean_placeholders"),
-        ]
-    )
-    told = {one["line"]: one["detail"] for one in rejects if one["file"] == "second.jsonl"}
-    assert "first.jsonl:4" in told[1] and "first.jsonl:5" in told[2]
+def test_cleaning_is_counted_and_listed(base, cache):  # noqa: F811
+    records = [
+        pair("Where do you live?", "At  home ,   at last."),
+        pair("Who made you?", "I was made by {{author}}."),
+        pair("Write to me.", "As an AI language model, I cannot do that."),
+        pair("And?", "My address is someone@posteo.org."),
+    ]
+    write_lines(base / "data/a.jsonl", records)
+    steps = ["whitespace", "placeholders", "refusals", {"personal_data": {"action": "flag"}}]
+    prepared = prepare.prepare(make_config(clean=steps), base)
+    require_sums(prepared)
+    (file,) = prepared.manifest["sources"]
+    assert prepared.num_examples == 2 and file["cleaned"] == {"whitespace": 1} and sum(file["flagged"].values()) == 1
+    assert [(one["line"], one["reason"]) for one in rejects_of(prepared)] == [
+        (2, "clean_placeholders"),
+        (3, "clean_refusals"),
+    ]
+    with pytest.raises(ConfigError, match="whitespace"):
+        prepare.prepare(make_config(clean=["whitspace"]), base)
 
 
-def hashes(shown):
-    return {
-        file["name"]: file["sha256"]
-        for file in json.loads((Path(shown["prepared"]) / "manifest.json").read_text())["files"]
-    }
+def test_contaminated_conversations_name_what_they_share(base, cache):  # noqa: F811
+    text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    write_lines(base / "eval.jsonl", [pair("What counts?", text)])
+    write_lines(base / "data/a.jsonl", [pair("Count.", f"So: {text.upper()}!"), pair("Count not.", "No.")])
+    prepared = prepare.prepare(make_config(decontaminate={"against": ["eval.jsonl"]}), base)
+    require_sums(prepared)
+    (reject,) = rejects_of(prepared)
+    assert prepared.num_examples == 1 and reject["reason"] == "contaminated" and "eval.jsonl:1" in reject["detail"]
+    # Another evaluation file is another directory.
+    write_lines(base / "eval.jsonl", [pair("What counts?", "Nothing of that kind.")])
+    again = prepare.prepare(make_config(decontaminate={"against": ["eval.jsonl"]}), base)
+    assert again.num_examples == 2 and again.root != prepared.root
 
 
-def test_processes_do_not_change_a_byte_and_settings_do(run_file, capsys):
-    _, one = prepared(run_file, capsys)
-    before = hashes(one)
-    Path(one["prepared"]).rename(run_file.parent / "kept-aside")
-    _, two = prepared(run_file, capsys, "data.num_processes=2")
-    assert one["prepared"] == two["prepared"]
-    assert hashes(two) == before
-    _, other = prepared(run_file, capsys, "data.decontaminate.ngram=20")
-    assert other["prepared"] != one["prepared"]
-    _, whole = prepared(run_file, capsys, "data.clean=[]", "data.deduplicate=off", "data.decontaminate=null")
-    assert whole["counts"]["examples"] == 48
+def test_mixing_by_temperature_keeps_the_epoch_and_tells_the_counts(base, cache):  # noqa: F811
+    write_lines(base / "data/large.jsonl", [pair(f"Large {n}?", f"{n}.") for n in range(160)])
+    write_lines(base / "data/small.jsonl", [pair(f"Small {n}?", f"{n}.") for n in range(40)])
+    sources = [{"path": "data/large.jsonl"}, {"path": "data/small.jsonl"}]
+    plain = prepare.prepare(make_config(sources=sources), base)
+    mixed = prepare.prepare(make_config(sources=sources, temperature=2.0), base)
+    told = [source["examples_per_epoch"] for source in mixed.manifest["source_settings"]]
+    assert [source["examples_per_epoch"] for source in plain.manifest["source_settings"]] == [160, 40]
+    assert told == [133, 67]  # as the square roots of 160 and 40: two to one of the same 200
+    drawn = Counter(mixed.example(int(n)).source for row in range(mixed.num_rows) for n in mixed.row(row))
+    assert [drawn[0], drawn[1]] == told
 
 
-def test_mistakes_in_cleaning_are_told_before_anything_is_read(run_file, capsys):
-    status, shown = prepared(run_file, capsys, "data.clean=[whitespaces, {ratio: {max: 3}}]")
-    assert status == 2
-    assert "data.clean[0]" in shown["error"] and "'whitespace'" in shown["error"] and "data.clean[1]" in shown["error"]
-
-
-def test_a_temperature_evens_out_what_is_left(run_file, capsys):
-    _, shown = prepared(run_file, capsys, "data.temperature=100", "data.deduplicate=exact")
-    manifest = json.loads((Path(shown["prepared"]) / "manifest.json").read_text())
-    shares = [one["examples_per_epoch"] for one in manifest["source_settings"]]
-    kept = [source["examples"] for source in manifest["sources"]]
-    assert sum(shares) == pytest.approx(sum(kept), abs=1)
-    assert abs(shares[0] - shares[1]) <= 2
+def test_one_example_for_each_answer(base, cache):  # noqa: F811
+    turns = [{"role": role, "content": f"{role} {number}"} for number in range(3) for role in ("user", "assistant")]
+    write_lines(base / "data/a.jsonl", [{"messages": turns}])
+    prepared = prepare.prepare(make_config(turns="expand"), base)
+    require_sums(prepared)
+    assert prepared.num_examples == 3
+    assert [prepared.example(number).part for number in range(3)] == [0, 1, 2]
+    lengths = [len(prepared.example(number).input_ids) for number in range(3)]
+    assert lengths == sorted(lengths) and len(set(lengths)) == 3
+    assert json.loads((prepared.root / "manifest.json").read_text())["settings"]["turns"] == "expand"

@@ -146,7 +146,7 @@ class SlurmCluster:
         with (self.folder / f"{len(self._daemons)}-{command[0]}.out").open("wb") as output:
             self._daemons.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
 
-    def left_behind(self, job: int | str, seconds: float = 30) -> list[str]:
+    def left_behind(self, job: int | str, seconds: float = 120) -> list[str]:
         """The commands of a job's processes that outlive it by so long. Slurm itself follows no process that left its parent."""
         found: list[str] = []
         for _ in ticks(seconds):
