@@ -57,6 +57,7 @@ _FAMILIES = {
     "mistral": _Family(markers=("[INST]", "[/INST]"), writes_bos=True),
     "gemma": _Family("<end_of_turn>", ("<start_of_turn>", "<end_of_turn>"), True),
     "phi": _Family("<|end|>", ("<|user|>", "<|assistant|>", "<|end|>")),
+    "phi4": _Family("<|im_end|>", ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
     "zephyr": _Family(),
     "vicuna": _Family(writes_bos=True),
     "deepseek": _Family("<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>"), True),
@@ -193,7 +194,7 @@ def _matching(tokenizer: Any, seq2seq: bool) -> str:
         return "plain"
     if fitting := made_for(tokenizer):
         return fitting[0]
-    expected = "one of chatml, llama3, alpaca, or a .jinja file"
+    expected = f"one of {', '.join(BUILTIN)}, a .jinja file, or texts with `{{instruction}}`"
     do = "a base model learns any of them; `template: chatml` is the usual choice"
     raise ConfigError(Problem("data.template", "`auto`, but the tokenizer brings no chat template", expected, do))
 

@@ -26,6 +26,7 @@ MARKERS = {
     "mistral": ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "phi": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
     "deepseek": ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
     "glm": ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
 }
@@ -50,6 +51,7 @@ PLAIN = {
     "mistral": "<s>[INST] Q[/INST]⟦ A</s>⟧",
     "gemma": "<s><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n⟦A<end_of_turn>⟧\n",
     "phi": "<|user|>\nQ<|end|>\n<|assistant|>\n⟦A<|end|>⟧\n</s>",
+    "phi4": "<|im_start|>user<|im_sep|>Q<|im_end|><|im_start|>assistant<|im_sep|>⟦A<|im_end|>⟧",
     "zephyr": "<|user|>\nQ</s>\n<|assistant|>\n⟦A</s>⟧\n",
     "vicuna": f"<s>{VICUNA} USER: Q ASSISTANT:⟦ A</s>⟧",
     "deepseek": "<s><｜User｜>Q<｜Assistant｜>⟦A<｜end▁of▁sentence｜>⟧",
@@ -195,7 +197,7 @@ def test_an_answer_follows_the_generation_prompt(name: str):
     assert prompt == PLAIN[name].partition("⟦")[0] and whole.startswith(prompt)
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma", "phi", "zephyr", "vicuna"])
+@pytest.mark.parametrize("name", ["llama2", "gemma", "phi", "phi4", "zephyr", "vicuna"])
 def test_what_a_family_cannot_say_is_refused(name: str):
     made = family_encoder(name)
     called = Message("assistant", "", tool_calls=(CALL,))
