@@ -44,8 +44,8 @@ class Message:
     @property
     def is_plain(self) -> bool:
         """Nothing but a role and a content, to a template."""
-        extras = (self.name, self.tool_call_id, self.reasoning, self.input)
-        return not self.tool_calls and all(extra is None for extra in extras)
+        named = self.name is not None or self.tool_call_id is not None
+        return not (self.tool_calls or named or self.reasoning is not None or self.input is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """As chat templates expect it: absent fields absent, tool calls a list."""
