@@ -29,14 +29,14 @@ class Unicode(Step):
 
 _RUN = re.compile(r"(?<=[^ \u00a0])[ \u00a0]{2,}(?=[^ \u00a0])")
 _UNTIDY = re.compile("[ \t\u00a0][ \u00a0\n]|\r")
-_TABLE = re.compile(r"[\t|]|(?<=[^ ])[ \u00a0]{3,}[^ ].*[^ ][ \u00a0]{3,}[^ ]")
-"""A line whose blanks may be columns."""
+_COUNTED = re.compile(r"[\t|`]|^ {4}|(?<=[^ ])[ \u00a0]{3,}[^ ].*[^ ][ \u00a0]{3,}[^ ]|[;{}]$|[^=]=[^=]")
+"""A line whose blanks may count: columns, and what looks like code outside a fence."""
 
 
 class Whitespace(Step):
     """Fewer blanks, in every turn: none at the ends, one between words, few empty lines; line ends as \\n.
 
-    Indentation, fenced code, lines that look like rows of a table, and Markdown's two blanks at the end of a line stay.
+    Indentation, fenced code, lines that look like code or rows of a table, and Markdown's two blanks at the end of a line stay.
     """
 
     name: ClassVar[str] = "whitespace"
@@ -68,7 +68,7 @@ class Whitespace(Step):
 
 
 def _one_blank(line: str) -> str:
-    return line if ("  " not in line and "\u00a0" not in line) or _TABLE.search(line) else _RUN.sub(" ", line)
+    return line if ("  " not in line and "\u00a0" not in line) or _COUNTED.search(line) else _RUN.sub(" ", line)
 
 
 _WINDOWS = {code: bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)}
