@@ -62,6 +62,8 @@ def sketch(conversation: Conversation, settings: DeduplicateSection) -> Sketch:
     """What `find_duplicates` compares of `conversation`.
 
     `by: conversation` takes every turn with its role, reasoning and tool calls; `by: prompt` the system's and the user's alone.
+    Whether conversations are nearly the same does not depend on the system text: a source often has one of its own, and a long
+    one would decide alone.
     Conversations that are offered different tools are never alike. Where nobody asks (a document), all is compared.
     """
     return sketches([conversation], settings)[0]
@@ -74,7 +76,8 @@ def sketches(conversations: Sequence[Conversation], settings: DeduplicateSection
     exact = [_digest([*map(_normal, said), "tools", *of], 16) for said, of in zip(turns, tools, strict=True)]
     if settings.method == "exact":
         return [Sketch(one, None) for one in exact]
-    parts = [_signatures([_text(said) for said in turns], tools, settings.ngram, NUM_PERMUTATIONS)]
+    whole = [_text(_beside_system(said) if settings.by == "conversation" else said) for said in turns]
+    parts = [_signatures(whole, tools, settings.ngram, NUM_PERMUTATIONS)]
     parts.append(_signatures([_asked(said) for said in turns], tools, 1, PART_PERMUTATIONS))
     if settings.by == "conversation":
         replies = [_text(turn for turn in said if turn.role == "assistant") for said in turns]
@@ -85,6 +88,10 @@ def sketches(conversations: Sequence[Conversation], settings: DeduplicateSection
 def _compared(conversation: Conversation, by: str) -> list[Message]:
     asked = [turn for turn in conversation.messages if by == "conversation" or turn.role in ("system", "user")]
     return asked or list(conversation.messages)
+
+
+def _beside_system(turns: list[Message]) -> list[Message]:
+    return [turn for turn in turns if turn.role != "system"] or turns
 
 
 def _normal(turn: Message) -> str:

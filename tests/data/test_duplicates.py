@@ -111,6 +111,13 @@ def test_a_shared_system_text_with_short_turns_is_no_duplicate():
     assert found([chat("Light on.", "Done.", system), chat("Turn the heating down", "Done.", system)]).kept.all()
 
 
+def test_a_source_with_its_own_system_text_repeats_another_nearly():
+    one, other = chat("Why is it?", numbered(0, 60)), chat("Why is it?", numbered(0, 60), numbered(500, 100))
+    assert found([one, other]).kept.tolist() == [True, False]
+    assert found([one, other], EXACT).kept.all()
+    assert found([one, other], DeduplicateSection(by="prompt")).kept.all()
+
+
 def test_conversations_with_other_tools_are_never_alike():
     text = numbered(0, 100)
     tools = [({"name": name},) for name in "fg"]
