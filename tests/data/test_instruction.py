@@ -1,15 +1,19 @@
 """Instruction templates: read, drawn by what a conversation says, rendered as one chat template that transformers renders alike."""
 
 import pickle
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from dstune.config.schema import ModelSection, Source
 from dstune.data import instruction
 from dstune.data.conversation import Conversation, Message, Refused
+from dstune.data.formats import to_conversations
+from dstune.data.sources import expand, read
 from dstune.data.templates import resolve_template
-from dstune.data.tokenize import Encoder
+from dstune.data.tokenize import Encoder, load_tokenizer
 from dstune.errors import ConfigError
 from tests.data.made_tokenizers import byte_level
 
@@ -154,3 +158,26 @@ def test_files_hold_one_text_or_several(tmp_path: Path):
 def test_what_is_no_template_is_named(written: str | list[str], said: str):
     with pytest.raises(ConfigError, match=said):
         resolve_template(written, TOKENIZER, Path("/nowhere"))
+
+
+@pytest.mark.shared
+def test_real_instructions_keep_every_word(shared_data: Path):
+    texts = ["{instruction}\n\n", "Task: {instruction}\nAnswer: ", "{instruction}\n\nWith this: {input}\n\n"]
+    tokenizer = load_tokenizer(ModelSection(path=str(shared_data / "tokenizers" / "byte_bpe_2k")), shared_data)
+    made = Encoder(tokenizer, resolve_template(texts, tokenizer, shared_data))
+    asked_for: Counter[object] = Counter()
+    for one in (Source(path="belle/*.json"), Source(path="llama_factory/alpaca_en_demo.json")):
+        for file in expand(one, shared_data):
+            values = [record.value for record in read(file) if record.value is not None][:150]
+            for conversation in (made_of for value in values for made_of in to_conversations(value, one)):
+                example = made.encode(conversation)
+                question, answer = conversation.messages[-2:]
+                text = tokenizer.decode(example.input_ids)
+                wanted = [
+                    question.content.removesuffix(f"\n{question.context}"),
+                    question.context or "",
+                    answer.content,
+                ]
+                assert all(unicodedata.normalize("NFC", said) in text for said in wanted)
+                asked_for["input" if question.context else text[:5] == "Task:"] += 1
+    assert min(asked_for[kind] for kind in ("input", True, False)) > 20

@@ -1,13 +1,18 @@
 """Which tokens are targets: by `train_on`, by the file's own weights, one answer at a time, in plain documents."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from dstune.config.schema import DataSection, ModelSection, Source
 from dstune.data.conversation import Conversation, Example, Message, Refused
+from dstune.data.encoder import make_encoder
 from dstune.data.targets import TrainOn
 from dstune.data.templates import Template
 from dstune.data.tokenize import Encoder
 from dstune.data.turns_expand import expand
+from dstune.errors import ConfigError
 from tests.data.made_tokenizers import byte_level
 from tests.data.test_render import CALL, QWEN_STYLE
 from tests.data.test_templates import family_encoder
@@ -204,3 +209,19 @@ def test_a_document_needs_an_end_and_a_causal_model():
         Encoder(byte_level(), Template("own", UNMARKED)).encode(document("a"))
     with pytest.raises(Refused, match=r"document.*sequence-to-sequence"):
         family_encoder("plain", seq2seq=True).encode(document("a"))
+
+
+def test_one_answer_an_example_does_not_go_with_everything_a_target():
+    data = DataSection(sources=[Source(path="x")], turns="expand", train_on="all", template="chatml")
+    with pytest.raises(ConfigError, match=r"data\.turns"):
+        make_encoder(ModelSection(path="builtin:tiny-llama"), data, Path(), False)
+
+
+def test_documents_alone_need_no_template(tmp_path: Path):
+    bare = byte_level(special=("</s>",), eos_token="</s>")
+    bare.save_pretrained(tmp_path)
+    model = ModelSection(path=str(tmp_path))
+    made = make_encoder(model, DataSection(sources=[Source(path="x", format="documents")]), tmp_path, False)
+    assert made.encode(document("ab")).loss_mask.tolist() == [False, True, True]
+    with pytest.raises(ConfigError, match="no chat template"):
+        make_encoder(model, DataSection(sources=[Source(path="x")]), tmp_path, False)
