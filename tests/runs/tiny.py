@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from dstune import worker
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.launch import rundir, start
@@ -17,7 +19,7 @@ from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer
 from dstune.paths import RunPaths, step_directory
 from dstune.protocols import AttemptOutcome
-from tests.spawn import free_port, read_lines, worker_environment
+from tests.spawn import free_port, read_lines, start_worker, worker_environment
 
 TINY_LLAMA = {
     "hidden_size": 64,
@@ -59,24 +61,25 @@ class ProcessExecutor:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[BaseProcess] = []
 
     def available_workers(self) -> int:
         return self.workers
 
     def run(self, run_directory: str, attempt: int, world_size: int, environment: Mapping[str, str]) -> AttemptOutcome:
         port = free_port()
-        program = "import sys; from dstune.worker import main; main(sys.argv[1], int(sys.argv[2]))"
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", program, run_directory, str(attempt)],
-                env=worker_environment(rank, world_size, port) | dict(environment),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+            start_worker(
+                worker.main,
+                run_directory,
+                attempt,
+                environment=worker_environment(rank, world_size, port) | dict(environment),
             )
             for rank in range(world_size)
         ]
-        codes = [process.wait() for process in self.processes]
+        for process in self.processes:
+            process.join()
+        codes = [process.exitcode for process in self.processes]
         failed = tuple(rank for rank, code in enumerate(codes) if code)
         return AttemptOutcome("failed", f"exit codes {codes}", failed) if failed else AttemptOutcome("finished")
 
