@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.load import LoadedRun, load_run
-from dstune.errors import EXIT_DONE, Problem, UsageError
+from dstune.errors import EXIT_DONE, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -414,16 +414,10 @@ def _checkpoints(run: str | Path) -> Path:
 
 def _previewed(run: RunFile, overrides: Sequence[str]) -> tuple["Prepared", Any]:
     """The prepared data of a run file, or an existing prepared directory, with its tokenizer."""
-    from dstune.config.schema import ModelSection
-    from dstune.data.shards import Prepared
+    from dstune.data import preview as room
     from dstune.data.tokenize import load_tokenizer
 
     if not isinstance(run, LoadedRun) and Path(run).is_dir():
-        prepared = Prepared.open(run)
-        named = prepared.manifest["tokenizer"]["path"]
-        if not Path(named).is_dir() and not named.startswith("builtin:"):
-            problem = Problem(str(run), f"its tokenizer ({named}) is not here", do="preview the run file instead")
-            raise UsageError(problem)
-        return prepared, load_tokenizer(ModelSection(path=named), Path.cwd())
+        return room.opened(run)
     loaded = _loaded(run, overrides)
     return prepare(loaded), load_tokenizer(loaded.config.model, loaded.base)

@@ -13,11 +13,12 @@ import tokenizers
 from dstune.data import instruction
 from dstune.data.annotate import TRUSTED_ROLES
 from dstune.data.control import ControlTokens, TextTokenizer, unknown_token
-from dstune.data.conversation import Conversation, Example, Message, Refused
+from dstune.data.conversation import Conversation, Example, Refused
 from dstune.data.fast_tokens import FastTokens, byte_places, covered, fast_tokens
 from dstune.data.identity import fingerprint
 from dstune.data.lossy import LossCheck, describe
 from dstune.data.render import Renderer, Span
+from dstune.data.shapes import harmless, traits
 from dstune.data.skeleton import Skeletons
 from dstune.data.spelled import Laid, Match, SpelledTokens, token_ids
 from dstune.data.targets import TrainOn, target_turns, targets
@@ -370,10 +371,10 @@ class Encoder:
         for m in conversation.messages:
             if m.tool_calls or m.role not in TRUSTED_ROLES:
                 return None
-            shape += (m.role, "") if m.is_plain and m.content and not m.content.isspace() else (m.role, _traits(m))
+            shape += (m.role, "") if m.is_plain and m.content and not m.content.isspace() else (m.role, traits(m))
         key = tuple(shape)
         if key not in self._expected:
-            self._expected[key] = self._control_sequence(_harmless(conversation))
+            self._expected[key] = self._control_sequence(harmless(conversation))
         return self._expected[key]
 
     def _control_sequence(self, conversation: Conversation) -> list[int] | None:
@@ -406,12 +407,6 @@ class Encoder:
         return mask
 
 
-def _traits(message: Message) -> str:
-    """What else a template may go by, but for what is said."""
-    present = (message.content.strip(), message.name, message.tool_call_id, message.reasoning, message.input)
-    return "".join("-" if value is None else "x" if value else "0" for value in present)
-
-
 def _no_targets() -> Refused:
     return Refused("no_supervised_tokens", "no token of this conversation is a target")
 
@@ -420,24 +415,6 @@ def _same(one: Example | Refused, other: Example | Refused) -> bool:
     if isinstance(one, Refused) or isinstance(other, Refused):
         return str(one) == str(other)
     return np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.loss_mask, other.loss_mask)
-
-
-def _harmless(conversation: Conversation) -> Conversation:
-    """A conversation of the same shape with nothing in it."""
-    return Conversation(
-        tuple(
-            Message(
-                role=message.role,
-                content="x" if message.content.strip() else "",
-                name=None if message.name is None else "x",
-                tool_call_id=None if message.tool_call_id is None else "x",
-                reasoning=None if message.reasoning is None else "x",
-                input="x" if message.input else message.input,
-            )
-            for message in conversation.messages
-        ),
-        variant=conversation.variant,
-    )
 
 
 def _up_to_answer(conversation: Conversation) -> Conversation:

@@ -1,0 +1,27 @@
+"""What a template may go by in a conversation, apart from what is said in it."""
+
+from dstune.data.conversation import Conversation, Message
+
+
+def traits(message: Message) -> str:
+    """What else a template may go by, but for what is said."""
+    present = (message.content.strip(), message.name, message.tool_call_id, message.reasoning, message.input)
+    return "".join("-" if value is None else "x" if value else "0" for value in present)
+
+
+def harmless(conversation: Conversation) -> Conversation:
+    """A conversation of the same shape with nothing in it."""
+    return Conversation(
+        tuple(
+            Message(
+                role=message.role,
+                content="x" if message.content.strip() else "",
+                name=None if message.name is None else "x",
+                tool_call_id=None if message.tool_call_id is None else "x",
+                reasoning=None if message.reasoning is None else "x",
+                input="x" if message.input else message.input,
+            )
+            for message in conversation.messages
+        ),
+        variant=conversation.variant,
+    )
