@@ -387,9 +387,8 @@ def _drive(
     from dstune.launch.observers import Watcher
 
     prepared = start.open_prepared(loaded, paths)
-    with Watcher(
-        start.total_steps(loaded, prepared), loaded.config.report.console if progress else None, *hooks
-    ) as observe:
+    shown = loaded.config.report.console if progress else None
+    with Watcher(start.total_steps(loaded, prepared), shown, *hooks) as observe:
         observe.say(f"starting Ray{' at ' + address if address else ''} and the workers; logs: {paths.logs}")
         end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
     return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message)
@@ -407,9 +406,7 @@ def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:
 def _checkpoints(run: str | Path) -> Path:
     from dstune.launch import rundir
 
-    paths = rundir.find(run)
-    loaded = rundir.load(paths)
-    return rundir.checkpoints_of(loaded.config, loaded.base, paths)
+    return rundir.find_checkpoints(run)
 
 
 def _previewed(run: RunFile, overrides: Sequence[str]) -> tuple["Prepared", Any]:

@@ -1,6 +1,8 @@
-"""What a template may go by in a conversation, apart from what is said in it."""
+"""The outside of a conversation: what a template may go by apart from what is said, and where it ends."""
 
-from dstune.data.conversation import Conversation, Message
+from dataclasses import replace
+
+from dstune.data.conversation import Conversation, Message, Refused
 
 
 def traits(message: Message) -> str:
@@ -25,3 +27,13 @@ def harmless(conversation: Conversation) -> Conversation:
         ),
         variant=conversation.variant,
     )
+
+
+def up_to_answer(conversation: Conversation) -> Conversation:
+    """Without the turns after the last answer: they are neither source nor target."""
+    messages = list(conversation.messages)
+    while messages and messages[-1].role != "assistant":
+        messages.pop()
+    if not messages:
+        raise Refused("no_supervised_tokens", "no answer to learn in this conversation")
+    return replace(conversation, messages=tuple(messages))

@@ -18,7 +18,7 @@ from dstune.data.fast_tokens import FastTokens, byte_places, covered, fast_token
 from dstune.data.identity import fingerprint
 from dstune.data.lossy import LossCheck, describe
 from dstune.data.render import Renderer, Span
-from dstune.data.shapes import harmless, traits
+from dstune.data.shapes import harmless, traits, up_to_answer
 from dstune.data.skeleton import Skeletons
 from dstune.data.spelled import Laid, Match, SpelledTokens, token_ids
 from dstune.data.targets import TrainOn, target_turns, targets
@@ -279,7 +279,7 @@ class Encoder:
 
     def _lay(self, conversation: Conversation, shortcut: bool) -> Laid:
         if self.seq2seq:
-            conversation = _up_to_answer(conversation)
+            conversation = up_to_answer(conversation)
         shortcut = shortcut and not self._needs_spans(conversation)
         text, found = self._skeletons.lay(conversation) if shortcut else self._rendered(conversation)
         spans = [Span(*span) for span in found]
@@ -415,13 +415,3 @@ def _same(one: Example | Refused, other: Example | Refused) -> bool:
     if isinstance(one, Refused) or isinstance(other, Refused):
         return str(one) == str(other)
     return np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.loss_mask, other.loss_mask)
-
-
-def _up_to_answer(conversation: Conversation) -> Conversation:
-    """Without the turns after the last answer: they are neither source nor target."""
-    messages = list(conversation.messages)
-    while messages and messages[-1].role != "assistant":
-        messages.pop()
-    if not messages:
-        raise Refused("no_supervised_tokens", "no answer to learn in this conversation")
-    return replace(conversation, messages=tuple(messages))

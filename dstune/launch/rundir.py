@@ -46,6 +46,13 @@ def run_paths(run: LoadedRun) -> RunPaths:
     return RunPaths(resolve(run.config.runs_dir, run.base) / run.config.name)
 
 
+def find_checkpoints(run: str | Path) -> Path:
+    """Where the checkpoints of an existing run are. Raises as `find` and `load`."""
+    paths = find(run)
+    loaded = load(paths)
+    return checkpoints_of(loaded.config, loaded.base, paths)
+
+
 def checkpoints_of(config: RunConfig, base: Path, paths: RunPaths) -> Path:
     """Where the run's checkpoints are committed."""
     return resolve(config.checkpoint.dir, base) / config.name if config.checkpoint.dir else paths.checkpoints
