@@ -45,12 +45,12 @@ class Marks:
         self.tools = [self._value(tool, -1) for tool in conversation.tools] or None
 
     def _message(self, number: int, value: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: item
-            if (key == "role" and item in TRUSTED_ROLES) or _is_identifier(key, item)
-            else self._value(item, number)
-            for key, item in value.items()
-        }
+        return {key: self._field(key, item, number) for key, item in value.items()}
+
+    def _field(self, key: str, value: Any, owner: int) -> Any:
+        if (key == "role" and value in TRUSTED_ROLES) or _is_identifier(key, value):
+            return value
+        return self._string(value, owner) if isinstance(value, str) else self._value(value, owner)
 
     def _value(self, value: Any, owner: int) -> Any:
         if isinstance(value, str):

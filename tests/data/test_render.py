@@ -313,6 +313,14 @@ def test_the_sandbox_holds(source: str):
         renderer(source).render(talk("q", "a"))
 
 
+@pytest.mark.parametrize("said", ["null", "string", "function"])
+def test_words_of_schemas_are_marked_where_somebody_says_them(said: str):
+    made = renderer(FRAMED["trims"])
+    text = made.render(talk(said, said)).text
+    ranges = made.annotate(talk(said, said), text)
+    assert ranges is not None and [found.message for found in ranges] == [0, 1]
+
+
 def test_marks_survive_content_that_uses_private_characters_itself():
     evil = "\U00100000x\U00100001 \U0010fffd"
     conversation = talk(f" {evil} ", evil)
