@@ -4,6 +4,8 @@ Addresses go to pyarrow's filesystems (s3, gs, abfs, hdfs) and else to fsspec's 
 Credentials come from the environment alone: for S3 the AWS_* variables, `AWS_ENDPOINT_URL` among them.
 """
 
+import contextlib
+import datetime
 import functools
 import glob
 import io
@@ -11,7 +13,7 @@ import os
 import posixpath
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,13 +21,14 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 from pyarrow import fs
 
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, DstuneError, Problem
 
 _LOCAL_BUFFER_BYTES = 1 << 18
 _REMOTE_BUFFER_BYTES = 8 << 20
 """Each read of an address is a request: fewer and larger."""
+_NOT_OF_CONNECTIONS = ("builtins", "dstune", "zlib")
 _CONNECT_SECONDS, _REQUEST_SECONDS = 10, 60
-_BY_ARROW = ("gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+_BY_ARROW = ("abfs", "abfss", "hdfs", "viewfs")
 
 
 class Stamp(NamedTuple):
@@ -92,19 +95,51 @@ class RemoteFile:
         return io.BufferedReader(self.open_arrow(), _REMOTE_BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
 
     def open_arrow(self) -> pa.NativeFile:
-        system, path = filesystem(self.address)
-        return system.open_input_file(path)
+        with as_os_errors():
+            there = filesystem(self.address)
+            return there.system.open_input_file(there.path)
 
     def stamp(self) -> Stamp:
-        system, path = filesystem(self.address)
-        (info,) = system.get_file_info([path])
-        if info.type != fs.FileType.File:
-            raise FileNotFoundError(2, "there is no such file", self.address)
-        if isinstance(system, fs.PyFileSystem):
-            return Stamp(info.size, str(system.handler.fs.ukey(path)))
-        with system.open_input_stream(path, compression=None) as stream:
-            tag = (stream.metadata() or {}).get("ETag", b"")
-        return Stamp(info.size, f"{info.mtime_ns}-{bytes(tag).decode('ascii', 'replace')}")
+        with as_os_errors():
+            there = filesystem(self.address)
+            (info,) = there.system.get_file_info([there.path])
+            if info.type != fs.FileType.File:
+                raise FileNotFoundError(2, "there is no such file", self.address)
+            if isinstance(there.system, fs.PyFileSystem):
+                return Stamp(info.size, str(there.system.handler.fs.ukey(there.path)))
+            with there.system.open_input_stream(there.path, compression=None) as stream:
+                tag = (stream.metadata() or {}).get("ETag", b"")
+            return Stamp(info.size, f"{info.mtime_ns}-{bytes(tag).decode('ascii', 'replace')}")
+
+
+class _There(NamedTuple):
+    """What is behind an address."""
+
+    system: fs.FileSystem
+    path: str
+    """Within the filesystem."""
+    root: str
+    """An address is `root` and the path without its `base`."""
+    base: str = ""
+
+    def address(self, path: str) -> str:
+        return self.root + path.removeprefix(self.base)
+
+
+@contextlib.contextmanager
+def as_os_errors() -> Iterator[None]:
+    """What a connection's own library raises becomes an OSError; errors of ours and of Python's stay what they are."""
+    try:
+        yield
+    except (OSError, DstuneError):
+        raise
+    except Exception as error:
+        if isinstance(error, pa.ArrowException) or type(error).__module__.partition(".")[0] not in (
+            "builtins",
+            "dstune",
+        ):
+            raise OSError(first_line(error)) from error
+        raise
 
 
 def is_address(written: str) -> bool:
@@ -112,26 +147,25 @@ def is_address(written: str) -> bool:
     return "://" in written
 
 
-def filesystem(address: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem behind an address, and the path within it. Raises ConfigError for a kind that cannot be opened here."""
+def filesystem(address: str) -> _There:
+    """The filesystem behind an address. Raises ConfigError for a kind that cannot be opened here."""
     scheme, _, rest = address.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
+    host, _, path = rest.partition("/")
+    user, at, _ = host.rpartition("@")
     if at and ":" in user:
         shown = address.replace(user, "…")
         raise ConfigError(Problem(shown, "a password in an address", "none", "credentials come from the environment"))
-    if scheme in ("s3", "s3a"):
-        bucket, _, key = rest.partition("/")
-        return _s3(bucket), f"{bucket}/{key}".rstrip("/")
+    if scheme in ("s3", "s3a", "gs", "gcs"):
+        if not host:
+            raise ConfigError(Problem(address, "no bucket in this address", f"{scheme}://BUCKET/…"))
+        return _There(_s3(host) if scheme in ("s3", "s3a") else _gs(), rest.rstrip("/"), f"{scheme}://")
     if scheme == "file":
-        return fs.LocalFileSystem(), urllib.parse.unquote(rest)
+        return _There(fs.LocalFileSystem(), rest, "file://")
     if scheme in _BY_ARROW:
-        host, _, path = rest.partition("/")
-        return _by_arrow(f"{'gs' if scheme == 'gcs' else scheme}://{host}"), _within(scheme, host, path)
+        system, base = _by_arrow(f"{scheme}://{host}")
+        base = base.rstrip("/")
+        return _There(system, f"{base}/{path}".rstrip("/"), f"{scheme}://{host}", base)
     return _by_fsspec(address)
-
-
-def _within(scheme: str, host: str, path: str) -> str:
-    return f"{host}/{path}".rstrip("/") if scheme in ("gs", "gcs") else f"/{path}"
 
 
 def _s3(bucket: str) -> fs.FileSystem:
@@ -168,15 +202,20 @@ def _region(bucket: str) -> str:
         raise ConfigError(Problem(f"s3://{bucket}", came, do="set AWS_REGION, or AWS_ENDPOINT_URL")) from None
 
 
+@functools.lru_cache(maxsize=1)
+def _gs() -> fs.FileSystem:
+    return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=_REQUEST_SECONDS))
+
+
 @functools.lru_cache(maxsize=32)
-def _by_arrow(root: str) -> fs.FileSystem:
+def _by_arrow(root: str) -> tuple[fs.FileSystem, str]:
     try:
-        return fs.FileSystem.from_uri(root)[0]
+        return fs.FileSystem.from_uri(root)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(Problem(root, f"cannot be opened: {first_line(error)}")) from None
 
 
-def _by_fsspec(address: str) -> tuple[fs.FileSystem, str]:
+def _by_fsspec(address: str) -> _There:
     import fsspec
 
     try:
@@ -186,7 +225,9 @@ def _by_fsspec(address: str) -> tuple[fs.FileSystem, str]:
     except (ValueError, OSError) as error:
         known = "a path, http(s)://, s3://, gs://, hf:// or what fsspec knows"
         raise ConfigError(Problem(address, f"this kind of address: {first_line(error)}", known)) from None
-    return fs.PyFileSystem(fs.FSSpecHandler(system)), path
+    written = address.removesuffix("/")
+    root = written.removesuffix(path) if written.endswith(path) else address.partition("://")[0] + "://"
+    return _There(fs.PyFileSystem(fs.FSSpecHandler(system)), path, root)
 
 
 def find(address: str, wanted: Iterable[str]) -> list[str]:
@@ -194,21 +235,20 @@ def find(address: str, wanted: Iterable[str]) -> list[str]:
 
     Sorted; empty where there are none. Raises ConfigError, and OSError where the other side cannot be asked.
     """
-    system, path = filesystem(address)
-    written = address.removesuffix("/")
-    prefix = written.removesuffix(path) if written.endswith(path) else address.partition("://")[0] + "://"
-    if glob.has_magic(path):
-        start = posixpath.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0])
-        matches = _pattern(path)
-        deep = "/" in path[len(start) :].lstrip("/") or "**" in path
-        found = [file for file in _below(system, start, deep) if matches.fullmatch(file)]
-    else:
-        (info,) = system.get_file_info([path])
-        if info.type == fs.FileType.File:
-            return [address]
-        found = _below(system, path, deep=True) if info.type == fs.FileType.Directory else []
-        found = [file for file in found if plain_suffix(file) in wanted]
-    return [prefix + file for file in sorted(found)]
+    with as_os_errors():
+        there = filesystem(address)
+        if glob.has_magic(there.path):
+            start = posixpath.dirname(re.split(r"[*?\[]", there.path, maxsplit=1)[0])
+            deep = "/" in there.path[len(start) :].lstrip("/") or "**" in there.path
+            matches = _pattern(there.path)
+            found = [file for file in _below(there.system, start, deep) if matches.fullmatch(file)]
+        else:
+            (info,) = there.system.get_file_info([there.path])
+            if info.type == fs.FileType.File:
+                return [address]
+            below = _below(there.system, there.path, deep=True) if info.type == fs.FileType.Directory else []
+            found = [file for file in below if plain_suffix(file) in wanted]
+        return [there.address(file) for file in sorted(found)]
 
 
 def _below(system: fs.FileSystem, start: str, deep: bool) -> list[str]:

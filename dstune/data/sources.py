@@ -1,5 +1,6 @@
 """Where records come from: files, globs, directories, addresses, hub ids and registries, opened by what they hold."""
 
+import contextlib
 import difflib
 import functools
 import glob
@@ -23,7 +24,7 @@ from dstune.data import hub, places, registry, tables
 from dstune.data.conversation import Refused
 from dstune.data.json_stream import Lines, Record, parse_lines, read_json
 from dstune.data.places import LocalFile, Place, RemoteFile, Stamp, plain_suffix
-from dstune.errors import ConfigError, DataError, Problem
+from dstune.errors import ConfigError, DataError, DstuneError, Problem
 
 __all__ = ["Record", "SourceFile", "Stamp", "digest", "expand", "read", "read_pieces"]
 
@@ -121,7 +122,9 @@ def _suffixes(source: Source) -> tuple[str, ...]:
 def _addresses(source: Source) -> list[str]:
     try:
         found = places.find(source.path, _suffixes(source))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, DstuneError):
+            raise
         do = "Are the address, the endpoint and the credentials (environment variables) right? AWS_NO_SIGN_REQUEST=1 opens public buckets."
         raise DataError(Problem(source.path, f"cannot be looked at: {places.first_line(error)}", do=do)) from None
     start = source.path.rstrip("/") + "/"
@@ -189,7 +192,7 @@ def read_pieces(file: SourceFile) -> Iterator[Record | Lines]:
     suffix = plain_suffix(stored_as)
     try:
         magic = file.place.head(6)
-        with file.open() as stream:
+        with contextlib.nullcontext() if file.path else places.as_os_errors(), file.open() as stream:
             if magic.startswith(b"PAR1") or suffix == ".parquet":
                 with file.place.open_arrow() as table:
                     yield from tables.read_parquet(table, file.name, file.max_record_bytes)

@@ -1,5 +1,6 @@
 """Data behind addresses is read as if it lay here: a real S3 server, fsspec's filesystems, and what goes wrong with each."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -157,3 +158,19 @@ def test_a_run_prepared_from_an_object_store_by_the_command(s3: fs.S3FileSystem,
     assert [one["records"]["read"] for one in manifest["sources"]] == [50] * 4
     assert manifest["sources"][1]["sha256"] == manifest["sources"][2]["sha256"]
     assert "secret" not in json.dumps(manifest)
+
+
+@pytest.mark.parametrize("address", ["data://x", "s3://", "nowhere://x", "sftp://localhost:9/a"])
+def test_an_address_that_cannot_be_opened_is_told(address: str):
+    with pytest.raises((ConfigError, DataError), match=address.partition("://")[0]):
+        names(address)
+
+
+def test_a_cut_object_is_told(s3: fs.S3FileSystem):
+    for name, content in (
+        ("a.jsonl.zst", zstandard.compress(LINES)),
+        ("b.jsonl.gz", gzip.compress(LINES)),
+        ("c.parquet", parquet()),
+    ):
+        with pytest.raises(DataError, match=name):
+            values(put(s3, name, content[:-20]))
