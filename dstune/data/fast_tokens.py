@@ -73,14 +73,16 @@ class FastTokens:
         return len(text.encode()) if not self._composes or unicodedata.is_normalized("NFC", text) else -1
 
 
-def fast_tokens(tokenizer: tokenizers.Tokenizer, serialised: dict[str, Any]) -> FastTokens | None:
-    """The fast side of `tokenizer` (its tokenizer.json parsed), where there is one that agrees with it; else None."""
+def fast_tokens(tokenizer: tokenizers.Tokenizer, text: str, serialised: dict[str, Any]) -> FastTokens | None:
+    """The fast side of `tokenizer` (its tokenizer.json as `text` and parsed), where there is one that agrees with it; else None."""
     lengths = _lengths(serialised)
     if lengths is None:
         return None
     try:
         composes = serialised["normalizer"] is not None
-        found = FastTokens(json.dumps(serialised | {"truncation": None, "padding": None}), lengths, composes)
+        plain = serialised["truncation"] is None and serialised["padding"] is None
+        given = text if plain else json.dumps(serialised | {"truncation": None, "padding": None})
+        found = FastTokens(given, lengths, composes)
         texts = [*_HARD_TEXTS, *(f"a {token['content']} b" for token in serialised["added_tokens"][:64])]
         theirs = tokenizer.encode_batch(texts, add_special_tokens=False)
         ours = found.encode(texts)

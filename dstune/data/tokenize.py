@@ -86,7 +86,7 @@ class Encoder:
         self._expected: dict[tuple[str, ...], list[int] | None] = {}
         self.shortcuts = shortcuts
         self._skeletons = Skeletons(template, tokenizer.special_tokens_map, self.now, self._rendered)
-        self._fast = fast_tokens(self._backend, parsed) if shortcuts and self._loss.lossless else None
+        self._fast = fast_tokens(self._backend, serialised, parsed) if shortcuts and self._loss.lossless else None
         self._encoded = 0
         self._end = ""
         self._probe()

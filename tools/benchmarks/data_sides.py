@@ -273,7 +273,8 @@ def limits(chats: str, tokenizer: str) -> dict[str, Any]:
     from dstune.data.fast_tokens import fast_tokens
 
     slow = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
-    fast = fast_tokens(slow, json.loads(slow.to_str()))
+    text = slow.to_str()
+    fast = fast_tokens(slow, text, json.loads(text))
     assert fast is not None
     with Path(chats).open(encoding="utf-8") as file:
         texts = [line for line, _ in zip(file, range(20_000), strict=False)]
