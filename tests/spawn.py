@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["dstune.worker", "pytest"])
+_COMPILER = ["torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]
+"""What DeepSpeed imports with its optimizers, whether or not anything is compiled."""
+
+_FORKS.set_forkserver_preload(["dstune.worker", "pytest", *_COMPILER])
 
 
 def free_port() -> int:
