@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 
 from dstune.paths import RunPaths
-from tests.runs.tiny import assert_exact, finished, write_run
+from tests.runs.tiny import assert_exact, write_run
 from tests.spawn import free_port
 
 pytestmark = pytest.mark.dist
 
 WORKER = [sys.executable, "-m", "dstune.cli.main", "worker"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    return finished(write_run(tmp_path_factory.mktemp("bare-reference")))
 
 
 def test_torchrun_starts_the_same_run(reference: RunPaths, tmp_path: Path) -> None:

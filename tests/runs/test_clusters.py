@@ -16,7 +16,7 @@ LONGER = {"train": {"max_steps": 40}, "checkpoint": {"every": 10}}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+def longer(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     return finished(write_run(tmp_path_factory.mktemp("cluster-reference"), **LONGER))
 
 
@@ -37,7 +37,7 @@ def until_step(paths: RunPaths, step: int) -> None:
 
 @pytest.mark.slurm
 def test_slurm_warns_the_run_saves_requeues_itself_and_is_exact(
-    reference: RunPaths, tmp_path: Path, slurm: SlurmCluster
+    longer: RunPaths, tmp_path: Path, slurm: SlurmCluster
 ) -> None:
     run = write_run(tmp_path, **LONGER, cluster={"workers": "auto", "nodes": 2})
     sent = said("submit", run, "--to", "slurm")
@@ -56,12 +56,12 @@ def test_slurm_warns_the_run_saves_requeues_itself_and_is_exact(
     events = read_lines(paths.events)
     assert [event["from_step"] for event in events if event["event"] == "attempt_started"] == [0, saved["step"]]
     assert [event["state"] for event in events if event["event"] == "drive_ended"] == ["preempted", "succeeded"]
-    assert_exact(paths, reference)
+    assert_exact(paths, longer)
 
 
 @pytest.mark.ray
 def test_a_ray_job_is_stopped_with_a_commit_resumed_as_a_job_and_exact(
-    reference: RunPaths, tmp_path: Path, ray_head: RayHead
+    longer: RunPaths, tmp_path: Path, ray_head: RayHead
 ) -> None:
     run = write_run(tmp_path, **LONGER)
     said("submit", run, "--to", "ray", "--address", ray_head.address)
@@ -75,4 +75,4 @@ def test_a_ray_job_is_stopped_with_a_commit_resumed_as_a_job_and_exact(
     lines = said("logs", paths.root, "--follow")["lines"]
     assert any("step 40/40" in line for line in lines), lines[-20:]
     assert said("status", paths.root)["state"] == "succeeded"
-    assert_exact(paths, reference)
+    assert_exact(paths, longer)

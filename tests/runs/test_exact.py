@@ -18,12 +18,6 @@ from tests.spawn import read_lines
 pytestmark = pytest.mark.dist
 
 
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    """The uninterrupted run that others are compared with."""
-    return finished(write_run(tmp_path_factory.mktemp("reference")))
-
-
 class KillOneWorker(Observer):
     """kill -9 of worker `rank` once `step` is seen, in the first attempt only."""
 

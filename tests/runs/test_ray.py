@@ -12,15 +12,10 @@ import pytest
 
 from dstune.launch import rundir
 from dstune.paths import RunPaths
-from tests.runs.tiny import assert_exact, dstune, finished, metrics, write_run
+from tests.runs.tiny import assert_exact, dstune, metrics, write_run
 from tests.spawn import read_lines
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    return finished(write_run(tmp_path_factory.mktemp("ray-reference")))
 
 
 def wait_for(condition: Callable[[], bool], process: object, seconds: float = 180) -> None:
