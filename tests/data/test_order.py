@@ -73,11 +73,11 @@ def test_a_piece_of_the_order_is_the_order_of_the_piece():
 def test_shuffles_well():
     """Every permutation of 4 rows about equally often; places and rows, neighbours and epochs uncorrelated."""
     seen: dict[tuple[int, ...], int] = {}
-    for seed in range(4800):
+    for seed in range(1200):
         key = tuple(permute(seed, 0, 4, np.arange(4)).tolist())
         seen[key] = seen.get(key, 0) + 1
     assert len(seen) == 24
-    chi_squared = sum((count - 200) ** 2 / 200 for count in seen.values())
+    chi_squared = sum((count - 50) ** 2 / 50 for count in seen.values())
     assert chi_squared < 60  # 23 degrees of freedom: beyond 1 in 10,000
     rows = permute(3, 0, 50_000, np.arange(50_000)).astype(float)
     other = permute(3, 1, 50_000, np.arange(50_000)).astype(float)
