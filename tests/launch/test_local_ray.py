@@ -60,12 +60,14 @@ def session(executor):
     ).stdout
 
 
-def test_workers_run_where_they_were_placed(tmp_path, executor):
+def test_workers_run_where_they_were_placed_and_ray_says_nothing_to_the_terminal(tmp_path, executor, capfd):
     paths = stub_run(tmp_path)
     assert executor.available_workers() >= 2
     assert attempt(executor, paths).kind == "finished"
     assert [seat["rank"] for seat in json.loads(paths.workers(1).read_text())] == [0, 1]
     assert {record["world"] for record in lines(paths.metrics)} == {2}
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
 
 
 def test_everything_listens_on_loopback_only(executor):
@@ -78,19 +80,16 @@ def test_everything_listens_on_loopback_only(executor):
     )
 
 
-def test_a_killed_worker_is_named_and_the_run_goes_on(tmp_path, executor):
-    paths = stub_run(tmp_path, die={"rank": 1, "step": 12, "attempts": [1]})
-    end = drive(paths, executor, planner(paths), DriveLimits(2, 2), handle_signals=False)
-    assert end.state == "succeeded" and steps(paths) == list(range(1, 21))
+def test_a_killed_worker_is_named_and_the_run_goes_on_until_one_raises_and_is_quoted(tmp_path, executor):
+    killed = {"rank": 1, "step": 12, "attempts": [1]}
+    raises = {"rank": 1, "step": 13, "kind": "ValueError", "attempts": [2]}
+    paths = stub_run(tmp_path, die=killed, fail=raises)
+    end = drive(paths, executor, planner(paths), DriveLimits(2, 2, max_failures=1), handle_signals=False)
+    assert end.exit_status == 1 and "ValueError: bad luck" in end.message
+    assert steps(paths)[:12] == list(range(1, 13))
     failure = events(paths, "failure")[0]
     assert failure["rank"] == 1 and failure["message"].startswith("worker 1 on node ")
-    assert events(paths, "attempt_started")[1]["from_step"] == 10
-
-
-def test_a_worker_that_raises_is_quoted(tmp_path, executor):
-    paths = stub_run(tmp_path, fail={"rank": 1, "step": 3, "kind": "ValueError", "attempts": [1]})
-    end = drive(paths, executor, planner(paths), DriveLimits(2, 2, max_failures=0), handle_signals=False)
-    assert end.exit_status == 1 and "ValueError: bad luck" in end.message
+    assert [event["from_step"] for event in events(paths, "attempt_started")] == [0, 10]
 
 
 def test_kill_ends_the_workers_at_once(tmp_path, executor):
@@ -117,12 +116,6 @@ def test_a_lost_raylet_and_a_lost_host_are_lost_and_come_back(tmp_path, executor
     when_training(paths, lambda: os.kill(executor._host._process.pid, signal.SIGKILL))
     assert attempt(executor, paths, 2).kind == "lost"
     assert executor.available_workers() >= 2
-
-
-def test_ray_says_nothing_to_the_terminal(tmp_path, executor, capfd):
-    attempt(executor, stub_run(tmp_path, steps=2))
-    captured = capfd.readouterr()
-    assert captured.out == "" and captured.err == ""
 
 
 def test_an_address_where_no_ray_is():
