@@ -122,7 +122,7 @@ class DataSection(Section):
     prepared: str | None = None
     """An existing prepared directory; then `sources` stays empty."""
     template: str | list[str] = "auto"
-    """`auto` (the tokenizer's), a built-in name (chatml, llama3, …), a `.jinja` file, or texts with `{instruction}`: one is drawn per example."""
+    """`auto` (the tokenizer's), a built-in name (chatml, llama3, …), a `.jinja` file, or texts with `{instruction}`: one is drawn each."""
     max_length: int = Field(default=4096, ge=8)
     """Tokens in a row, and the longest example that is kept; of a sequence-to-sequence model source and target together."""
     packing: Literal["auto"] | bool = "auto"
@@ -132,7 +132,7 @@ class DataSection(Section):
     turns: Literal["keep", "expand"] = "keep"
     """`expand`: one example per answer, for templates that leave earlier reasoning out."""
     clean: list[str | dict[str, Any]] = []
-    """Cleaning steps in the order given, each a name or `{name: {setting: value}}`; `dstune schema --cleaning` lists them. None by default."""
+    """Cleaning steps in the order given, each a name or `{name: {setting: value}}`; `dstune schema --cleaning` lists them."""
     deduplicate: Literal["off", "exact", "near"] | DeduplicateSection = "off"
     """Drop repeated conversations, within and across sources; the one in the earlier source stays."""
     decontaminate: DecontaminateSection | None = None
@@ -141,8 +141,9 @@ class DataSection(Section):
     """Keep only the best of what is left, by budget."""
     temperature: float = Field(default=1.0, ge=1.0, le=100.0)
     """Mixing: sources are drawn as their size to the power of 1/temperature; 1 leaves them as they are."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    """Examples above `max_length`. `error` drops and lists them up to 1% of a source, and refuses above."""
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """Examples above `max_length`. `error` drops and lists them up to 1% of a source, and refuses above; `split` lays documents
+    into several examples (conversations it drops)."""
     control_tokens: Literal["encode", "error", "allow"] = "encode"
     """A control token spelled in content: encoded as ordinary text and counted, refused, or let through as control token."""
     bad_rows: Literal["error", "skip"] = "error"

@@ -85,7 +85,7 @@ class Collector:
             return
         longest = max(tally.longest for tally in tallies)
         came = f"{long} of {made} conversations have more than max_length = {self._data.max_length} tokens (up to {longest})"
-        do = "Raise `data.max_length`, or choose `data.overlong: drop` (listed in rejects.jsonl) or `truncate`."
+        do = "Raise `data.max_length`, or choose `data.overlong: drop` (listed in rejects.jsonl), `truncate`, or `split` (documents)."
         where = ", ".join(tally.path for tally in tallies[:3]) + (", …" if len(tallies) > 3 else "")
         raise DataError(Problem(where, came, f"at most {OVERLONG_LIMIT:.0%}", do))
 

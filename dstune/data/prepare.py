@@ -166,7 +166,7 @@ class _Build:
         self._job = Job(
             encoder,
             data.max_length,
-            truncate=data.overlong == "truncate",
+            overlong=data.overlong,
             max_record_bytes=data.max_record_bytes,
             expand=data.turns == "expand",
             cleaner=cleaner if cleaner else None,

@@ -26,6 +26,8 @@ class FileTally:
     dropped: Counter[str] = field(default_factory=lambda: Counter[str]())
     truncated: int = 0
     """Kept, but cut to `max_length` (`overlong: truncate`)."""
+    split: int = 0
+    """Documents in several examples (`overlong: split`)."""
     longest: int = 0
     """Tokens of the longest conversation that was made, kept or not."""
     tokens: int = 0
@@ -72,6 +74,7 @@ class FileTally:
                 "kept": self.kept,
                 "dropped": dict(sorted(self.dropped.items())),
                 "truncated": self.truncated,
+                "split": self.split,
             },
             "examples": examples,
             "longest": self.longest,
@@ -90,6 +93,7 @@ _SUMMED = (
     "records_used",
     "kept",
     "truncated",
+    "split",
     "tokens",
     "supervised_tokens",
     "control_tokens_encoded",

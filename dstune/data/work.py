@@ -23,6 +23,8 @@ from dstune.data.turns_expand import expand
 OVERLONG = "overlong"
 NO_TARGETS = "no_supervised_tokens"
 
+_APART = 0x9E3779B97F4A7C15
+"""Odd: no two small numbers times it are alike in any half of 64 bits."""
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 1 << 20
 
@@ -33,8 +35,8 @@ class Job:
 
     encoder: Encoder
     max_length: int
-    truncate: bool
-    """Cut what is longer, rather than refuse it."""
+    overlong: str
+    """What becomes of what is longer, as `data.overlong` says."""
     max_record_bytes: int
     expand: bool = False
     """One conversation for each answer."""
@@ -92,6 +94,15 @@ class _Made(NamedTuple):
     conversation: Conversation
 
 
+class _Kept(NamedTuple):
+    """An example of a conversation, or of a piece of a document."""
+
+    made: _Made
+    piece: int
+    ids: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.bool_]
+
+
 class _Work:
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -104,20 +115,19 @@ class _Work:
             records = list(parse_lines(records, job.max_record_bytes))
         made, last_line, last_parts = self._conversations(records, chunk.source, tally, drops)
         made = self._clean(made, tally, drops)
-        kept: list[tuple[_Made, Example]] = []
+        kept: list[_Kept] = []
         for one, encoded in zip(made, job.encoder.encode_batch([one.conversation for one in made]), strict=True):
-            if example := self._taken(one, encoded, tally, drops):
-                kept.append((one, example))
+            kept += self._taken(one, encoded, tally, drops)
         block = block_of(
-            [example.input_ids for _, example in kept],
-            [example.loss_mask for _, example in kept],
+            [one.ids for one in kept],
+            [one.mask for one in kept],
             chunk.file,
-            [one.line for one, _ in kept],
-            [one.part for one, _ in kept],
+            [one.made.line for one in kept],
+            [one.made.part + one.piece for one in kept],
         )
         tally.tokens, tally.supervised_tokens = block.num_tokens, int(block.mask.sum())
-        places = np.array([one.record for one, _ in kept], dtype=np.int64)
-        digests, signatures = self._sketched([one.conversation for one, _ in kept])
+        places = np.array([one.made.record for one in kept], dtype=np.int64)
+        digests, signatures = self._sketched(kept)
         drops.sort(key=lambda drop: (drop.line, -1 if drop.part is None else drop.part))
         return Result(chunk.file, len(records), tally, block, places, digests, signatures, drops, last_line, last_parts)
 
@@ -181,40 +191,62 @@ class _Work:
                 _drop(one, refused, tally, drops)
         return [one for one, refused in zip(made, found, strict=True) if refused is None]
 
-    def _taken(self, one: _Made, encoded: Example | Refused, tally: FileTally, drops: list[Drop]) -> Example | None:
-        """The example, cut where it may be, counted; None where it is dropped."""
+    def _taken(self, one: _Made, encoded: Example | Refused, tally: FileTally, drops: list[Drop]) -> list[_Kept]:
+        """The example, cut or split where it may be, counted; empty where it is dropped."""
         if isinstance(encoded, Refused):
             return _drop(one, encoded, tally, drops)
         length, most = len(encoded.input_ids), self._job.max_length
         tally.longest = max(tally.longest, length)
-        if length > most:
-            if not self._job.truncate:
-                return _drop(one, Refused(OVERLONG, f"{length} tokens, and max_length is {most}"), tally, drops)
-            if not encoded.loss_mask[:most].any():
-                refused = Refused(NO_TARGETS, f"none among the first {most} of {length} tokens")
-                return _drop(one, refused, tally, drops)
-            cut = encoded.input_ids[:most], encoded.loss_mask[:most]
-            encoded = Example(*cut, encoded.control_tokens_encoded, encoded.lossy_characters)
+        ids, mask = encoded.input_ids, encoded.loss_mask
+        if length <= most:
+            kept = [_Kept(one, 0, ids, mask)]
+        elif self._job.overlong == "split" and one.conversation.document:
+            kept = _pieces(one, encoded, most)
+            tally.split += 1
+        elif self._job.overlong != "truncate":
+            return _drop(one, Refused(OVERLONG, f"{length} tokens, and max_length is {most}"), tally, drops)
+        elif not mask[:most].any():
+            return _drop(one, Refused(NO_TARGETS, f"none among the first {most} of {length} tokens"), tally, drops)
+        else:
+            kept = [_Kept(one, 0, ids[:most], mask[:most])]
             tally.truncated += 1
-        tally.kept += 1
+        tally.kept += len(kept)
         tally.control_tokens_encoded += encoded.control_tokens_encoded
         tally.examples_with_control_tokens += encoded.control_tokens_encoded > 0
         tally.lossy_characters += encoded.lossy_characters
         tally.lossy_examples += encoded.lossy_characters > 0
-        return encoded
+        return kept
 
-    def _sketched(self, kept: list[Conversation]) -> tuple[Digests | None, Signatures | None]:
+    def _sketched(self, kept: list[_Kept]) -> tuple[Digests | None, Signatures | None]:
         settings = self._job.duplicates
         if settings is None:
             return None, None
-        made = sketches(kept, settings) if kept else []
+        made = sketches([one.made.conversation for one in kept], settings) if kept else []
         signatures = [one.signature for one in made if one.signature is not None]
-        return as_digests(b"".join(one.exact for one in made)), np.stack(signatures) if signatures else None
+        digests = as_digests(b"".join(one.exact for one in made)).copy()
+        # The pieces of one document repeat those of another, each its own, and not each other.
+        apart = np.array([one.piece for one in kept], dtype=np.uint64) * np.uint64(_APART)
+        digests[:, 0] ^= apart
+        if not signatures:
+            return digests, None
+        return digests, np.stack(signatures) ^ (apart & np.uint64(0xFFFFFFFF)).astype(np.uint32)[:, None]
 
 
-def _drop(one: _Made, refused: Refused, tally: FileTally, drops: list[Drop]) -> None:
+def _pieces(one: _Made, encoded: Example, most: int) -> list[_Kept]:
+    """A document in examples of at most `most` tokens, each but the last full; none predicts its first token."""
+    pieces: list[_Kept] = []
+    for number, first in enumerate(range(0, len(encoded.input_ids), most)):
+        mask = encoded.loss_mask[first : first + most].copy()
+        mask[0] = False
+        if mask.any():  # a last piece of one token has nothing to learn
+            pieces.append(_Kept(one, number, encoded.input_ids[first : first + most], mask))
+    return pieces
+
+
+def _drop(one: _Made, refused: Refused, tally: FileTally, drops: list[Drop]) -> list[_Kept]:
     tally.dropped[refused.reason] += 1
     drops.append(Drop(one.line, one.part, refused))
+    return []
 
 
 def chunks(file: int, source: Source, records: Iterable[Record | Lines]) -> Iterator[Chunk]:

@@ -111,3 +111,21 @@ def test_one_example_for_each_answer(base, cache):  # noqa: F811
     lengths = [len(prepared.example(number).input_ids) for number in range(3)]
     assert lengths == sorted(lengths) and len(set(lengths)) == 3
     assert json.loads((prepared.root / "manifest.json").read_text())["settings"]["turns"] == "expand"
+
+
+def test_long_documents_are_split(base, cache):  # noqa: F811
+    words = " ".join(f"w{number}" for number in range(300))
+    write_lines(base / "data/a.jsonl", [{"text": words}, {"text": "Short."}, {"text": words}])
+    sources = [{"path": "data/a.jsonl", "format": "documents"}]
+    whole = prepare.prepare(make_config(sources=sources, max_length=4096), base)
+    split = prepare.prepare(make_config(sources=sources, max_length=64, overlong="split"), base)
+    require_sums(split)
+    assert split.manifest["sources"][0]["conversations"]["split"] == 2
+    pieces = [split.example(number) for number in range(split.num_examples)]
+    first = [piece for piece in pieces if piece.line == 1]
+    assert [piece.part for piece in first] == list(range(len(first))) and len(first) > 5
+    assert [number for piece in first for number in piece.input_ids.tolist()] == whole.example(0).input_ids.tolist()
+    assert all(not piece.loss_mask[0] and piece.loss_mask[1:].all() for piece in pieces)
+    once = prepare.prepare(make_config(sources=sources, max_length=64, overlong="split", deduplicate="near"), base)
+    require_sums(once)
+    assert once.num_examples == len(first) + 1
