@@ -3,10 +3,9 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from dstune.atomic import write_json
 from dstune.launch.fence import started
 from dstune.paths import RunPaths
 from dstune.protocols import AttemptOutcome
+from tests.spawn import start_worker
 
 ROOT = Path(__file__).parent.parent.parent
-_MAIN = "import sys; from pathlib import Path; from tests.launch import stub_worker; stub_worker.main(Path(sys.argv[1]), int(sys.argv[2]))"
 
 
 class ProcessExecutor:
@@ -25,7 +24,7 @@ class ProcessExecutor:
     def __init__(self, room: int = 2) -> None:
         self.room = room
         self.worlds: list[int] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[BaseProcess] = []
         self._killed = threading.Event()
 
     def available_workers(self) -> int:
@@ -33,19 +32,9 @@ class ProcessExecutor:
 
     def run(self, run_directory: str, attempt: int, world_size: int, environment: Mapping[str, str]) -> AttemptOutcome:
         self.worlds.append(world_size)
-        base = (
-            os.environ
-            | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-            | dict(environment)
-        )
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", _MAIN, run_directory, str(attempt)],
-                env=base | {"RANK": str(rank)},
-                stderr=subprocess.DEVNULL,
-            )
-            for rank in range(world_size)
-        ]
+        base = os.environ | {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"} | dict(environment)
+        work = (_work, Path(run_directory), attempt)
+        self._processes = [start_worker(*work, environment=base | {"RANK": str(rank)}) for rank in range(world_size)]
         if self._killed.is_set():
             self.kill()
         here = socket.gethostname()
@@ -67,16 +56,15 @@ class ProcessExecutor:
         waiting = dict(enumerate(self._processes))
         while waiting and not failed:
             for rank, process in list(waiting.items()):
-                try:
-                    code = process.wait(0.05)
-                except subprocess.TimeoutExpired:
+                process.join(0.05)
+                if process.exitcode is None:
                     continue
                 del waiting[rank]
-                if code:
-                    failed[rank] = code
+                if process.exitcode:
+                    failed[rank] = process.exitcode
         for process in waiting.values():
             process.kill()
-            process.wait()
+            process.join()
         if not failed:
             return AttemptOutcome("finished")
         died = [
@@ -85,6 +73,12 @@ class ProcessExecutor:
             if code < 0
         ]
         return AttemptOutcome("failed", "; ".join(died), tuple(failed))
+
+
+def _work(run_directory: Path, attempt: int) -> None:
+    from tests.launch import stub_worker  # torch comes with it, which nobody else here needs
+
+    stub_worker.main(run_directory, attempt)
 
 
 def stub_run(root: Path, **stub: Any) -> RunPaths:

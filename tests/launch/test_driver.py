@@ -170,11 +170,13 @@ def test_a_planners_error_ends_the_drive_with_its_status(tmp_path):
 
 
 _DRIVER = """
+import multiprocessing
 import sys
 from pathlib import Path
 from dstune.paths import RunPaths
 from dstune.launch.driver import DriveLimits, drive
 from tests.launch.process_executor import ProcessExecutor, planner
+multiprocessing.set_forkserver_preload([])  # it starts one attempt: what makes the next quick would make this one slow
 paths = RunPaths(Path(sys.argv[1]))
 end = drive(paths, ProcessExecutor(), planner(paths), DriveLimits(1, 1))
 print(end.state, end.step, flush=True)
