@@ -8,6 +8,7 @@ import pytest
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two streams for tools/check: what waits for Slurm's daemons, and beside it all the rest, each in its usual order."""
     for item in items:
