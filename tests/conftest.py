@@ -2,17 +2,23 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two streams for tools/check: what waits for Slurm's daemons, and beside it all the rest, each in its usual order."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.get_closest_marker("slurm") else "rest"))
+class TwoStreams(LoadScopeScheduling):
+    """For tools/check: what waits for Slurm's daemons, and beside it all the rest, each in its usual order."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if "slurm" in nodeid else "rest"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoStreams:
+    return TwoStreams(config, log)
 
 
 @pytest.fixture(scope="session")
