@@ -98,7 +98,8 @@ class DecontaminateSection(Section):
     against: list[str | Source] = Field(min_length=1)
     """Evaluation files: paths, or sources with their settings."""
     ngram: int = Field(default=13, ge=3, le=64)
-    """Words that must be the same, one after another. Shorter evaluation texts are compared whole."""
+    """Words that must be the same, one after another. Shorter evaluation texts are compared whole, from 8 words (16 characters of
+    Chinese) on; shorter ones are counted as unchecked."""
 
 
 class SelectSection(Section):

@@ -22,6 +22,12 @@ class LossCheck:
         self._normalizer = tokenizer.normalizer
         self._exact = _decodes_exactly(serialised)
 
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether line breaks and tabs come back: SentencePiece makes blanks of them before it looks."""
+        text = "a\nb\tc"
+        return self._tokenizer.decode(self._tokenizer.encode(text, add_special_tokens=False).ids).strip() == text
+
     def lost(self, texts: list[str], ids: list[list[int]]) -> list[Counter[str]]:
         """For each text how often which characters are lost; blanks too where the decoder does not place them freely."""
         if self.lossless:

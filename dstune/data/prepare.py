@@ -174,6 +174,8 @@ class _Build:
             duplicates=self._duplicates,
         )
         self._summary = encoder.summary()
+        if self._against is not None:
+            self._summary["notes"] += _unchecked(self._against)
         held_out = data.validation if isinstance(data.validation, list) else []
         report(Progress("hashing"))
         self._inputs = inputs.find(data.sources, base, data.max_record_bytes)
@@ -389,6 +391,13 @@ def _duplicates(data: DataSection) -> DeduplicateSection | None:
     if data.deduplicate == "off":
         return None
     return DeduplicateSection(method=data.deduplicate) if isinstance(data.deduplicate, str) else data.deduplicate
+
+
+def _unchecked(against: Contamination) -> list[str]:
+    """What of the evaluation files cannot be looked for, for the user."""
+    files = against.described()
+    short, records = (sum(file[name] for file in files) for name in ("unchecked", "records"))
+    return [f"{short} of {records} evaluation records are too short to be looked for in the data"] if short else []
 
 
 def _nothing(tallies: Sequence[FileTally], first: str) -> list[Problem]:

@@ -30,6 +30,9 @@ from dstune.errors import ConfigError, Problem, RunFailed
 __all__ = ["Encoder", "Template", "load_tokenizer", "resolve_template"]
 
 
+_LINES_LOST = (
+    "this tokenizer keeps no line breaks and tabs: in every text they become blanks, which `lossy_text` does not count"
+)
 _ALL_COMPARED = 64
 _EVERY = 128
 """Of a process's conversations the first ones, and then each so-manieth, take the long way beside the shortcut."""
@@ -239,7 +242,7 @@ class Encoder:
 
     def _notes(self) -> list[str]:
         """What a user of this template should know."""
-        notes: list[str] = []
+        notes: list[str] = [] if self._loss.keeps_lines else [_LINES_LOST]
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         missing = [marker for marker in self.template.markers if marker not in added]
         if missing:

@@ -82,6 +82,10 @@ def test_contaminated_conversations_name_what_they_share(base, cache):  # noqa: 
     require_sums(prepared)
     (reject,) = rejects_of(prepared)
     assert prepared.num_examples == 1 and reject["reason"] == "contaminated" and "eval.jsonl:1" in reject["detail"]
+    assert prepared.manifest["encoding"]["notes"] == []
+    write_lines(base / "short.jsonl", [pair("2 + 2?", "4")])
+    short = prepare.prepare(make_config(decontaminate={"against": ["short.jsonl"]}), base)
+    assert "1 of 1 evaluation records" in short.manifest["encoding"]["notes"][0]
     # Another evaluation file is another directory.
     write_lines(base / "eval.jsonl", [pair("What counts?", "Nothing of that kind.")])
     again = prepare.prepare(make_config(decontaminate={"against": ["eval.jsonl"]}), base)
@@ -129,3 +133,12 @@ def test_long_documents_are_split(base, cache):  # noqa: F811
     once = prepare.prepare(make_config(sources=sources, max_length=64, overlong="split", deduplicate="near"), base)
     require_sums(once)
     assert once.num_examples == len(first) + 1
+
+
+@pytest.mark.shared
+def test_a_tokenizer_without_line_breaks_is_named(base, cache, shared_data):  # noqa: F811
+    for name, kept in (("t5", False), ("gpt2", True)):
+        config = make_config(template="alpaca").model_copy(deep=True)
+        model = config.model.model_copy(update={"tokenizer": str(shared_data / "tokenizers" / name)})
+        prepared = prepare.prepare(config.model_copy(update={"model": model}), base)
+        assert any("line breaks" in note for note in prepared.manifest["encoding"]["notes"]) is not kept
