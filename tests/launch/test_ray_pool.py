@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,8 @@ import pytest
 
 from dstune.config.schema import RunConfig
 from dstune.data import prepare
-from dstune.errors import DataError, UsageError
-from dstune.launch.ray_pool import map_in_order, prepared_where_asked
+from dstune.errors import UsageError
+from dstune.launch.ray_pool import prepared_where_asked
 from tests.launch.ray_cluster import RayHead
 from tests.spawn import free_port
 
@@ -49,21 +51,41 @@ def dying_once(marker: str) -> Callable[[int], int]:
     return work
 
 
+_ON_RAY = """
+import sys
+from pathlib import Path
+from dstune.config.schema import RunConfig
+from dstune.errors import DstuneError
+from dstune.launch.ray_pool import map_in_order, prepared_where_asked
+from tests.launch.test_ray_pool import dying_once
+
+config, folder, address = RunConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+print(prepared_where_asked(config, folder).root)
+print(list(map_in_order(dying_once, str(folder / "died"), range(12), 2, address)))
+with (folder / "a.jsonl").open("a") as file:
+    file.write("{broken\\n")
+try:
+    prepared_where_asked(config, folder)
+except DstuneError as error:
+    print(type(error).__name__, error)
+"""
+
+
 def test_prepared_on_ray(ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 12_000)  # several chunks
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "here"))
     here = prepare.prepare(config(tmp_path, "local", "auto"), tmp_path)
-    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "there"))
-    there = prepared_where_asked(config(tmp_path, "ray", ray_head.cluster_address), tmp_path)
-    assert here.num_examples == 12_000 and there.root.name == here.root.name
-    assert contents(there.root) == contents(here.root)
-    marker = str(tmp_path / "died")
-    assert list(map_in_order(dying_once, marker, range(12), 2, ray_head.cluster_address)) == list(range(0, 24, 2))
-    assert Path(marker).exists()
-    with (tmp_path / "a.jsonl").open("a") as file:
-        file.write("{broken\n")
-    with pytest.raises(DataError, match=r"a\.jsonl:12001"):
-        prepared_where_asked(config(tmp_path, "ray", ray_head.cluster_address), tmp_path)
+    # In a process of its own: Ray reads the token once in a process's life, and other tests had other heads.
+    section = config(tmp_path, "ray", ray_head.cluster_address).model_dump_json()
+    command = [sys.executable, "-c", _ON_RAY, section, str(tmp_path), ray_head.cluster_address]
+    environment = os.environ | {"DSTUNE_CACHE": str(tmp_path / "there"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    there, doubled, refused = done.stdout.splitlines()[:3]
+    assert here.num_examples == 12_000 and Path(there).name == here.root.name
+    assert contents(Path(there)) == contents(here.root)
+    assert doubled == str(list(range(0, 24, 2))) and (tmp_path / "died").exists()
+    assert refused.startswith("DataError") and "a.jsonl:12001" in refused
 
 
 def test_no_cluster_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
