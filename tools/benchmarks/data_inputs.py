@@ -44,7 +44,7 @@ def _real_pairs() -> Iterator[tuple[str, str]]:
     for record in json.loads((_SHARED / "fastchat" / "dummy_conversation.json").read_text(encoding="utf-8")):
         said = [turn["value"] for turn in record["conversations"]]
         yield from zip(said[::2], said[1::2], strict=False)
-    for line in (_SHARED / "oasst" / "en_100_tree.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (_SHARED / "oasst" / "en_100_tree.jsonl").read_text(encoding="utf-8").strip().split("\n"):
         yield from _branches(json.loads(line)["prompt"])
 
 

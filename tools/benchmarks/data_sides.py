@@ -99,7 +99,7 @@ def check_tokens(directory: str, chats: str, tokenizer: str, every: str) -> dict
     prepared = Prepared.open(directory)
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     source = resolve_template("chatml", loaded, Path.cwd()).source
-    lines = Path(chats).read_text(encoding="utf-8").splitlines()
+    lines = Path(chats).read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines would
     compared = ids = masks = 0
     for number in range(0, prepared.num_examples, int(every)):
         example = prepared.example(number)
