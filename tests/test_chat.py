@@ -114,6 +114,17 @@ class Terminal:
         """Until `text` is in what came since the last `type`."""
         self.wait_until(lambda seen: text in seen, seconds)
 
+    def interrupt(self, text: str) -> None:
+        """Ctrl-C until `text` is there: Python does not see one that comes just before its prompt begins to wait."""
+        for _ in range(12):
+            self.type("\x03")
+            try:
+                self.wait_for(text, 5)
+            except AssertionError:
+                continue
+            return
+        raise AssertionError(f"no {text!r} in {self.seen[-2000:]!r}")
+
     def wait_until(self, enough: Callable[[str], bool], seconds: float = 90) -> None:
         """Until what came since the last `type` is enough."""
         deadline = time.monotonic() + seconds
@@ -144,8 +155,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(tmp_path: Path):
     terminal = Terminal(str(save_llama(tmp_path, context=100_000)), 90_000)
     try:
         terminal.wait_for("> ")
-        terminal.type("\x03")
-        terminal.wait_for("(Ctrl-D or /exit ends)\r\n> ")
+        terminal.interrupt("(Ctrl-D or /exit ends)\r\n> ")
         terminal.type("Tell me everything\n")
         terminal.wait_for("everything\r\n")
         terminal.wait_until(lambda seen: len(seen) > 60)
