@@ -68,6 +68,39 @@ def _take(source: Iterator[T], count: int) -> tuple[list[T], DstuneError | None]
     return taken, None
 
 
+Answer = tuple[str, Any]
+"""What a worker sends back: (`result`, it), (`refused`, an error for the user) or (`failed`, a traceback)."""
+
+
+class Worker:
+    """The work of one process, wherever it runs: made with its first chunk, and nothing that it raises ends it."""
+
+    def __init__(self, setup: Callable[[S], Callable[[Any], Any]], argument: S) -> None:
+        self._make: Callable[[], Callable[[Any], Any]] = lambda: setup(argument)
+        self._work: Callable[[Any], Any] | None = None
+
+    def answer(self, chunk: Any) -> Answer:
+        """The result for `chunk`, or what went wrong; `opened` takes it apart."""
+        try:
+            if self._work is None:
+                self._work = self._make()
+            return "result", self._work(chunk)
+        except DstuneError as error:
+            return "refused", error
+        except Exception:  # noqa: BLE001 (`opened` raises it again, with this traceback)
+            return "failed", traceback.format_exc()
+
+
+def opened(answer: Answer) -> Any:
+    """The result in an answer. Raises the error for the user, or RuntimeError with the traceback, that stands in its place."""
+    kind, value = answer
+    if kind == "result":
+        return value
+    if kind == "refused":
+        raise value
+    raise RuntimeError(f"in a preparing process:\n{value}")
+
+
 class _Pool(Generic[T, R]):
     """Children that start when there is work for them, and a thread for each that feeds it."""
 
@@ -111,12 +144,7 @@ class _Pool(Generic[T, R]):
         child = self._child()
         answer = child.ask(chunk)
         self._idle.put(child)
-        kind, value = answer
-        if kind == "result":
-            return value
-        if kind == "refused":
-            raise value
-        raise RuntimeError(f"in a preparing process:\n{value}")
+        return opened(answer)
 
     def _child(self) -> "_Child":
         with contextlib.suppress(queue.Empty):
@@ -193,17 +221,8 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    works: list[Callable[[Any], Any]] = []
     with contextlib.suppress(EOFError, BrokenPipeError):
-        setup, argument = pickle.loads(_receive(incoming))
+        worker = Worker(*pickle.loads(_receive(incoming)))
         while True:
-            chunk = pickle.loads(_receive(incoming))
-            try:
-                if not works:
-                    works.append(setup(argument))
-                answer = ("result", works[0](chunk))
-            except DstuneError as error:
-                answer = ("refused", error)
-            except Exception:  # noqa: BLE001 (it is raised again in the parent, with this traceback)
-                answer = ("failed", traceback.format_exc())
+            answer = worker.answer(pickle.loads(_receive(incoming)))
             _send(outgoing, pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))

@@ -7,7 +7,6 @@ same, byte for byte, as one prepared on a laptop. A node that is lost costs its 
 import contextlib
 import os
 import socket
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from dstune.config.schema import RunConfig
 from dstune.data import pool
 from dstune.data.prepare import Mapper, Report, prepare
 from dstune.data.shards import Prepared
-from dstune.errors import DstuneError, Problem, RunFailed, UsageError
+from dstune.errors import Problem, RunFailed, UsageError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -90,18 +89,9 @@ def _in_order(workers: list[Any], chunks: Iterator[T]) -> Generator[Any, None, N
     for number, chunk in enumerate(chunks):
         waiting.append(workers[number % len(workers)].work.remote(chunk))
         if len(waiting) > _IN_FLIGHT * len(workers):
-            yield _result(ray.get(waiting.popleft()))
+            yield pool.opened(ray.get(waiting.popleft()))
     while waiting:
-        yield _result(ray.get(waiting.popleft()))
-
-
-def _result(answer: tuple[str, Any]) -> Any:
-    kind, value = answer
-    if kind == "result":
-        return value
-    if kind == "refused":
-        raise value
-    raise RuntimeError(f"in a preparing worker:\n{value}")
+        yield pool.opened(ray.get(waiting.popleft()))
 
 
 @contextlib.contextmanager
@@ -146,13 +136,7 @@ class _Worker:
 
     def __init__(self, shared: tuple[Callable[[Any], Callable[[Any], Any]], Any]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        setup, argument = shared
-        self._work = setup(argument)
+        self._worker = pool.Worker(*shared)
 
-    def work(self, chunk: Any) -> tuple[str, Any]:
-        try:
-            return "result", self._work(chunk)
-        except DstuneError as error:
-            return "refused", error
-        except Exception:  # noqa: BLE001 (it is raised again by the caller, with this traceback)
-            return "failed", traceback.format_exc()
+    def work(self, chunk: Any) -> pool.Answer:
+        return self._worker.answer(chunk)
