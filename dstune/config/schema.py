@@ -129,7 +129,8 @@ class DataSection(Section):
     packing: Literal["auto"] | bool = "auto"
     """Several examples in a row. `auto`: yes for causal models and for T5, BART and their kin, which keep the examples apart."""
     train_on: Literal["assistant", "last", "all", "weights"] = "assistant"
-    """Which tokens are targets: every assistant answer, the last one, everything, or the turns that the file gives a weight."""
+    """Which tokens are targets: every assistant answer, the last one, everything, or the turns that the file gives a weight. A weight
+    in the file (0 or 1, on any turn) goes before all of them."""
     turns: Literal["keep", "expand"] = "keep"
     """`expand`: one example per answer, for templates that leave earlier reasoning out."""
     clean: list[str | dict[str, Any]] = []

@@ -180,6 +180,7 @@ class _Build:
         report(Progress("hashing"))
         self._inputs = inputs.find(data.sources, base, data.max_record_bytes)
         self._held_out = inputs.find(held_out, base, data.max_record_bytes)
+        self._summary["notes"] += inputs.repeated(self._inputs, self._held_out)
         found = encoder.fingerprint()
         self.identity = manifest.Identity(
             tokenizer={"path": config.model.tokenizer or config.model.path, **found["tokenizer"]},

@@ -7,6 +7,7 @@ from dstune.data import prepare
 from dstune.data.derive import derive
 from dstune.data.shards import Prepared
 from dstune.errors import DataError
+from dstune.paths import PreparedPaths
 from tests.data.test_prepare import files_of, make_config, record, rejects_of, require_sums, write_lines
 
 
@@ -108,7 +109,10 @@ def test_validation_is_copied_where_links_cannot_be(base, monkeypatch):
 
     prepared = prepare.prepare(config_of(validation=0.2), base)
     monkeypatch.setattr(os, "link", refuse)
-    derived(prepared, every_third(prepared)).verify()
+    made = derived(prepared, every_third(prepared))
+    made.verify()
+    theirs, ours = (PreparedPaths(one.root).validation / "manifest.json" for one in (prepared, made))
+    assert ours.read_bytes() == theirs.read_bytes() and ours.stat().st_ino != theirs.stat().st_ino
 
 
 def test_the_same_choice_gives_the_same_bytes(base, tmp_path, monkeypatch):

@@ -142,3 +142,14 @@ def test_a_tokenizer_without_line_breaks_is_named(base, cache, shared_data):  # 
         model = config.model.model_copy(update={"tokenizer": str(shared_data / "tokenizers" / name)})
         prepared = prepare.prepare(config.model_copy(update={"model": model}), base)
         assert any("line breaks" in note for note in prepared.manifest["encoding"]["notes"]) is not kept
+
+
+def test_a_file_that_comes_twice_is_named(base, cache):  # noqa: F811
+    (base / "data/b.jsonl").write_bytes((base / "data/a.jsonl").read_bytes())
+    sources = [{"path": "data/a.jsonl"}, {"path": "data/b.jsonl"}]
+    twice = prepare.prepare(make_config(sources=sources), base)
+    assert twice.manifest["encoding"]["notes"] == [
+        "data/b.jsonl has the content of data/a.jsonl: its conversations count twice"
+    ]
+    leaked = prepare.prepare(make_config(validation=[{"path": "data/b.jsonl"}]), base)
+    assert leaked.manifest["encoding"]["notes"] == ["data/b.jsonl is held out and trained on (data/a.jsonl)"]
