@@ -195,6 +195,9 @@ def _problems(
     by_place: dict[Path_, list[Any]] = {}
     for detail in error.errors(include_url=False):
         by_place.setdefault(_known_path(document, detail["loc"], detail["type"]), []).append(detail)
+    for place in list(by_place):  # of a union, the member that was meant is the one that was looked into
+        if any(other != place and other[: len(place)] == place for other in by_place):
+            del by_place[place]
     return [
         _problem(place, details, model, _where(document, place, file, overridden))
         for place, details in by_place.items()

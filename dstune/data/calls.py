@@ -9,7 +9,7 @@ from dstune.data.strict_json import kind, parse
 def spelled_calls(spelled: str, place: str) -> list[dict[str, Any]]:
     """Tool calls that a file writes as JSON in a turn's text: one object or a list of them."""
     try:
-        value = parse(spelled.encode("utf-8"))
+        value = parse(spelled.encode("utf-8"), "the call")
     except Refused as error:
         raise Refused("bad_tool_call", f'{place}: {error.detail}; expected {{"name": …, "arguments": …}}') from None
     calls = tool_calls(value, place)
@@ -45,9 +45,9 @@ def _arguments(spelled: str, place: str) -> Any:
     if not spelled.strip():
         return {}
     try:
-        return parse(spelled.encode("utf-8"))
+        return parse(spelled.encode("utf-8"), "its arguments")
     except Refused as error:
-        raise Refused("bad_tool_call", f"{place}: its arguments: {error.detail}") from None
+        raise Refused("bad_tool_call", f"{place}: {error.detail}") from None
 
 
 def tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -77,6 +77,6 @@ def _unspelled(value: Any) -> Any:
     if not value.strip():
         return None
     try:
-        return parse(value.encode("utf-8"))
+        return parse(value.encode("utf-8"), "the tools")
     except Refused as error:
         raise Refused("bad_tools", error.detail) from None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,15 @@ class Examples:
         of_tally = np.array([tally.source for tally in self.tallies])
         return np.flatnonzero(of_tally[self.files] == source)
 
+    def described(self) -> list[dict[str, Any]]:
+        """The manifest's entry of each file: what became of its records anywhere, and what of it stands in this directory."""
+        num = len(self.tallies)
+        stored = [
+            np.bincount(self.files, weights, num).astype(np.int64).tolist()
+            for weights in (None, self.lengths, self.supervised)
+        ]
+        return [tally.to_dict(*here) for tally, *here in zip(self.tallies, *stored, strict=True)]
+
     def part(self, chosen: npt.NDArray[np.bool_], writer: ShardWriter, rejects: WrittenFile) -> "Examples":
         """Those of them that were written again by `writer`."""
         shards = writer.finish()
@@ -78,8 +88,6 @@ def drop_duplicates(found: Duplicates, examples: "Examples", shards: Path, rejec
         reason = DUPLICATE if similarity >= 1 else NEAR_DUPLICATE
         tally.dropped[reason] += 1
         tally.kept -= 1
-        tally.tokens -= int(examples.lengths[number])
-        tally.supervised_tokens -= int(examples.supervised[number])
         where = f"{other.path}:{lines[of]}" + (f" part {parts[of]}" if parts[of] else "")
         detail = f"repeats {where}" + ("" if similarity >= 1 else f", {similarity:.2f} alike")
         rejects.add(tally.path, int(lines[number]), int(parts[number]), reason, detail)

@@ -55,18 +55,6 @@ def _input(file: SourceFile, source: int) -> Input:
     return Input(file, source, digest(file), stamp.size, stamp)
 
 
-def repeated(trained: Sequence[Input], held_out: Sequence[Input]) -> list[str]:
-    """What a user should know of files of the same content: one read twice counts double, one held out and trained on proves nothing."""
-    notes: list[str] = []
-    names: dict[str, str] = {}
-    for one in trained:
-        if one.sha256 in names:
-            notes.append(f"{one.file.name} has the content of {names[one.sha256]}: its conversations count twice")
-        names.setdefault(one.sha256, one.file.name)
-    both = [one for one in held_out if one.sha256 in names]
-    return notes + [f"{one.file.name} is held out and trained on ({names[one.sha256]})" for one in both]
-
-
 def read_chunks(inputs: Sequence[Input]) -> Iterator[Chunk]:
     """All records, in order, up to each source's `limit`. Raises DataError for a file that changed since it was hashed."""
     left: dict[int, int | None] = {one.source: one.file.source.limit for one in inputs}

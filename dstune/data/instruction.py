@@ -102,7 +102,9 @@ def jinja(texts: Sequence[str]) -> str:
         {{%- set fitting = texts[('1' if message.input else '0') + ('1' if system else '0')] %}}
         {{%- if not fitting %}}
             {{%- set has = ('an' if message.input else 'no') + ' input and ' + ('a' if system else 'no') + ' system text' %}}
-            {{{{- raise_exception('no instruction template is for a question with ' + has) }}}}
+            {{%- set places = (', `{{input}}`' if message.input else '') + (', `{{system}}`' if system else '') %}}
+            {{%- set do = '; give `data.template` a text with `{{instruction}}`' + places %}}
+            {{{{- raise_exception('no instruction template is for a question with ' + has + do) }}}}
         {{%- endif %}}
         {{%- set text = fitting[(variant | default(0)) % (fitting | length)] %}}
 {branches}

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from dstune import atomic
 from dstune.config.load import resolve
 from dstune.config.schema import DataSection, DeduplicateSection, RunConfig, Source
-from dstune.data import inputs, journal, manifest, pool, schedule
+from dstune.data import inputs, journal, manifest, notes, pool, schedule
 from dstune.data.cleaning import Cleaner
 from dstune.data.collect import Collector
 from dstune.data.contamination import Contamination
@@ -173,14 +173,13 @@ class _Build:
             contamination=self._against,
             duplicates=self._duplicates,
         )
-        self._summary = encoder.summary()
-        if self._against is not None:
-            self._summary["notes"] += _unchecked(self._against)
         held_out = data.validation if isinstance(data.validation, list) else []
         report(Progress("hashing"))
         self._inputs = inputs.find(data.sources, base, data.max_record_bytes)
         self._held_out = inputs.find(held_out, base, data.max_record_bytes)
-        self._summary["notes"] += inputs.repeated(self._inputs, self._held_out)
+        self._notes = [*notes.of_encoding(encoder), *notes.of_inputs(self._inputs, self._held_out)]
+        if self._against is not None:
+            self._notes += notes.of_evaluation(self._against)
         found = encoder.fingerprint()
         self.identity = manifest.Identity(
             tokenizer={"path": config.model.tokenizer or config.model.path, **found["tokenizer"]},
@@ -364,7 +363,6 @@ class _Build:
         num_rows: int,
         has_validation: bool,
     ) -> dict[str, Any]:
-        stored = np.bincount(examples.files, minlength=len(examples.tallies)).tolist()
         lengths, supervised = examples.lengths, examples.supervised
         max_length = self._config.data.max_length
         return {
@@ -372,10 +370,10 @@ class _Build:
             "identity": self.identity.digest(),
             "tokenizer": self.identity.tokenizer,
             "template": self.identity.template,
-            "encoding": self._summary,
+            "encoding": {**self._job.encoder.summary(), "notes": self._notes},
             "settings": self.identity.settings,
             "counts": manifest.counts(lengths, supervised, np.concatenate(epochs), num_rows, max_length),
-            "sources": [tally.to_dict(count) for tally, count in zip(examples.tallies, stored, strict=True)],
+            "sources": examples.described(),
             "source_settings": [
                 {
                     **source.model_dump(mode="json"),
@@ -392,13 +390,6 @@ def _duplicates(data: DataSection) -> DeduplicateSection | None:
     if data.deduplicate == "off":
         return None
     return DeduplicateSection(method=data.deduplicate) if isinstance(data.deduplicate, str) else data.deduplicate
-
-
-def _unchecked(against: Contamination) -> list[str]:
-    """What of the evaluation files cannot be looked for, for the user."""
-    files = against.described()
-    short, records = (sum(file[name] for file in files) for name in ("unchecked", "records"))
-    return [f"{short} of {records} evaluation records are too short to be looked for in the data"] if short else []
 
 
 def _nothing(tallies: Sequence[FileTally], first: str) -> list[Problem]:

@@ -23,10 +23,10 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse(raw: bytes) -> Any:
-    """The value that `raw` spells in UTF-8 JSON. Raises Refused with what is wrong and at which byte or column."""
+def parse(raw: bytes, what: str = "the record") -> Any:
+    """The value that `raw`, which is `what`, spells in UTF-8 JSON. Raises Refused with what is wrong and at which byte or character."""
     value = _quick(raw)
-    return _careful(raw) if value is _UNSURE else value
+    return _careful(raw, what) if value is _UNSURE else value
 
 
 def _quick(raw: bytes) -> Any:
@@ -66,18 +66,18 @@ def _num_keys(value: Any, depth: int) -> int:
     return 0
 
 
-def _careful(raw: bytes) -> Any:
+def _careful(raw: bytes, what: str) -> Any:
     """`parse`, by Python's reader, which says what is wrong and where."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Refused("invalid_utf8", f"byte {error.start + 1} of the record (0x{raw[error.start]:02x})") from None
+        raise Refused("invalid_utf8", f"byte {error.start + 1} of {what} (0x{raw[error.start]:02x})") from None
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
         _check_depth(raw)
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise Refused("invalid_json", f"{error.msg}, character {error.pos + 1} of the record") from None
+        raise Refused("invalid_json", f"{error.msg}, character {error.pos + 1} of {what}") from None
     except (ValueError, RecursionError) as error:
         raise Refused("invalid_json", str(error)) from None
     if _SURROGATE_ESCAPE.search(text):

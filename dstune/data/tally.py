@@ -30,8 +30,6 @@ class FileTally:
     """Documents in several examples (`overlong: split`)."""
     longest: int = 0
     """Tokens of the longest conversation that was made, kept or not."""
-    tokens: int = 0
-    supervised_tokens: int = 0
     control_tokens_encoded: int = 0
     examples_with_control_tokens: int = 0
     lossy_examples: int = 0
@@ -57,8 +55,8 @@ class FileTally:
     def made(self) -> int:
         return self.kept + self.dropped.total()
 
-    def to_dict(self, examples: int) -> dict[str, Any]:
-        """The manifest's entry; `examples`: how many of the kept ones stand in this very directory."""
+    def to_dict(self, examples: int, tokens: int, supervised_tokens: int) -> dict[str, Any]:
+        """The manifest's entry; `examples`: how many of the kept ones stand in this very directory, the tokens are theirs."""
         return {
             "path": self.path,
             "source": self.source,
@@ -78,8 +76,8 @@ class FileTally:
             },
             "examples": examples,
             "longest": self.longest,
-            "tokens": self.tokens,
-            "supervised_tokens": self.supervised_tokens,
+            "tokens": tokens,
+            "supervised_tokens": supervised_tokens,
             "control_tokens_encoded": self.control_tokens_encoded,
             "examples_with_control_tokens": self.examples_with_control_tokens,
             "lossy_examples": self.lossy_examples,
@@ -94,8 +92,6 @@ _SUMMED = (
     "kept",
     "truncated",
     "split",
-    "tokens",
-    "supervised_tokens",
     "control_tokens_encoded",
     "examples_with_control_tokens",
     "lossy_examples",

@@ -92,6 +92,8 @@ class Template:
     """Of instruction templates: how many draws there are. 0: a chat template."""
     takes_input: bool = False
     """Of instruction templates: some have a place for the input apart from the instruction."""
+    ends_in_blank: bool = False
+    """Of instruction templates: the answer follows a blank, with which most tokenizers join its first word."""
     probes: tuple[tuple[Message, ...], ...] = ()
     """Of instruction templates: plain conversations of each kind that they take."""
     own: str | None = None
@@ -145,6 +147,7 @@ def _instruction(written: Sequence[str], tokenizer: Any, base: Path, seq2seq: bo
         f"{head}{{%- set SOURCE_END = {'END' if seq2seq else repr('')} %}}\n{instruction.jinja(texts)}",
         num_variants=instruction.num_variants(texts),
         takes_input=any(kind.input for kind in kinds),
+        ends_in_blank=not seq2seq and any(text.endswith((" ", "\t")) for text in texts),
         probes=tuple(_probe(kind) for kind in kinds),
     )
 

@@ -29,10 +29,6 @@ from dstune.errors import ConfigError, Problem, RunFailed
 
 __all__ = ["Encoder", "Template", "load_tokenizer", "resolve_template"]
 
-
-_LINES_LOST = (
-    "this tokenizer keeps no line breaks and tabs: in every text they become blanks, which `lossy_text` does not count"
-)
 _ALL_COMPARED = 64
 _EVERY = 128
 """Of a process's conversations the first ones, and then each so-manieth, take the long way beside the shortcut."""
@@ -237,23 +233,12 @@ class Encoder:
             "mask": "all" if self.train_on == "all" else "generation" if self._renderer.marks_itself else "comparison",
             "end_of_turn": self.tokenizer.convert_ids_to_tokens(self.end_of_turn_ids),
             "lossless": self._loss.lossless,
-            "notes": self._notes(),
         }
 
-    def _notes(self) -> list[str]:
-        """What a user of this template should know."""
-        notes: list[str] = [] if self._loss.keeps_lines else [_LINES_LOST]
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        missing = [marker for marker in self.template.markers if marker not in added]
-        if missing:
-            notes.append(f"the tokenizer has no tokens for {', '.join(missing)}: to this model they are ordinary text")
-        if not self.end_of_turn_ids and self.train_on != "all":
-            notes.append("no control token ends an answer in this template: the model may not learn to stop")
-        if self.template.own is not None:
-            notes.append(
-                "a built-in template that writes the same marks the answers; the export keeps the tokenizer's own"
-            )
-        return notes
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether the tokenizer gives line breaks and tabs back."""
+        return self._loss.keeps_lines
 
     def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         self._backend.no_truncation()

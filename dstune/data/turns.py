@@ -121,7 +121,7 @@ def text(value: Any, where: str) -> str:
 def to_messages(turns: Any, where: str, names: TurnNames = USUAL_NAMES) -> list[Message]:
     """The turns of a `messages` or `conversations` list; a table's cell may spell it as JSON."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
-        turns = parse(turns.encode("utf-8"))
+        turns = parse(turns.encode("utf-8"), where)
     if not isinstance(turns, list) or not turns:
         raise Refused(
             "no_turns", f"{where} holds {kind(turns) if turns != [] else 'an empty list'}; expected a list of turns"
@@ -137,6 +137,14 @@ def to_messages(turns: Any, where: str, names: TurnNames = USUAL_NAMES) -> list[
                 continue
         messages += _turn(turn, f"{where}[{number}]", names)
     return messages
+
+
+def question(value: Any, where: str) -> Message:
+    """A user's message of plain text; after an empty one the model would learn to answer nothing, so it is refused."""
+    content = text(value, where)
+    if not content or content.isspace():
+        raise Refused("empty_prompt", f"{where} is empty")
+    return plain("user", content)
 
 
 def answer(value: Any, where: str) -> Message:
@@ -160,8 +168,8 @@ def _turn(turn: Any, place: str, names: TurnNames) -> list[Message]:
             if asked in turn and answered in turn:
                 system = turn.get("system")
                 before = [plain("system", text(system, f"{place}.system"))] if system else []
-                question = plain("user", text(turn[asked], f"{place}.{asked}"))
-                return [*before, question, answer(turn[answered], f"{place}.{answered}")]
+                asks = question(turn[asked], f"{place}.{asked}")
+                return [*before, asks, answer(turn[answered], f"{place}.{answered}")]
     return [_message(turn, place, names)]
 
 
@@ -176,9 +184,11 @@ def _message(turn: dict[str, Any], place: str, names: TurnNames) -> Message:
         expected = "`role` and `content`, or `from` and `value`"
         raise Refused("bad_turn", f"{place} has the keys {keys}; expected {expected}")
     role = _role(text(said, f"{place}.role"), place, names)
-    content, reasoning, calls = _content(held, place)
     if role == "call":
-        role, content, calls = "assistant", "", [*calls, *spelled_calls(content, place)]
+        role = "assistant"
+        content, reasoning, calls = _call(held, place)
+    else:
+        content, reasoning, calls = _content(held, place)
     calls += tool_calls(turn.get("tool_calls") or turn.get("function_call"), place)
     for key in _REASONING_KEYS:
         if turn.get(key) is not None:
@@ -188,6 +198,8 @@ def _message(turn: dict[str, Any], place: str, names: TurnNames) -> Message:
         raise Refused("empty_answer", f"{place} is empty")
     if role != "assistant" and held is None:
         raise Refused("non_text_content", f"{place} has no content")
+    if role == "user" and not content.strip():
+        raise Refused("empty_prompt", f"{place} is empty")
     return Message(
         role=role,
         content=content,
@@ -246,13 +258,22 @@ def _content(value: Any, place: str) -> tuple[str, str | None, list[dict[str, An
     return "".join(words), "".join(thoughts) if thoughts else None, calls
 
 
+def _call(value: Any, place: str) -> tuple[str, str | None, list[dict[str, Any]]]:
+    """`_content` of a turn that is a tool call: an object, or what `_content` takes with the call spelled as JSON."""
+    if isinstance(value, dict):
+        return "", None, tool_calls(value, place)
+    spelled, reasoning, calls = _content(value, place)
+    return "", reasoning, [*calls, *spelled_calls(spelled, place)]
+
+
 def _train(turn: dict[str, Any], place: str) -> bool | None:
     """Whether the file itself says that this turn is a target, or is none."""
     given = [turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None]
     for weight in given:
         if weight not in (0, 1):
-            whole = "a token is a target (1) or not (0), nothing between"
-            raise Refused("unsupported_weight", f"{place} weighs {str(weight)[:40]!r}; {whole}")
+            whole = "a token is a target (the number 1) or not (0), nothing between"
+            shown = kind(weight) if isinstance(weight, list | dict) else repr(weight)[:40]
+            raise Refused("unsupported_weight", f"{place} weighs {shown}; {whole}")
         if weight != given[0]:
             raise Refused("unsupported_weight", f"{place} has weights that contradict each other")
     return bool(given[0]) if given else None

@@ -125,7 +125,6 @@ class _Work:
             [one.made.line for one in kept],
             [one.made.part + one.piece for one in kept],
         )
-        tally.tokens, tally.supervised_tokens = block.num_tokens, int(block.mask.sum())
         places = np.array([one.made.record for one in kept], dtype=np.int64)
         digests, signatures = self._sketched(kept)
         drops.sort(key=lambda drop: (drop.line, -1 if drop.part is None else drop.part))
@@ -204,7 +203,8 @@ class _Work:
             kept = _pieces(one, encoded, most)
             tally.split += 1
         elif self._job.overlong != "truncate":
-            return _drop(one, Refused(OVERLONG, f"{length} tokens, and max_length is {most}"), tally, drops)
+            whole = "; only documents are split" if self._job.overlong == "split" else ""
+            return _drop(one, Refused(OVERLONG, f"{length} tokens, and max_length is {most}{whole}"), tally, drops)
         elif not mask[:most].any():
             return _drop(one, Refused(NO_TARGETS, f"none among the first {most} of {length} tokens"), tally, drops)
         else:

@@ -152,3 +152,10 @@ def test_durations() -> None:
 
 def test_plain_reading_keeps_lines(tmp_path: Path) -> None:
     assert read_yaml(write(tmp_path, GOOD))["name"] == "tiny"
+
+
+def test_a_setting_in_one_of_several_forms_is_told_for_the_form_that_was_meant(tmp_path: Path) -> None:
+    text = GOOD.replace("data:\n", "data:\n  deduplicate: {threshold: 2}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml:\d+: data.deduplicate.threshold is 2") as caught:
+        load_run(write(tmp_path, text))
+    assert len(caught.value.problems) == 1

@@ -112,9 +112,14 @@ def test_a_named_format_settles_it():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "non_text_content", "image_url"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "empty_answer", "messages[0]"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "unsupported_weight", "0.5"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": "1"}]}, "unsupported_weight", "'1'; a token is"),
+        ({"messages": [{"role": "user", "content": " "}]}, "empty_prompt", "messages[0]"),
+        ({"messages": [{"user": "", "assistant": "a"}]}, "empty_prompt", "messages[0].user"),
+        ({"instruction": "q", "output": "a", "history": [["", "b"]]}, "empty_prompt", "history[0]"),
         ({"conversations": [{"from": "function_call", "value": "no json"}]}, "bad_tool_call", "conversations[0]"),
+        ({"conversations": [{"from": "function_call", "value": "[1,,]"}]}, "bad_tool_call", "character 4 of the call"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "tools": "[3]"}, "bad_tools", "a number"),
-        ({"conversations": [{"from": "gpt", "value": "a"}], "tools": "{"}, "bad_tools", ""),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "tools": "{"}, "bad_tools", "character 2 of the tools"),
         (
             {"conversations": [{"from": "gpt", "value": "a"}], "tools": [{"function": {"name": []}}]},
             "bad_tools",
@@ -136,6 +141,7 @@ def test_tool_calls_of_every_spelling():
     spelled = json.dumps({"name": "f", "arguments": {"x": "1", "n": 2.0}})
     for turn in (
         {"from": "function_call", "value": spelled},
+        {"from": "function_call", "value": {"name": "f", "arguments": {"x": "1", "n": 2.0}}},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": "1", "n": 2.0}'}}]},
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": "1", "n": 2.0}'}},

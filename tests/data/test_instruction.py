@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dstune.config.schema import ModelSection, Source
-from dstune.data import instruction
+from dstune.data import instruction, notes
 from dstune.data.conversation import Conversation, Message, Refused
 from dstune.data.formats import to_conversations
 from dstune.data.sources import expand, read
@@ -181,3 +181,17 @@ def test_real_instructions_keep_every_word(shared_data: Path):
                 assert all(unicodedata.normalize("NFC", said) in text for said in wanted)
                 asked_for["input" if question.context else text[:5] == "Task:"] += 1
     assert min(asked_for[kind] for kind in ("input", True, False)) > 20
+
+
+def test_a_text_that_ends_in_a_blank_is_told():
+    (told,) = notes.of_encoding(encoder("Q: {instruction}\nA: "))
+    assert "ends with a blank" in told
+    assert not notes.of_encoding(encoder("Q: {instruction}\nA: ", seq2seq=True))
+    assert not notes.of_encoding(encoder("Q: {instruction}\nA:"))
+
+
+def test_a_refused_question_says_which_text_is_missing():
+    with pytest.raises(
+        Refused, match=r"no input and a system text; give `data.template` a text with `{instruction}`, `{system}`"
+    ):
+        encoder("Q: {instruction} {input}\nA:").encode(asked(system="Be brief."))

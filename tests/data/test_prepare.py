@@ -105,6 +105,9 @@ def test_datasets_opens_a_prepared_directory(base, cache):
             "length: int32; source: int32; line: int64; part: int32"
         )
         assert dataset[3]["input_ids"] == opened.example(3).input_ids.tolist()
+        counts = opened.manifest["counts"]
+        for name in ("examples", "tokens", "supervised_tokens"):
+            assert sum(file[name] for file in opened.manifest["sources"]) == counts[name]
 
 
 def test_processes_do_not_change_a_byte(base, cache, monkeypatch):

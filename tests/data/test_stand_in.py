@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dstune.config.schema import DataSection, ModelSection, Source
+from dstune.data import notes
 from dstune.data.conversation import Conversation, Message, Refused
 from dstune.data.encoder import make_encoder
 from dstune.data.stand_in import stand_in
@@ -34,7 +35,7 @@ def test_a_family_s_own_template_is_marked_by_the_built_in_one(name: str):
     found = stand_in(own, tokenizer, NOW)
     assert (found.name, found.own) == (f"tokenizer, marked by {name}", own.source)
     made = Encoder(tokenizer, found, now=NOW)
-    assert made.summary()["mask"] == "generation" and "export keeps" in made.summary()["notes"][0]
+    assert made.summary()["mask"] == "generation" and "export keeps" in notes.of_encoding(made)[0]
     talk = Conversation(
         (Message("user", "Q"), Message("assistant", "A"), Message("user", "R"), Message("assistant", "B"))
     )
@@ -89,6 +90,6 @@ def test_a_run_trains_by_the_marked_one_and_exports_its_own(tmp_path: Path):
 
 def test_markers_that_the_tokenizer_lacks_are_told():
     plain = byte_level(special=("</s>",), eos_token="</s>")
-    notes = Encoder(plain, builtin_template("gemma", plain), now=NOW).summary()["notes"]
-    assert "<start_of_turn>, <end_of_turn>" in notes[0] and "ordinary text" in notes[0]
-    assert not Encoder(made_for("gemma"), builtin_template("gemma", made_for("gemma")), now=NOW).summary()["notes"]
+    said = notes.of_encoding(Encoder(plain, builtin_template("gemma", plain), now=NOW))
+    assert "<start_of_turn>, <end_of_turn>" in said[0] and "ordinary text" in said[0]
+    assert not notes.of_encoding(Encoder(made_for("gemma"), builtin_template("gemma", made_for("gemma")), now=NOW))

@@ -170,5 +170,5 @@ def _history(value: Any) -> list[Message]:
         where = f"history[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused("bad_turn", f"{where} is not a pair of question and answer")
-        messages += [turns.plain("user", turns.text(pair[0], where)), turns.answer(pair[1], where)]
+        messages += [turns.question(pair[0], where), turns.answer(pair[1], where)]
     return messages
