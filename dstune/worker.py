@@ -263,6 +263,6 @@ class Saver:
         if self._control.rank == 0:
             self._events.event("commit", step=state.step, bytes=record.bytes, seconds=round(record.seconds, 3))
         keep = self._config.checkpoint
-        removed = retention.prune(self._checkpoints, keep.keep, self._control, keep.best)
+        removed = retention.prune(self._checkpoints, retention.Rules.of(keep), self._control)
         if removed and self._control.rank == 0:
             self._events.event("removed", steps=removed)
