@@ -91,8 +91,26 @@ class ShardLayout:
         return json.dumps({"__metadata__": metadata} | self._tensors).encode("utf-8")
 
 
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard says of itself."""
+
+    step: int
+    slices: list[StoredSlice]
+    num_bytes: int
+    """How long the file has to be for all of it."""
+
+
 def read_header(path: Path) -> list[StoredSlice]:
     """What a shard holds. Raises CheckpointError where the file is not what `write_shard` writes."""
+    header = parse_header(path)
+    if header.num_bytes != path.stat().st_size:
+        raise CheckpointError(Problem(str(path), "is no shard of a checkpoint: its tensors do not fill it"))
+    return header.slices
+
+
+def parse_header(path: Path) -> ShardHeader:
+    """The same of a file that may have been cut behind its header."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -103,11 +121,9 @@ def read_header(path: Path) -> list[StoredSlice]:
         metadata = header.pop("__metadata__")
         layout = json.loads(metadata["slices"])
         stored = [_stored(layout[key], record, 8 + length) for key, record in header.items()]
-        if 8 + length + sum(_bytes(piece) for piece in stored) != size:
-            raise ValueError("its tensors do not fill it")
+        return ShardHeader(int(metadata["step"]), stored, 8 + length + sum(_bytes(piece) for piece in stored))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(Problem(str(path), f"is no shard of a checkpoint: {error!r}")) from None
-    return stored
 
 
 def _stored(layout: Mapping[str, Any], record: Mapping[str, Any], data_start: int) -> StoredSlice:

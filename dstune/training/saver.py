@@ -115,8 +115,7 @@ class CheckpointSaver:
         record = commit.commit(self._checkpoints, intent, write, control)
         if control.rank == 0:
             self._tell(record, waited)
-        keep = self._settings
-        removed = retention.prune(self._checkpoints, keep.keep, control, keep.best)
+        removed = retention.prune(self._checkpoints, retention.Rules.of(self._settings), control)
         if removed and control.rank == 0:
             self._events.event("removed", steps=removed)
 
