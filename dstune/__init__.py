@@ -13,6 +13,7 @@ _FUNCTIONS = (
     "chat",
     "evaluate",
     "export",
+    "import_deepspeed",
     "init",
     "logs",
     "plan",
