@@ -1,13 +1,12 @@
 """One worker's shard: a safetensors file of slices, what stands where in it, and reading it piece by piece through a memory map."""
 
 import json
-import mmap
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dstune.checkpoint.host_memory import whole_pages
@@ -140,23 +139,30 @@ def _bytes(piece: StoredSlice) -> int:
     return piece.entry.length * piece.dtype.itemsize
 
 
-class MappedShard:
-    """A shard open for reading: only the pages that are asked for come from the disk."""
+class OpenShard:
+    """A shard open for reading, by any number of threads: what is asked for goes from the disk straight to where it is wanted."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._path = path
+        self._file = path.open("rb", buffering=0)
 
     def copy(self, piece: StoredSlice, start: int, out: torch.Tensor) -> None:
         """Copy `out.numel()` elements, from element `start` of the stored slice on, into `out` (any dtype, any device)."""
-        for number, target in enumerate(out.split(_CHUNK_ELEMENTS)):
-            first = piece.first_byte + (start + number * _CHUNK_ELEMENTS) * piece.dtype.itemsize
-            source = torch.empty(target.numel(), dtype=piece.dtype)
-            content = np.frombuffer(
-                self._map, dtype=np.uint8, count=target.numel() * piece.dtype.itemsize, offset=first
-            )
-            source.view(torch.uint8).numpy()[:] = content
-            target.copy_(source)
+        first = piece.first_byte + start * piece.dtype.itemsize
+        direct = out.dtype is piece.dtype and out.device.type == "cpu" and out.is_contiguous()
+        for target in out.detach().split(_CHUNK_ELEMENTS):
+            source = target if direct else torch.empty(target.numel(), dtype=piece.dtype)
+            self._read(memoryview(source.view(torch.uint8).numpy()), first)
+            first += source.nbytes
+            if not direct:
+                target.copy_(source)
+
+    def _read(self, into: memoryview, first: int) -> None:
+        while into:
+            count = os.preadv(self._file.fileno(), [into], first)
+            if count == 0:
+                raise CheckpointError(Problem(str(self._path), "ends before its last tensor"))
+            into, first = into[count:], first + count
 
 
 def entries(headers: Iterable[Sequence[StoredSlice]]) -> list[SliceEntry]:
