@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,12 @@ class Rung:
     number: int
     what: str
     parts: tuple[Part, ...]
+    short: str = "tests/test_ladder.py"
+    """The tests that show it in short form."""
 
 
 RUNGS = (
-    Rung(1, "clean stop and resume at every step: exact", (runs.stopped_at_every_step,)),
+    Rung(1, "clean stop and resume at every step: exact", (runs.stopped_at_every_step,), "tests/runs/test_exact.py"),
     Rung(
         2,
         "kill -9 of a random worker at a random moment: exact, at most an interval lost",
@@ -43,6 +45,7 @@ RUNGS = (
         3,
         "raylet, driver, Ray head killed: resumes within 60 s, exact",
         (rays.killed_raylet, rays.killed_driver, rays.killed_head),
+        "tests/runs/test_ray.py",
     ),
     Rung(
         4,
@@ -72,11 +75,12 @@ RUNGS = (
         10,
         "world 2, 1, 3, 2 with other stages and offloads: each example once per epoch, equal weights, losses within 1e-3",
         (runs.over_other_worlds,),
+        "tests/runs/test_exact.py",
     ),
 )
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/ladder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,15 +92,14 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, help="where runs are made, and stay (default: a temporary one)")
     parser.add_argument("--list", action="store_true", help="say what the rungs are")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     known = {rung.number: rung for rung in RUNGS}
     if unknown := set(args.rungs) - set(known):
         parser.error(f"no such rung: {', '.join(map(str, sorted(unknown)))}")
     if args.list:
         for rung in RUNGS:
-            print(f"{rung.number:3} {rung.what}")
+            print(f"{rung.number:3} {rung.what}    (in short: {rung.short})")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was mounted and started goes
     with _folder(args.folder) as folder:
         os.environ["DSTUNE_CACHE"] = str(folder / "cache")
         board = Board(folder, range(args.seed, args.seed + args.seeds), args.points)
@@ -125,4 +128,5 @@ def _folder(chosen: Path | None) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was mounted and started goes with it
     sys.exit(main())

@@ -167,7 +167,8 @@ def a_late_worker_in_a_run(tally: Tally, board: Board) -> None:
                 caught.append(_step_in_save(paths, 1 - rank))
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
-                tracer.communicate(timeout=10)
+                tracer.kill()  # or it would hold the dead until the delay is over
+                tracer.communicate()
 
             end = drive(run, 2, new=True, max_failures=1, observe=_AtCommit(EVERY, 0.0, delay_and_kill))
             expect(end.state == "succeeded", f"the run ended as {end}")
