@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = (
     "chat",
+    "checkpoints",
     "evaluate",
     "export",
     "init",
@@ -18,6 +19,7 @@ _FUNCTIONS = (
     "plan",
     "prepare",
     "preview",
+    "prune_checkpoints",
     "resume",
     "schema",
     "select",
@@ -25,6 +27,7 @@ _FUNCTIONS = (
     "stop",
     "submit",
     "train",
+    "verify_checkpoints",
 )
 
 __all__ = ["__version__"]
