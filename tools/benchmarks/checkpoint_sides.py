@@ -1,4 +1,4 @@
-"""The sides of `tools/bench checkpoint` that need no workers: reading everything back, and exporting. Each export in a process of its own."""
+"""The sides of `tools/bench checkpoint` that need no workers: reading everything back; exporting, each in a process of its own."""
 
 import json
 import os
