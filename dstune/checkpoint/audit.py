@@ -125,18 +125,20 @@ def _naming(directory: Path, manifest: Manifest, shards: Mapping[str, int]) -> l
 
 
 def _size(directory: Path, manifest: Manifest, name: str, worker: int | None) -> list[Finding]:
-    from dstune.checkpoint import damage  # imports torch, which a look at names and sizes does without
-
     expected = manifest.files[name].bytes
     try:
         size = (directory / name).stat().st_size
     except FileNotFoundError:
-        lost = () if worker is None else damage.nowhere_else(directory, manifest, name)
-        return [Finding(name, "missing", "is missing", worker, lost)]
+        size = None
     except OSError as error:
         return [Finding(name, "unreadable", error.strerror or str(error), worker)]
     if size == expected:
         return []
+    from dstune.checkpoint import damage  # imports torch, which a look at whole ones does without
+
+    if size is None:
+        lost = () if worker is None else damage.nowhere_else(directory, manifest, name)
+        return [Finding(name, "missing", "is missing", worker, lost)]
     lost = () if worker is None or size > expected else damage.between(directory, manifest, name, size, expected)
     return [Finding(name, "size", f"{size} bytes instead of {expected}", worker, lost)]
 
@@ -144,14 +146,14 @@ def _size(directory: Path, manifest: Manifest, name: str, worker: int | None) ->
 def _content(
     directory: Path, manifest: Manifest, name: str, worker: int | None, content: FileRecord | Unreadable
 ) -> list[Finding]:
+    if content == manifest.files[name]:
+        return []
     from dstune.checkpoint import damage
 
     if isinstance(content, Unreadable):
         lost = () if worker is None else damage.between(directory, manifest, name, content.first, content.last)
         message = f"cannot be read from byte {content.first} to {content.last}: {content.reason}"
         return [Finding(name, "unreadable", message, worker, lost)]
-    if content == manifest.files[name]:
-        return []
     message = "its SHA-256 is not the manifest's"
     if worker is None:
         return [Finding(name, "changed", message)]

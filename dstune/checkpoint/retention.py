@@ -70,7 +70,8 @@ def plan(checkpoints: Path, rules: Rules, on_bytes: OnBytes | None = None) -> Pl
     found = left_overs(checkpoints)
     read: list[tuple[int, Audit]] = []
     newest: int | None = None
-    while newest is None and (_surplus_expected(facts, rules) or any(one.kind == "damaged" for one in found)):
+    needed = _surplus_expected(facts, rules) or any(one.kind == "damaged" for one in found)
+    while needed and newest is None:
         candidates = [step for step, one in facts.items() if one.whole is None]
         if not candidates:
             break
