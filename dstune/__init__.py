@@ -14,6 +14,7 @@ _FUNCTIONS = (
     "checkpoints",
     "evaluate",
     "export",
+    "import_deepspeed",
     "init",
     "logs",
     "plan",

@@ -4,7 +4,6 @@
 dictionaries, as the run directory's logs have them), never the trainer. Functions raise `dstune.errors.DstuneError`s.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -280,36 +279,38 @@ def resubmit(
     return submission.submit(paths, loaded.config, to, start.site_of(loaded, site), address)
 
 
-def export(
-    run: str | Path, out: str | Path | None = None, *, step: str | int = "newest", dtype: str | None = None
-) -> Path:
-    """Write a committed checkpoint as a Hugging Face directory. Raises UsageError where `out` exists, CheckpointError.
+def import_deepspeed(
+    run: RunFile, directory: str | Path, *, tag: str | None = None, step: int | None = None, skip_objects: bool = False
+) -> dict[str, Any]:
+    """Commit a DeepSpeed checkpoint (ZeRO 1, 2, 3; weights and moments) into a run that has no history; what was made of it.
 
-    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step.
+    `step`: where the run then stands (default: DeepSpeed's count). Raises CheckpointError, UsageError, ConfigError, DataError.
     """
-    from dstune.checkpoint import resolve
-    from dstune.exporting import huggingface, initial
-    from dstune.launch import rundir
+    from dstune.launch import importing
 
-    paths = rundir.find(run)
-    loaded = rundir.load(paths)
-    target = Path(out).absolute() if out is not None else paths.export
-    prepared = rundir.environment(paths).get("prepared")
-    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        if str(step) == "0":
-            directory = initial.commit_initial(Path(scratch), loaded.config, loaded.base)
-        else:
-            where, kept = rundir.checkpoints_of(loaded.config, loaded.base, paths), loaded.config.checkpoint
-            directory = resolve.choose(where, str(step), kept.best, kept.best_mode).directory
-        huggingface.export(
-            directory,
-            target,
-            loaded.config,
-            loaded.base,
-            dtype=dtype or loaded.config.model.dtype,
-            prepared=Path(prepared["directory"]) if prepared else None,
-        )
-    return target
+    return asdict(importing.import_deepspeed(run, prepare, Path(directory), tag, step, skip_objects))
+
+
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    step: str | int = "newest",
+    dtype: str | None = None,
+    to: str = "huggingface",
+    max_shard_size: str | int | None = None,
+    threads: int | None = None,
+    push: str | None = None,
+    public: bool = False,
+) -> Path:
+    """Write a committed checkpoint as a Hugging Face directory (or `to` another form); `push` it to the hub then. See `launch.exports`.
+
+    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. Raises UsageError, CheckpointError.
+    """
+    from dstune.launch import exports
+
+    form = exports.Form(to=to, dtype=dtype, max_shard_size=max_shard_size, threads=threads)
+    return exports.export(run, out, step, form, exports.Hub(push, public) if push else None)
 
 
 def evaluate(
@@ -368,12 +369,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
 
     rundir.refuse_existing(loaded)
     start.check(loaded)
-    prepared = prepare(loaded, progress=progress)
-    start.require_vocabulary(loaded, prepared)
-    start.warn_of_few_rows(loaded, prepared)
-    paths = rundir.create(loaded)
-    rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
-    return paths
+    return start.create(loaded, prepare(loaded, progress=progress))
 
 
 def _drive(

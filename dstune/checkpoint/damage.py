@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dstune.checkpoint.layout import Manifest, Part, SliceEntry, gaps
-from dstune.checkpoint.shards import MappedShard, ShardHeader, StoredSlice, parse_header
+from dstune.checkpoint.shards import OpenShard, ShardHeader, StoredSlice, parse_header
 from dstune.errors import CheckpointError
 from dstune.paths import CheckpointPaths
 
@@ -51,7 +51,7 @@ def signs(directory: Path, manifest: Manifest, name: str) -> tuple[str, tuple[Pa
     if header.step != manifest.step:
         said = f"its header says step {header.step}: it is a shard of another checkpoint"
         return said, tuple(_part(piece.entry, 0, piece.entry.length) for piece in header.slices)
-    found = tuple(_not_finite(MappedShard(directory / name), header))
+    found = tuple(_not_finite(OpenShard(directory / name), header))
     if found:
         return "it holds numbers that are not finite, which are never committed, and maybe more damage", found
     return f"which of its {len(header.slices)} pieces was changed cannot be told", ()
@@ -78,7 +78,7 @@ def _fits(piece: StoredSlice, manifest: Manifest, size: int) -> bool:
     )
 
 
-def _not_finite(shard: MappedShard, header: ShardHeader) -> Iterator[Part]:
+def _not_finite(shard: OpenShard, header: ShardHeader) -> Iterator[Part]:
     """Of each piece, the elements from the first to the last that is not finite."""
     for piece in header.slices:
         if not piece.dtype.is_floating_point:
@@ -88,7 +88,7 @@ def _not_finite(shard: MappedShard, header: ShardHeader) -> Iterator[Part]:
             yield _part(piece.entry, bad[0], bad[-1] + 1)
 
 
-def _ends(shard: MappedShard, piece: StoredSlice, start: int) -> list[int]:
+def _ends(shard: OpenShard, piece: StoredSlice, start: int) -> list[int]:
     """The first and the last element of a chunk that is not finite; nothing where all are."""
     chunk = torch.empty(min(_CHUNK_ELEMENTS, piece.entry.length - start), dtype=piece.dtype)
     shard.copy(piece, start, chunk)

@@ -1,4 +1,4 @@
-"""What is committed (list), whether every byte of it is right (verify), and deleting what need not stay (prune)."""
+"""What is committed (list), whether every byte is right (verify), deleting what need not stay (prune), DeepSpeed's own in (import)."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ _OPTIONS = {
     "list": ("verify",),
     "verify": ("step",),
     "prune": ("keep", "keep_every", "best", "best_mode", "dry_run"),
+    "import": ("source", "tag", "step", "skip_objects"),
 }
 _LEFT_OVER = {
     "unfinished": "a save that was cut short",
@@ -24,8 +25,17 @@ _LEFT_OVER = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=tuple(_OPTIONS))
     add_run(parser)
+    parser.add_argument("source", nargs="?", metavar="DEEPSPEED_DIR", help="import: what save_checkpoint was given")
+    parser.add_argument("--tag", help="import: a save in it (default: the one that `latest` names)")
+    parser.add_argument(
+        "--skip-objects", action="store_true", help="import: read past objects that are not DeepSpeed's"
+    )
     parser.add_argument("--verify", action="store_true", help="list: read every byte too")
-    parser.add_argument("--step", type=int, help="verify: this one alone")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="verify: this one alone; import: where the run then stands (default: DeepSpeed's count)",
+    )
     parser.add_argument("--keep", type=int, metavar="K", help="prune: the newest K stay (default: the run's rules)")
     parser.add_argument("--keep-every", type=int, metavar="N", help="prune: steps that N divides stay; 0: none")
     parser.add_argument("--best", metavar="METRIC", help="prune: the best by this metric stays (`loss`)")
@@ -38,9 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     given = {name for names in _OPTIONS.values() for name in names if getattr(args, name) not in (None, False)}
     if foreign := sorted(given - set(_OPTIONS[args.action])):
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        words = ", ".join("DEEPSPEED_DIR" if name == "source" else f"--{name.replace('_', '-')}" for name in foreign)
         raise UsageError(f"`checkpoint {args.action}` takes no {words}; see dstune checkpoint --help")
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {"list": _list, "verify": _verify, "prune": _prune}
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "list": _list,
+        "verify": _verify,
+        "prune": _prune,
+        "import": _import,
+    }
     return actions[args.action](args)
 
 
@@ -69,6 +84,20 @@ def _prune(args: argparse.Namespace) -> int:
     if done["read"] and done["newest_whole"] is None:
         print("dstune: nothing was found whole, and so nothing is deleted", file=sys.stderr)
         return 1
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from dstune import api
+
+    if args.source is None:
+        raise UsageError("dstune checkpoint import RUN DEEPSPEED_DIR: which checkpoint?")
+    made = api.import_deepspeed(args.run, args.source, tag=args.tag, step=args.step, skip_objects=args.skip_objects)
+    lines = [
+        f"step {made['step']}: {made['parameters']:,} parameters of ZeRO-{made['stage']} on {made['world_size']} workers"
+    ]
+    lines += [f"note: {note}" for note in made["notes"]]
+    emit(args, made, [*lines, f"next: dstune resume {made['run']}"])
     return 0
 
 

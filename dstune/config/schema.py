@@ -272,6 +272,9 @@ class CheckpointSection(Section):
     """Whether the metric's smallest or largest value is the best."""
     dir: str | None = None
     """Where checkpoints go; default: the run directory's `checkpoints/`."""
+    background: Literal["auto"] | bool = "auto"
+    """Write behind the training, from a copy in host memory (12 bytes a parameter over all workers with AdamW); `auto`: where that
+    memory is free. Otherwise the training waits for the disk."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
 
