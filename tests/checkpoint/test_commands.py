@@ -121,7 +121,7 @@ def test_prune_by_rules_of_this_once(trained: RunPaths, capsys: pytest.CaptureFi
     words = ["--keep", "1", "--keep-every", "0", "--best", "loss", "--best-mode", "max"]
     assert main(["checkpoint", "prune", str(trained.root), *words]) == 0
     said = capsys.readouterr().out
-    assert "step 6 was read back: whole" in said and "kept     step 1: best loss" in said
+    assert "step 6 was read back and is whole" in said and "kept     step 1: best loss" in said
     assert steps(trained.checkpoints) == [1, 6]
 
 
@@ -133,7 +133,7 @@ def test_prune_keeps_the_last_good_one(trained: RunPaths, capsys: pytest.Capture
     for step in (2, 4):
         _flip(trained, step)
     assert main(["checkpoint", "prune", str(trained.root), "--keep", "1"]) == 1
-    assert "nothing was found whole" in capsys.readouterr().err
+    assert "no checkpoint is whole" in capsys.readouterr().err
     assert steps(trained.checkpoints) == [2, 4, 5, 6]
 
 

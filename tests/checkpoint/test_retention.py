@@ -100,14 +100,14 @@ def test_a_plan_reads_back_until_one_is_whole(tmp_path: Path) -> None:
         commit(tmp_path, step)
     _damage(tmp_path, 4)
     planned = plan(tmp_path, Rules(keep=1))
-    assert [(step, bool(look.findings)) for step, look in planned.read] == [(4, True), (3, False)]
+    assert [(step, bool(look.findings)) for step, look in planned.looks] == [(4, True), (3, False)]
     assert (planned.newest_whole, planned.steps) == (3, [1, 2])
     assert steps(tmp_path) == [1, 2, 3, 4], "a plan deletes nothing"
-    assert plan(tmp_path, Rules(keep=4)).read == [], "nothing to go, nothing to read"
+    assert plan(tmp_path, Rules(keep=4)).looks == [], "nothing to go, nothing to read"
     for step in (1, 2, 3):
         _damage(tmp_path, step)
     planned = plan(tmp_path, Rules(keep=1))
-    assert (planned.newest_whole, planned.steps, len(planned.read)) == (None, [], 4)
+    assert (planned.newest_whole, planned.steps, len(planned.looks)) == (None, [], 4)
 
 
 def test_one_without_a_shard_does_not_count_among_the_newest(tmp_path: Path) -> None:
