@@ -265,7 +265,7 @@ class CheckpointSection(Section):
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints that stay."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Steps that this divides stay for ever (`1000`)."""
+    """Saves at steps that this divides stay for ever (`1000`, with `every: 200`)."""
     best: str | None = None
     """A metric of the validation (`loss`); its best checkpoint is kept too."""
     best_mode: Literal["min", "max"] = "min"
@@ -277,6 +277,12 @@ class CheckpointSection(Section):
     memory is free. Otherwise the training waits for the disk."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
+
+    @model_validator(mode="after")
+    def _steps_that_are_saved(self) -> "CheckpointSection":
+        if self.keep_every is not None and isinstance(self.every, str):
+            raise ValueError("`keep_every` counts steps: give `every` in steps too, or hardly a save falls on one")
+        return self
 
 
 class ValidateSection(Section):

@@ -159,3 +159,10 @@ def test_a_setting_in_one_of_several_forms_is_told_for_the_form_that_was_meant(t
     with pytest.raises(ConfigError, match=r"run.yaml:\d+: data.deduplicate.threshold is 2") as caught:
         load_run(write(tmp_path, text))
     assert len(caught.value.problems) == 1
+
+
+def test_what_stays_for_ever_is_counted_in_steps_that_are_saved(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_run(path, ["checkpoint.every=200", "checkpoint.keep_every=1000"]).config.checkpoint.keep_every == 1000
+    with pytest.raises(ConfigError, match="give `every` in steps too"):
+        load_run(path, ["checkpoint.every=30min", "checkpoint.keep_every=1000"])
