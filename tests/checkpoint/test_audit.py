@@ -103,7 +103,12 @@ def test_what_a_bad_sector_holds(checkpoints: Path, monkeypatch: pytest.MonkeyPa
 def test_no_damage_of_a_header_brings_the_search_down(checkpoints: Path) -> None:
     path = step_directory(checkpoints, 2) / _SECOND
     content = path.read_bytes()
-    for old, new in ((b'"offset', b'"0ffset'), (b"F32", b"F99"), (b"[50, 8]", b"[50, 9]"), (b'\\"offset\\": 1', b'\\"offset\\": 9')):
+    for old, new in (
+        (b'"offset', b'"0ffset'),
+        (b"F32", b"F99"),
+        (b"[50, 8]", b"[50, 9]"),
+        (b'\\"offset\\": 1', b'\\"offset\\": 9'),
+    ):
         assert old in content
         path.write_bytes(content.replace(old, new))
         (finding,) = _found(checkpoints)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint import retention
+from dstune.checkpoint.keeping import Rules
 from dstune.checkpoint.resolve import committed
 from dstune.protocols import Control
 from tools.rungs import faults, pretend
@@ -143,7 +144,7 @@ def killed_at_every_call(tally: Tally, board: Board) -> None:
 def _saving_and_pruning(checkpoints: Path) -> Work:
     def work(control: Control) -> None:
         pretend.save(checkpoints, 2, control)
-        retention.prune(checkpoints, 1, control)
+        retention.prune(checkpoints, Rules(keep=1), control)
 
     return work
 
