@@ -53,7 +53,9 @@ RUNGS = (
         (commits.a_late_worker, runs.a_late_worker_in_a_run),
     ),
     Rung(
-        5, "SIGKILL at every write, fsync and rename of a commit: every point resumes", (commits.killed_at_every_call,)
+        5,
+        "SIGKILL at every write, fsync and rename of a commit: every point resumes",
+        (commits.killed_at_every_call, runs.killed_in_a_save),
     ),
     Rung(
         6,

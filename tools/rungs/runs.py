@@ -1,5 +1,6 @@
 """Rungs 1, 2, 4, 6 and 10 on whole runs: two gloo workers train a tiny model, are stopped, killed, starved of space, moved."""
 
+import functools
 import os
 import random
 import signal
@@ -125,7 +126,7 @@ def killed_at_random_moments(tally: Tally, board: Board) -> None:
             end = drive(run, 2, new=True, max_failures=3, observe=killer)
             expect(end.state == "succeeded", f"the run ended as {end}")
             expect_exact(paths, board.reference)
-            starts = [event["from_step"] for event in read_lines(paths.events) if event["event"] == "attempt_started"]
+            starts = _starts(paths)
             tally.count("killed", len(starts) - 1)
             if len(starts) > 1:
                 lost = killer.steps - starts[1]
@@ -154,28 +155,31 @@ def a_late_worker_in_a_run(tally: Tally, board: Board) -> None:
         return
     for seed in board.seeds:
         with tally.trial(seed, run=True):
-            folder, draw = board.fresh("late"), random.Random(seed)
-            run = board.write_run(folder)
+            run = board.write_run(board.fresh("late"))
             paths = begun(run)
-            rank, caught = draw.randrange(2), list[int]()
-
-            def delay_and_kill(
-                pids: list[int], paths: RunPaths = paths, rank: int = rank, caught: list[int] = caught
-            ) -> None:
-                option = "inject=fsync,fdatasync:delay_enter=60000000"
-                tracer = faults.attach(pids[rank], paths.root / "calls", "-e", "trace=fsync,fdatasync", "-e", option)
-                caught.append(_step_in_save(paths, 1 - rank))
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
-                tracer.kill()  # or it would hold the dead until the delay is over
-                tracer.communicate()
-
-            end = drive(run, 2, new=True, max_failures=1, observe=_AtCommit(EVERY, 0.0, delay_and_kill))
+            rank, caught = random.Random(seed).randrange(2), list[int]()
+            disturb = _AtCommit(EVERY, 0.0, functools.partial(_delay_and_kill, paths, rank, caught))
+            end = drive(run, 2, new=True, max_failures=1, observe=disturb)
             expect(end.state == "succeeded", f"the run ended as {end}")
-            starts = [event["from_step"] for event in read_lines(paths.events) if event["event"] == "attempt_started"]
             expect(caught and caught[0], "no save was seen")
+            starts = _starts(paths)
             expect(len(starts) == 2 and starts[1] == caught[0] - EVERY, f"killed in save {caught}, started at {starts}")
             expect_exact(paths, board.reference)
+
+
+def _delay_and_kill(paths: RunPaths, rank: int, caught: list[int], pids: list[int]) -> None:
+    option = "inject=fsync,fdatasync:delay_enter=60000000"
+    tracer = faults.attach(pids[rank], paths.root / "calls", "-e", "trace=fsync,fdatasync", "-e", option)
+    caught.append(_step_in_save(paths, 1 - rank))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    tracer.kill()  # or it would hold the dead until the delay is over
+    tracer.communicate()
+
+
+def _starts(paths: RunPaths) -> list[int]:
+    """The step from which each attempt went on."""
+    return [event["from_step"] for event in read_lines(paths.events) if event["event"] == "attempt_started"]
 
 
 def _step_in_save(paths: RunPaths, rank: int) -> int:
@@ -187,6 +191,41 @@ def _step_in_save(paths: RunPaths, rank: int) -> int:
             return int(shard.parent.name[5:13])
         pause.wait(0.01)
     return 0
+
+
+# --- 5: killed in a save -------------------------------------------------------------------------------------------
+
+_POINTS = {
+    0: (*(("fsync", nth) for nth in range(1, 6)), ("pwrite64", 1), ("ftruncate", 1), ("mkdir", 1), ("rename", 1)),
+    1: (("pwrite64", 1), ("ftruncate", 1), ("fsync", 1)),
+}
+"""What each worker does in a save, on a thread that is new in every save."""
+
+
+def killed_in_a_save(tally: Tally, board: Board) -> None:
+    """SIGKILL by strace at a random call of a save behind the training, in either worker: the run goes on, never from step 0, exactly."""
+    if faults.by() != "strace":
+        tally.facts["whole_run"] = "left out: it wants strace"
+        return
+    for seed in board.seeds:
+        draw = random.Random(seed)
+        rank = draw.randrange(2)
+        kind, nth = draw.choice(_POINTS[rank])
+        with tally.trial(seed, run=True, worker=rank, killed_at=f"{kind} {nth}"):
+            run = board.write_run(board.fresh("save"))
+            paths = begun(run)
+            disturb = _AtCommit(EVERY, 0.0, functools.partial(_kill_at, paths, rank, kind, nth))
+            end = drive(run, 2, new=True, max_failures=1, observe=disturb)
+            expect(end.state == "succeeded", f"the run ended as {end}")
+            starts = _starts(paths)
+            expect(all(step >= EVERY for step in starts[1:]), f"committed at {EVERY}, started again at {starts[1:]}")
+            tally.count("runs_killed", len(starts) - 1)
+            expect_exact(paths, board.reference)
+
+
+def _kill_at(paths: RunPaths, rank: int, kind: str, nth: int, pids: list[int]) -> None:
+    option = f"inject={kind}:signal=KILL:when={nth}"
+    faults.attach(pids[rank], paths.root / "calls", "-e", f"trace={kind}", "-e", option).communicate()
 
 
 # --- 6: a full disk ------------------------------------------------------------------------------------------------
