@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.rungs import commits, damage, rays, runs
+from tools.rungs import commits, damage, rays, runs, worlds
 from tools.rungs.board import Board
 from tools.rungs.tally import Tally
 
@@ -76,7 +76,7 @@ RUNGS = (
     Rung(
         10,
         "world 2, 1, 3, 2 with other stages and offloads: each example once per epoch, equal weights, losses within 1e-3",
-        (runs.over_other_worlds,),
+        (worlds.over_other_worlds,),
         "tests/runs/test_exact.py",
     ),
 )
