@@ -114,6 +114,8 @@ def _late_then_killed(checkpoints: Path, late: int, turn: int, draw: random.Rand
         workers.release()
         while not mark.exists():
             if workers.joined(late, 0.01):
+                answers = workers.join()
+                expect(all("value" in answer for answer in answers), f"with nobody late, workers ended with {answers}")
                 return False
         workers.joined(1 - late, draw.random() / 2)  # the other one gets as far as it can, or not quite
         workers.kill()
