@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = (
     "chat",
+    "checkpoints",
     "evaluate",
     "export",
     "import_deepspeed",
@@ -19,6 +20,7 @@ _FUNCTIONS = (
     "plan",
     "prepare",
     "preview",
+    "prune_checkpoints",
     "resume",
     "schema",
     "select",
@@ -26,6 +28,7 @@ _FUNCTIONS = (
     "stop",
     "submit",
     "train",
+    "verify_checkpoints",
 )
 
 __all__ = ["__version__"]

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.checkpoint_api import checkpoints as checkpoints
+from dstune.checkpoint_api import prune_checkpoints as prune_checkpoints
+from dstune.checkpoint_api import verify_checkpoints as verify_checkpoints
 from dstune.config.load import LoadedRun, load_run
 from dstune.errors import EXIT_DONE, UsageError
 
@@ -276,14 +279,6 @@ def resubmit(
     return submission.submit(paths, loaded.config, to, start.site_of(loaded, site), address)
 
 
-def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
-    """What is committed, oldest first; `verify` reads every byte of it."""
-    directory = _checkpoints(run)
-    from dstune.checkpoint import listing
-
-    return listing.described(directory, verify)
-
-
 def import_deepspeed(
     run: RunFile, directory: str | Path, *, tag: str | None = None, step: int | None = None, skip_objects: bool = False
 ) -> dict[str, Any]:
@@ -398,12 +393,6 @@ def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:
     if (step := start.finished_at(loaded, paths)) is None:
         return None
     return RunResult(loaded.config.name, str(paths.root), "succeeded", step, EXIT_DONE, "every step was done already")
-
-
-def _checkpoints(run: str | Path) -> Path:
-    from dstune.launch import rundir
-
-    return rundir.find_checkpoints(run)
 
 
 def _previewed(run: RunFile, overrides: Sequence[str]) -> tuple["Prepared", Any]:

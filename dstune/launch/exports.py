@@ -68,7 +68,8 @@ def _checkpoint(paths: RunPaths, step: str | int, scratch: Path) -> Path:
     checkpoints = rundir.checkpoints_of(loaded.config, loaded.base, paths)
     if str(step) == "0" and all(one.step != 0 for one in resolve.committed(checkpoints)):
         return initial.commit_initial(scratch, loaded.config, loaded.base)
-    return resolve.choose(checkpoints, str(step), loaded.config.checkpoint.best).directory
+    kept = loaded.config.checkpoint
+    return resolve.choose(checkpoints, str(step), kept.best, kept.best_mode).directory
 
 
 def _write(paths: RunPaths, checkpoint: Path, target: Path, form: Form) -> None:

@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 
 from dstune.checkpoint.layout import SliceEntry, tile
-from dstune.checkpoint.shards import OpenShard, read_header, write_shard
+from dstune.checkpoint.shard_writer import write_shard
+from dstune.checkpoint.shards import OpenShard, read_header
 from dstune.errors import CheckpointError
 from dstune.protocols import Slice
 from tests.checkpoint.sample import slices
