@@ -279,10 +279,12 @@ def resubmit(
 
 def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
     """What is committed, oldest first; `verify` reads every byte of it."""
-    directory = _checkpoints(run)
+    from dstune.launch import rundir
+
+    directory, address = rundir.find_checkpoints(run)
     from dstune.checkpoint import listing
 
-    return listing.described(directory, verify)
+    return listing.described(directory, verify, address)
 
 
 def export(
@@ -292,7 +294,7 @@ def export(
 
     `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step.
     """
-    from dstune.checkpoint import resolve
+    from dstune.checkpoint import origin
     from dstune.exporting import huggingface, initial
     from dstune.launch import rundir
 
@@ -300,11 +302,13 @@ def export(
     loaded = rundir.load(paths)
     target = Path(out).absolute() if out is not None else paths.export
     prepared = rundir.environment(paths).get("prepared")
-    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         if str(step) == "0":
             directory = initial.commit_initial(Path(scratch), loaded.config, loaded.base)
         else:
-            directory = resolve.choose(_checkpoints(run), str(step), loaded.config.checkpoint.best).directory
+            kept, wanted = rundir.find_checkpoints(run), (str(step), loaded.config.checkpoint.best)
+            directory = origin.choose(*kept, *wanted, into=Path(scratch)).directory
         huggingface.export(
             directory,
             target,
@@ -372,6 +376,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
 
     rundir.refuse_existing(loaded)
     start.check(loaded)
+    start.reached_store(loaded.config, new=True)
     prepared = prepare(loaded, progress=progress)
     start.require_vocabulary(loaded, prepared)
     start.warn_of_few_rows(loaded, prepared)
@@ -401,12 +406,6 @@ def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:
     if (step := start.finished_at(loaded, paths)) is None:
         return None
     return RunResult(loaded.config.name, str(paths.root), "succeeded", step, EXIT_DONE, "every step was done already")
-
-
-def _checkpoints(run: str | Path) -> Path:
-    from dstune.launch import rundir
-
-    return rundir.find_checkpoints(run)
 
 
 def _previewed(run: RunFile, overrides: Sequence[str]) -> tuple["Prepared", Any]:

@@ -18,7 +18,7 @@ import torch
 from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
-from dstune.checkpoint import commit, retention
+from dstune.checkpoint.home import Home
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
@@ -130,7 +130,8 @@ def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> Loop
     torch.set_num_threads(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
     _say_where(paths, plan, control)
-    end = _train(config, plan, paths, world, control)
+    home = Home.find(Path(plan.checkpoints), plan.store, control)
+    end = _train(config, plan, paths, home, world, control)
     if world.rank == 0:
         write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})
     control.barrier()
@@ -144,7 +145,7 @@ def _say_where(paths: RunPaths, plan: Plan, control: Control) -> None:
         RunBooks(paths).events.event("workers", attempt=plan.attempt, workers=workers)
 
 
-def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control: Control) -> LoopEnd:
+def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: World, control: Control) -> LoopEnd:
     base = Path(plan.base)
     ds_config = json.loads(paths.ds_config(plan.attempt).read_text(encoding="utf-8"))
     prepared = Prepared.open(plan.prepared)
@@ -167,6 +168,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
     )
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
+    saver = Saver(config, home, paths, engine, control)
+    saver.catch_up(plan)
     loop = Loop(
         config=config,
         plan=plan,
@@ -175,8 +178,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         prepared=prepared,
         validator=validator,
         control=control,
-        state=_initial_state(config, plan, engine),
-        save=Saver(config, plan, paths, engine, control),
+        state=_initial_state(config, plan, engine, home, control),
+        save=saver,
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
@@ -213,7 +216,7 @@ def _validator(
     )
 
 
-def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainState:
+def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine, home: Home, control: Control) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
         prepared_fingerprint=plan.prepared_fingerprint,
@@ -223,32 +226,47 @@ def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainSt
     )
     if plan.resume_from is None:
         return state
-    reader = Reader(Path(plan.resume_from))
-    state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
+    reader = Reader(home.bring(Path(plan.resume_from), control))
+    state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load(reader.fill, state.optimizer_steps)
     engine.load_extra_state(state.engine)
-    log.info("loaded %s (written by %d workers)", plan.resume_from, reader.manifest.world_size)
+    log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state
 
 
 class Saver:
     """Commits checkpoints of one run, tells the events, and lets old ones go."""
 
-    def __init__(self, config: RunConfig, plan: Plan, paths: RunPaths, engine: ZeroEngine, control: Control) -> None:
-        self._config, self._plan, self._engine, self._control = config, plan, engine, control
+    def __init__(self, config: RunConfig, home: Home, paths: RunPaths, engine: ZeroEngine, control: Control) -> None:
+        self._config, self._home, self._engine, self._control = config, home, engine, control
         self._events = RunBooks(paths).events
-        self._checkpoints = Path(plan.checkpoints)
 
     def __call__(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Raises CheckpointError on every worker where the save failed and `checkpoint.on_error` is `stop`."""
-        try:
+        with self._failure_told(state.step):
             self._commit(state, metrics)
+
+    def catch_up(self, plan: Plan) -> None:
+        """Upload the checkpoint that the run goes on from, where the attempt before this one could not. Raises as a save does."""
+        if plan.resume_from is not None:
+            with self._failure_told(plan.start_step):
+                self._publish(plan.start_step)
+
+    @contextlib.contextmanager
+    def _failure_told(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except CheckpointError as error:
             if self._control.rank == 0:
-                self._events.event("commit_failed", step=state.step, message=str(error))
+                self._events.event("commit_failed", step=step, message=str(error))
             if self._config.checkpoint.on_error == "stop":
                 raise
-            log.warning("step %d was not committed: %s", state.step, error)
+            log.warning("step %d was not committed: %s", step, error)
+
+    def _publish(self, step: int) -> None:
+        published = self._home.publish(step, self._control)
+        if published and self._control.rank == 0:
+            self._events.event("published", step=step, bytes=published.bytes, seconds=round(published.seconds, 3))
 
     def _commit(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         value = state.to_json() | {"engine": self._engine.extra_state()}
@@ -257,12 +275,11 @@ class Saver:
             "model": self._config.model.path,
             "prepared": state.prepared_fingerprint,
         }
-        record = commit.save(
-            self._checkpoints, state.step, self._engine.slices(), value, self._control, fingerprints, metrics
-        )
+        record = self._home.save(state.step, self._engine.slices(), value, self._control, fingerprints, metrics)
         if self._control.rank == 0:
             self._events.event("commit", step=state.step, bytes=record.bytes, seconds=round(record.seconds, 3))
+        self._publish(state.step)
         keep = self._config.checkpoint
-        removed = retention.prune(self._checkpoints, keep.keep, self._control, keep.best)
+        removed = self._home.prune(keep.keep, self._control, keep.best)
         if removed and self._control.rank == 0:
             self._events.event("removed", steps=removed)

@@ -92,16 +92,21 @@ def _file_problem(path: Path, record: FileRecord, from_disk: bool) -> str | None
 
 def _naming_problems(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
     """The manifest belongs to this step, and names exactly the shards that there are."""
+    there = {path.name for path in checkpoint.directory.glob("*.safetensors")}
+    return naming_problems(manifest, checkpoint.step, there)
+
+
+def naming_problems(manifest: Manifest, step: int, there: Iterable[str]) -> list[str]:
+    """Where the manifest is of another step, names other files than a checkpoint has, or `there` are more than it names."""
     problems: list[str] = []
-    if manifest.step != checkpoint.step:
+    if manifest.step != step:
         problems.append(f"manifest.json: is of step {manifest.step}")
-    paths = CheckpointPaths(checkpoint.directory)
+    paths = CheckpointPaths(Path())
     expected = {paths.shard(rank, manifest.world_size).name for rank in range(manifest.world_size)}
     expected.add(paths.state.name)
     if expected != set(manifest.files):
         problems.append(f"manifest.json: names {sorted(manifest.files)}")
-    foreign = {path.name for path in checkpoint.directory.glob("*.safetensors")} - expected
-    return problems + [f"{name}: does not belong to this checkpoint" for name in sorted(foreign)]
+    return problems + [f"{name}: does not belong to this checkpoint" for name in sorted(set(there) - expected)]
 
 
 def _content_problems(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:

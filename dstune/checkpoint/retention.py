@@ -1,11 +1,12 @@
 """Which checkpoints stay: the newest ones and the best one. Nothing goes before a newer one was read back and found whole."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from dstune.atomic import remove_directory
-from dstune.checkpoint.layout import load_manifest
+from dstune.checkpoint.layout import Manifest, load_manifest
 from dstune.checkpoint.resolve import committed, file_problems
 from dstune.errors import CheckpointError
 from dstune.loggers import get_logger
@@ -65,15 +66,20 @@ def _share_problems(checkpoints: Path, step: int, control: Control) -> list[str]
 
 
 def _best(checkpoints: Path, metric: str | None, mode: str) -> int | None:
-    """The step whose manifest has the best value of `metric`, the newer of two equal ones; None where none has it."""
-    values: list[tuple[float, int]] = []
+    manifests: dict[int, Manifest] = {}
     for checkpoint in committed(checkpoints):
-        try:
-            value = load_manifest(checkpoint.directory).metrics.get(metric or "")
-        except CheckpointError:
-            continue
-        if value is not None:
-            values.append((-value if mode == "min" else value, checkpoint.step))
+        with contextlib.suppress(CheckpointError):  # a damaged one is not the best
+            manifests[checkpoint.step] = load_manifest(checkpoint.directory)
+    return best_of(manifests, metric, mode)
+
+
+def best_of(manifests: Mapping[int, Manifest], metric: str | None, mode: str = "min") -> int | None:
+    """The step whose manifest has the best value of `metric`, the newer of two equal ones; None where none has it."""
+    values = [
+        (-value if mode == "min" else value, step)
+        for step, manifest in manifests.items()
+        if (value := manifest.metrics.get(metric or "")) is not None
+    ]
     return max(values)[1] if values else None
 
 

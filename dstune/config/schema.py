@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.units import parse_every
+from dstune.paths import is_address
+
+_FILE = "file://"
 
 
 class Section(BaseModel):
@@ -267,9 +270,29 @@ class CheckpointSection(Section):
     best: str | None = None
     """A metric of the validation (`loss`); its best checkpoint is kept too."""
     dir: str | None = None
-    """Where checkpoints go; default: the run directory's `checkpoints/`."""
+    """Where checkpoints go: a directory that all nodes share, or an address (s3, gs, … with credentials from the environment), below
+    which they are uploaded behind the training. Default: the run directory's `checkpoints/`."""
+    staging: str | None = None
+    """Where checkpoints are written before they are uploaded to the address in `dir`; may be a disk of each node's own. Default: the
+    run directory's `checkpoints/`."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
+
+    @property
+    def address(self) -> str | None:
+        """`dir` where it is an address; a `file://` one is a directory like any other."""
+        return self.dir if self.dir and is_address(self.dir) and not self.dir.startswith(_FILE) else None
+
+    @property
+    def directory(self) -> str | None:
+        """The directory on a disk that is written to, as the run file names it; None: the run directory's own."""
+        return self.staging if self.address else self.dir and self.dir.removeprefix(_FILE)
+
+    @model_validator(mode="after")
+    def _staging_is_on_the_way(self) -> "CheckpointSection":
+        if self.staging is not None and self.address is None:
+            raise ValueError("`staging` goes with an address in `dir`, such as s3://bucket/runs")
+        return self
 
 
 class ValidateSection(Section):
