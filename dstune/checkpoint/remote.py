@@ -67,6 +67,7 @@ class Store:
         self._piece_bytes = piece_bytes
         there = places.filesystem(self.address)
         self._system, self._root = there.system, there.path
+        self._holds_objects = self._system.type_name in ("s3", "gcs")
 
     def address_of(self, step: int) -> str:
         """Where a checkpoint is, as a person writes it."""
@@ -345,14 +346,19 @@ class Store:
         return b"".join(self._blocks(self._path(step, _MANIFEST)))
 
     def _put(self, path: str, content: bytes) -> None:
-        with self._writing(path) as write:
+        """Write a small file whole: an object is there when it was sent to its end, a file elsewhere needs a rename for that."""
+        written = path if self._holds_objects else f"{path}.tmp"
+        with self._writing(written) as write:
             write(content)
+        if written != path:
+            with self._asking():
+                self._system.move(written, path)
 
     @contextlib.contextmanager
     def _writing(self, path: str) -> Iterator[Callable[[bytes], None]]:
         """Write an object block by block. It is there when the context was left without an error."""
         with self._asking():
-            if self._system.type_name not in ("s3", "gcs"):
+            if not self._holds_objects:
                 self._system.create_dir(posixpath.dirname(path), recursive=True)
             stream = self._system.open_output_stream(path, compression=None)
         written = 0

@@ -62,8 +62,10 @@ def names(directory: Path) -> list[str]:
 def _one_disk(shared: Path, control: ControlGroup) -> None:
     """Saves, a shard that is damaged before it is uploaded, retention; in the shared directory and in the store."""
     home = Home.find(shared, ADDRESS, control)
-    assert home.shared and home.leader == 0 and names(shared) == []
-    assert home.store is not None
+    assert home.shared and home.leader == 0 and home.store is not None
+    control.barrier()
+    assert names(shared) == []
+    control.barrier()
     for step in (1, 2):
         save(home, step, control)
         assert home.publish(step, control) is None  # nothing is left to send
