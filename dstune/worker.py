@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
-from dstune.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DstuneError, Problem
+from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
 from dstune.model import attention, isolation, names
 from dstune.model.build import build
 from dstune.model.config import load_config
@@ -36,6 +36,7 @@ from dstune.planning.plan import Plan
 from dstune.protocols import Control
 from dstune.training.books import RunBooks
 from dstune.training.loop import Loop, LoopEnd, require_targets
+from dstune.training.saver import CheckpointSaver
 from dstune.training.state import TrainState
 from dstune.training.validation import Validator
 
@@ -168,8 +169,10 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     )
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
-    saver = Saver(config, home, paths, engine, control)
-    saver.catch_up(plan)
+    saver = _saver(config, plan, paths, home, engine, control, world)
+    state = _initial_state(config, plan, engine, home, control)
+    if plan.resume_from is not None:
+        saver.catch_up(plan.start_step)
     loop = Loop(
         config=config,
         plan=plan,
@@ -178,8 +181,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         prepared=prepared,
         validator=validator,
         control=control,
-        state=_initial_state(config, plan, engine, home, control),
-        save=saver,
+        state=state,
+        saver=saver,
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
@@ -216,6 +219,31 @@ def _validator(
     )
 
 
+def _saver(
+    config: RunConfig,
+    plan: Plan,
+    paths: RunPaths,
+    home: Home,
+    engine: ZeroEngine,
+    control: Control,
+    world: World,
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        config.checkpoint,
+        home,
+        engine,
+        control,
+        behind=world.control(),
+        fingerprints={
+            "run": config.name,
+            "model": config.model.path,
+            "prepared": plan.prepared_fingerprint,
+        },
+        events=RunBooks(paths).events,
+        pinned=world.device.type == "cuda",
+    )
+
+
 def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine, home: Home, control: Control) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
@@ -232,54 +260,3 @@ def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine, home: Home
     engine.load_extra_state(state.engine)
     log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state
-
-
-class Saver:
-    """Commits checkpoints of one run, tells the events, and lets old ones go."""
-
-    def __init__(self, config: RunConfig, home: Home, paths: RunPaths, engine: ZeroEngine, control: Control) -> None:
-        self._config, self._home, self._engine, self._control = config, home, engine, control
-        self._events = RunBooks(paths).events
-
-    def __call__(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Raises CheckpointError on every worker where the save failed and `checkpoint.on_error` is `stop`."""
-        with self._failure_told(state.step):
-            self._commit(state, metrics)
-
-    def catch_up(self, plan: Plan) -> None:
-        """Upload the checkpoint that the run goes on from, where the attempt before this one could not. Raises as a save does."""
-        if plan.resume_from is not None:
-            with self._failure_told(plan.start_step):
-                self._publish(plan.start_step)
-
-    @contextlib.contextmanager
-    def _failure_told(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointError as error:
-            if self._control.rank == 0:
-                self._events.event("commit_failed", step=step, message=str(error))
-            if self._config.checkpoint.on_error == "stop":
-                raise
-            log.warning("step %d was not committed: %s", step, error)
-
-    def _publish(self, step: int) -> None:
-        published = self._home.publish(step, self._control)
-        if published and self._control.rank == 0:
-            self._events.event("published", step=step, bytes=published.bytes, seconds=round(published.seconds, 3))
-
-    def _commit(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        value = state.to_json() | {"engine": self._engine.extra_state()}
-        fingerprints = {
-            "run": self._config.name,
-            "model": self._config.model.path,
-            "prepared": state.prepared_fingerprint,
-        }
-        record = self._home.save(state.step, self._engine.slices(), value, self._control, fingerprints, metrics)
-        if self._control.rank == 0:
-            self._events.event("commit", step=state.step, bytes=record.bytes, seconds=round(record.seconds, 3))
-        self._publish(state.step)
-        keep = self._config.checkpoint
-        removed = self._home.prune(keep.keep, self._control, keep.best)
-        if removed and self._control.rank == 0:
-            self._events.event("removed", steps=removed)

@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +14,8 @@ from dstune.atomic import commit_directory, dump_json, durable_file
 from dstune.checkpoint.agreement import agreed
 from dstune.checkpoint.layout import FileRecord, Manifest, SliceEntry, tile
 from dstune.checkpoint.resolve import Checkpoint, verify
-from dstune.checkpoint.shards import entries, read_header, write_shard
+from dstune.checkpoint.shard_writer import write_shard
+from dstune.checkpoint.shards import entries, read_header
 from dstune.errors import CheckpointError, Problem
 from dstune.paths import CheckpointPaths, step_directory
 from dstune.protocols import Control, Slice
@@ -30,9 +31,12 @@ class CommitRecord:
     seconds: float
 
 
+WriteShard = Callable[[Path, int], FileRecord]
+
+
 @dataclass(frozen=True)
 class Intent:
-    """What worker 0 writes beside the shards."""
+    """What is committed beside the shards: worker 0's is written."""
 
     step: int
     state: Mapping[str, Any]
@@ -49,18 +53,24 @@ def save(
     fingerprints: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
 ) -> CommitRecord:
-    """Commit the training state of `step`. A collective call; `state`, `fingerprints` and `metrics` are worker 0's.
+    """`commit` of these slices, from where they are."""
+    intent = Intent(step, state, fingerprints, metrics or {})
+    return commit(checkpoints, intent, lambda path, step: write_shard(path, slices, step), control)
+
+
+def commit(checkpoints: Path, intent: Intent, write: WriteShard, control: Control) -> CommitRecord:
+    """Commit the training state of a step: `write(path, step)` writes this worker's shard. A collective call.
 
     Raises CheckpointError on every worker where it fails on any (the earliest cause, with its worker); the
     temporary directory is gone then, and what was committed before is untouched.
     """
     began = time.monotonic()
+    step = intent.step
     final = step_directory(checkpoints, step)
     temporary = checkpoints / agreed(control, "prepare", lambda: _prepare(checkpoints, step), only_first=True)[0]
     shard = CheckpointPaths(temporary).shard(control.rank, control.world_size)
     try:
-        records = agreed(control, "write", lambda: asdict(write_shard(shard, list(slices), step)))
-        intent = Intent(step, state, fingerprints, metrics or {})
+        records = agreed(control, "write", lambda: asdict(write(shard, step)))
         written = [FileRecord(**record) for record in records]
         sizes = agreed(control, "commit", lambda: _commit(temporary, final, intent, written), only_first=True)
     except CheckpointError:

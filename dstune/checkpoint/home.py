@@ -1,20 +1,18 @@
 """Where a run's checkpoints are kept, as its workers find it before the first step: a shared directory, a store, or both."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dstune.checkpoint import commit, retention, staged
 from dstune.checkpoint.agreement import agreed
-from dstune.checkpoint.commit import CommitRecord
+from dstune.checkpoint.commit import CommitRecord, Intent, WriteShard
 from dstune.checkpoint.disks import leaders, require_shared
-from dstune.checkpoint.layout import Manifest
+from dstune.checkpoint.keeping import Rules
 from dstune.checkpoint.remote import Published, Store
 from dstune.checkpoint.resolve import Checkpoint, verify
 from dstune.loggers import get_logger
 from dstune.paths import step_directory, step_of
-from dstune.protocols import Control, Slice
+from dstune.protocols import Control
 
 _log = get_logger(__name__)
 
@@ -25,11 +23,11 @@ class Home:
 
     checkpoints: Path
     """A directory on a disk of this worker's node."""
-    store: Store | None
+    store: Store | None = None
     """Where checkpoints are uploaded to."""
-    leader: int
+    leader: int = 0
     """The lowest rank that sees the same directory."""
-    shared: bool
+    shared: bool = True
     """All workers see the same directory. Where they do not, the store alone holds what is committed."""
 
     @classmethod
@@ -71,21 +69,11 @@ class Home:
         agreed(control, "fetch", fetch)
         return here
 
-    def save(
-        self,
-        step: int,
-        slices: Iterable[Slice],
-        state: Mapping[str, Any],
-        control: Control,
-        fingerprints: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
-    ) -> CommitRecord:
-        """Commit: on the shared disk (`publish` then uploads it), or, where there is none, in the store. As `commit.save`."""
+    def commit(self, intent: Intent, write: WriteShard, control: Control) -> CommitRecord:
+        """Commit: on the shared disk (`publish` then uploads it), or, where there is none, in the store. As `commit.commit`."""
         if self.shared or self.store is None:
-            return commit.save(self.checkpoints, step, slices, state, control, fingerprints, metrics)
-        return staged.save(
-            self.checkpoints, self.store, self.leader, step, slices, state, control, fingerprints, metrics
-        )
+            return commit.commit(self.checkpoints, intent, write, control)
+        return staged.commit(self.checkpoints, self.store, self.leader, intent, write, control)
 
     def publish(self, step: int, control: Control) -> Published | None:
         """Upload a checkpoint that is committed on the shared disk; None where there is no store, or nothing was left to send."""
@@ -94,16 +82,10 @@ class Home:
         published = self.store.publish(step_directory(self.checkpoints, step), control)
         return published if published.bytes else None
 
-    def prune(self, keep: int, control: Control, best: str | None = None) -> list[int]:
-        """Delete all but the newest `keep` checkpoints and the best one, on the disk and in the store; the steps deleted in either."""
-        removed = retention.prune(self.checkpoints, keep, control, best) if self.shared else []
-        if self.store is None:
-            return removed
-
-        def surplus(manifests: Mapping[int, Manifest], newest: int) -> list[int]:
-            return retention.surplus(list(manifests), newest, keep, retention.best_of(manifests, best))
-
-        return sorted({*removed, *self.store.prune(control, surplus)})
+    def prune(self, rules: Rules, control: Control) -> list[int]:
+        """Delete the committed steps that no rule keeps, on the disk and in the store; the steps deleted in either."""
+        removed = retention.prune(self.checkpoints, rules, control) if self.shared else []
+        return sorted({*removed, *self.store.prune(rules, control)}) if self.store else removed
 
 
 def _reached(address: str, control: Control) -> Store:

@@ -1,49 +1,67 @@
 """A run's checkpoints as plain values, for tables and JSON."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dstune.checkpoint import resolve
-from dstune.checkpoint.layout import load_manifest
-from dstune.checkpoint.remote import Store, Unavailable
-from dstune.errors import CheckpointError
+from dstune.checkpoint.audit import Audit, Finding, audit, glance
+from dstune.checkpoint.hashing import OnBytes
+from dstune.checkpoint.keeping import Found, Rules, decide, presumed
+from dstune.checkpoint.layout import Manifest
+from dstune.checkpoint.leftovers import left_overs, tree_bytes
+from dstune.checkpoint.remote import Store
+from dstune.checkpoint.resolve import Checkpoint, committed
 
 
-def described(checkpoints: Path, verify: bool, address: str | None = None) -> list[dict[str, Any]]:
-    """What is committed, oldest first: step, directory, problems, a verdict; of whole ones also bytes, world size, metrics.
+def described(checkpoints: Path, rules: Rules, verify: bool, on_bytes: OnBytes | None = None) -> dict[str, Any]:
+    """`checkpoints`: what is committed, oldest first, and why each is kept; `left_overs`: what else stands there.
 
-    `address`: a store whose checkpoints are listed too, each with its own address as directory.
-
-    `verify` reads every byte; without it problems are not looked for.
+    `verify` reads every byte; without it names, sizes and the manifests' own hashes are looked at.
     """
-    rows: list[dict[str, Any]] = []
-    for one in sorted(resolve.committed(checkpoints), key=lambda checkpoint: checkpoint.step):
-        problems = resolve.verify(one) if verify else []
-        verdict = ("whole" if not problems else "; ".join(problems)) if verify else "committed"
-        rows.append({"step": one.step, "directory": str(one.directory), "problems": problems, "verdict": verdict})
-        if not problems:
-            manifest = load_manifest(one.directory)
-            rows[-1] |= {
-                "bytes": manifest.total_bytes,
-                "world_size": manifest.world_size,
-                "metrics": dict(manifest.metrics),
-            }
-    return sorted(rows + stored(Store(address), verify), key=lambda row: row["step"]) if address else rows
+    found = committed(checkpoints)
+    directories = [one.directory for one in found]
+    audits = list(audit(directories, past_cache=True, on_bytes=on_bytes) if verify else map(glance, directories))
+    rows = [row(one, look, verify) for one, look in zip(found, audits, strict=True)]
+    add_reasons(rows, rules)
+    rest = [{"name": one.path.name, "kind": one.kind, "bytes": one.bytes} for one in left_overs(checkpoints)]
+    return {"directory": str(checkpoints), "checkpoints": rows, "left_overs": rest}
 
 
-def stored(store: Store, verify: bool) -> list[dict[str, Any]]:
-    """The same of the checkpoints in a store; a damaged manifest is a problem even where nothing is to be verified."""
+def row(checkpoint: Checkpoint, look: Audit, read: bool) -> dict[str, Any]:
+    """One checkpoint. `verified`: true (every byte is right), false (see `problems`) or null (nothing wrong at a glance)."""
+    size = look.manifest.total_bytes if look.manifest else tree_bytes(checkpoint.directory)
+    return _row(checkpoint.step, str(checkpoint.directory), size, look.manifest, look.findings, read)
+
+
+def stored(store: Store, read: bool, on_bytes: OnBytes | None = None, only: int | None = None) -> list[dict[str, Any]]:
+    """The checkpoints in a store (or the step `only`) as such rows, each with its address as `directory`. `read`: every byte."""
     rows: list[dict[str, Any]] = []
-    for step in store.committed():
-        problems = store.verify(step) if verify else []
-        row: dict[str, Any] = {"step": step, "directory": store.address_of(step)}
-        try:
-            manifest = store.manifest(step)
-            row |= {"bytes": manifest.total_bytes, "world_size": manifest.world_size, "metrics": dict(manifest.metrics)}
-        except Unavailable:
-            raise
-        except CheckpointError as error:
-            problems = problems or [str(error)]
-        whole = "whole, in the store" if verify else "committed, in the store"
-        rows.append(row | {"problems": problems, "verdict": "; ".join(problems) or whole})
+    for step in [step for step in store.committed() if only in (None, step)]:
+        manifest, findings = store.glance(step)
+        if read and not findings:
+            findings = store.verify(step, on_bytes=on_bytes)
+        size = manifest.total_bytes if manifest else 0
+        rows.append(_row(step, store.address_of(step), size, manifest, findings, read))
     return rows
+
+
+def add_reasons(rows: Sequence[dict[str, Any]], rules: Rules) -> None:
+    """Put `kept_because` into the rows of one place, oldest first."""
+    facts = [Found(line["step"], line["verified"], line["metrics"].get(rules.best)) for line in rows]
+    for line, verdict in zip(rows, decide(presumed(facts), rules), strict=True):
+        line["kept_because"] = list(verdict.reasons)
+
+
+def _row(
+    step: int, place: str, size: int, manifest: Manifest | None, findings: Sequence[Finding], read: bool
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "directory": place,
+        "time": manifest.time if manifest else None,
+        "bytes": size,
+        "world_size": manifest.world_size if manifest else None,
+        "metrics": dict(manifest.metrics) if manifest else {},
+        "verified": False if findings else True if read else None,
+        "problems": [finding.as_dict() | {"text": str(finding)} for finding in findings],
+    }

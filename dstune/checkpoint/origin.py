@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstune.checkpoint import resolve
-from dstune.checkpoint.layout import load_manifest
-from dstune.checkpoint.remote import Store, Unavailable
+from dstune.checkpoint.keeping import BestMode, best_of
+from dstune.checkpoint.objects import Unavailable
+from dstune.checkpoint.remote import Store
 from dstune.checkpoint.resolve import Checkpoint
 from dstune.errors import CheckpointError, Problem
 from dstune.loggers import get_logger
@@ -30,7 +31,7 @@ def newest(checkpoints: Path, store: Store | None, into: Path | None = None) -> 
     """The newest checkpoint that is whole in the directory `checkpoints` or in the store, and why newer ones were passed over.
 
     Of a step that is in both, the one on the disk is taken. What comes from the store is fetched into `into` (default:
-    `checkpoints`). Raises remote.Unavailable where the store does not answer: an older one is not taken for that.
+    `checkpoints`). Raises objects.Unavailable where the store does not answer: an older one is not taken for that.
     """
     here = {one.step: one for one in resolve.committed(checkpoints)}
     there = set(store.committed()) if store else set[int]()
@@ -50,36 +51,39 @@ def newest(checkpoints: Path, store: Store | None, into: Path | None = None) -> 
     return Origin(None, False, passed_over)
 
 
-def choose(checkpoints: Path, address: str | None, wanted: str, metric: str | None, *, into: Path) -> Checkpoint:
-    """The checkpoint that `wanted` names: a step, `newest` (whole), or `best` by `metric` (the lowest). It is whole.
+def choose(
+    checkpoints: Path, address: str | None, wanted: str, metric: str | None, mode: BestMode = "min", *, into: Path
+) -> Checkpoint:
+    """`resolve.choose`, in the store at `address` too: what is there alone is fetched into the directory `into`.
 
-    What is in the store at `address` alone is fetched into the directory `into`. Raises CheckpointError where there is none such, or it is
-    damaged.
+    Raises CheckpointError where there is none such, or it is damaged.
     """
     if address is None:
-        return resolve.choose(checkpoints, wanted, metric)
+        return resolve.choose(checkpoints, wanted, metric, mode)
     store = Store(address)
     if wanted == "newest":
         return _newest(checkpoints, store, into)
     here = {one.step: one for one in resolve.committed(checkpoints)}
     steps = sorted(here.keys() | set(store.committed()))
-    step = (
-        _best(here, steps, store, metric or "loss")
-        if wanted == "best"
-        else next((s for s in steps if str(s) == wanted), None)
-    )
+    metric = metric or "loss"
+    if wanted == "best":
+        values = {step: resolve.metric_of(here[step], metric) if step in here else None for step in steps}
+        values |= {step: store.manifest(step).metrics.get(metric) for step in store.committed() if values[step] is None}
+        step = best_of(values, mode)
+    else:
+        step = next((step for step in steps if str(step) == wanted), None)
     if step is None:
         known = ", ".join(map(str, steps)) or "none"
-        came = (
-            f"no checkpoint has a value of {metric or 'loss'!r}"
-            if wanted == "best"
-            else f"no committed step {wanted!r}"
-        )
+        came = f"no checkpoint has a value of {metric!r}" if wanted == "best" else f"no committed step {wanted!r}"
         raise CheckpointError(Problem(f"{checkpoints}, {store.address}", came, f"one of: {known}"))
-    if step in here and not (problems := resolve.verify(here[step])):
-        return here[step]
-    if step in here:
-        log.warning("%s: %s; looking into the store", here[step].directory, "; ".join(problems))
+    return _whole(step, here.get(step), store, into)
+
+
+def _whole(step: int, here: Checkpoint | None, store: Store, into: Path) -> Checkpoint:
+    if here and not (problems := resolve.verify(here)):
+        return here
+    if here:
+        log.warning("%s: %s; looking into the store", here.directory, "; ".join(problems))
     return store.fetch(step, into)
 
 
@@ -91,13 +95,3 @@ def _newest(checkpoints: Path, store: Store, into: Path) -> Checkpoint:
     for reason in found.passed_over:
         log.warning("%s; step %d is the newest whole one", reason, found.checkpoint.step)
     return found.checkpoint
-
-
-def _best(here: dict[int, Checkpoint], steps: Sequence[int], store: Store, metric: str) -> int | None:
-    """The step with the lowest value of `metric`, the newer of two equal ones; None where none has it."""
-    values: list[tuple[float, int]] = []
-    for step in steps:
-        manifest = load_manifest(here[step].directory) if step in here else store.manifest(step)
-        if (value := manifest.metrics.get(metric)) is not None:
-            values.append((-value, step))
-    return max(values)[1] if values else None

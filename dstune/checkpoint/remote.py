@@ -5,27 +5,27 @@ no rename: a checkpoint is there when its manifest is, which is put last and rem
 client (`AWS_MAX_ATTEMPTS`); credentials come from the environment alone.
 """
 
-import contextlib
 import hashlib
 import math
 import os
-import posixpath
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from pyarrow import fs
-
-from dstune import places
 from dstune.atomic import commit_directory, durable_file
 from dstune.checkpoint.agreement import agreed
+from dstune.checkpoint.audit import Finding
+from dstune.checkpoint.hashing import OnBytes
+from dstune.checkpoint.keeping import Found, Rules, decide, presumed, surplus
 from dstune.checkpoint.layout import FileRecord, Manifest, load_manifest, read_manifest
-from dstune.checkpoint.resolve import Checkpoint, naming_problems
+from dstune.checkpoint.objects import BLOCK_BYTES, Objects, Unavailable
+from dstune.checkpoint.resolve import Checkpoint
 from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.paths import CheckpointPaths, step_directory, step_of
@@ -33,21 +33,11 @@ from dstune.protocols import Control
 
 log = get_logger(__name__)
 
-_BLOCK_BYTES = 8 << 20
-_BLOCKS_UNDER_WAY = 8
-"""An upload waits for those that it has sent: memory stays at so many blocks, however slow the network."""
 _PIECE_BYTES = 64 << 30
 """pyarrow's uploads end at 10,000 parts of 10 MiB, 98 GiB."""
 _PIECE = re.compile(r"(.+)\.part-(\d{5})-of-(\d{5})")
 _MAX_THREADS = 8
 _MANIFEST = CheckpointPaths(Path()).manifest.name
-
-Surplus = Callable[[Mapping[int, Manifest], int], Iterable[int]]
-"""`surplus(manifests by step, newest whole step)`: the steps that may go."""
-
-
-class Unavailable(CheckpointError):
-    """The store, or this disk, does not do what it is asked now: nothing is known of the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +55,7 @@ class Store:
     def __init__(self, address: str, piece_bytes: int = _PIECE_BYTES) -> None:
         self.address = address.rstrip("/")
         self._piece_bytes = piece_bytes
-        there = places.filesystem(self.address)
-        self._system, self._root = there.system, there.path
-        self._holds_objects = self._system.type_name in ("s3", "gcs")
+        self._objects = Objects(self.address)
 
     def address_of(self, step: int) -> str:
         """Where a checkpoint is, as a person writes it."""
@@ -83,29 +71,35 @@ class Store:
         """Raises CheckpointError where it is damaged, Unavailable where it cannot be read."""
         return read_manifest(self._manifest_bytes(step), f"{self.address_of(step)}/{_MANIFEST}")
 
-    def verify(self, step: int, part: slice | None = None) -> list[str]:
+    def verify(self, step: int, part: slice | None = None, on_bytes: OnBytes | None = None) -> list[Finding]:
         """What is wrong with a checkpoint, by reading every byte (or those of a `part` of its files); empty where nothing is.
 
         Raises Unavailable.
         """
+        manifest, findings = self.glance(step)
+        if manifest is None or findings:
+            return findings
+        objects = self._steps().get(step, {})
+        wanted = sorted(manifest.files)[part or slice(None)]
+        keep = None if on_bytes is None else lambda block: on_bytes(len(block))
+        return self._each(wanted, lambda name: self._read(manifest, name, objects, keep))
+
+    def glance(self, step: int) -> tuple[Manifest | None, list[Finding]]:
+        """The manifest, None where it cannot be used, and what shows to be wrong without reading shards. Raises Unavailable."""
         try:
             manifest = self.manifest(step)
         except Unavailable:
             raise
         except CheckpointError as error:
-            return [str(error)]
-        objects = self._steps().get(step, {})
-        problems = self._layout_problems(manifest, step, objects)
-        wanted = sorted(manifest.files)[part or slice(None)] if not problems else []
-        return problems + self._each(wanted, lambda name: self._read(step, name, objects, manifest.files[name]))
+            return None, [Finding(_MANIFEST, "changed", error.problems[0].came)]
+        return manifest, _layout(manifest, step, self._steps().get(step, {}))
 
     def probe(self) -> None:
         """Write an object and delete it. Raises ConfigError where that fails: key, bucket, endpoint, rights."""
-        path = f"{self._root}/.probe-{secrets.token_hex(8)}"
+        name = f".probe-{secrets.token_hex(8)}"
         try:
-            self._put(path, b"dstune may write here\n")
-            with self._asking():
-                self._system.delete_file(path)
+            self._objects.put(name, b"dstune may write here\n")
+            self._objects.delete(name)
             self.committed()
         except Unavailable as error:
             came = f"cannot be used: {error.problems[0].came}"
@@ -144,7 +138,7 @@ class Store:
             self.remove(step)
         if _MANIFEST in (there := steps.get(manifest.step, {})):
             same = self._manifest_bytes(manifest.step) == CheckpointPaths(directory).manifest.read_bytes()
-            if same and not self._layout_problems(manifest, manifest.step, there):
+            if same and not _layout(manifest, manifest.step, there):
                 return False
             log.warning("%s is replaced by the one that was saved now", self.address_of(manifest.step))
             self.remove(manifest.step)
@@ -165,9 +159,9 @@ class Store:
         with source.open("rb", buffering=0) as file:
             for number in range(pieces):
                 name = source.name if pieces == 1 else f"{source.name}.part-{number:05d}-of-{pieces:05d}"
-                with self._writing(self._path(step, name)) as write:
+                with self._objects.writing(f"{_name(step)}/{name}") as write:
                     stop = max(0, left - self._piece_bytes)
-                    while left > stop and (block := file.read(min(_BLOCK_BYTES, left - stop))):
+                    while left > stop and (block := file.read(min(BLOCK_BYTES, left - stop))):
                         digest.update(block)
                         write(block)
                         left -= len(block)
@@ -179,10 +173,8 @@ class Store:
     def _seal(self, directory: Path) -> None:
         """Put the manifest, now that every object is seen to be there, at its full size."""
         manifest = load_manifest(directory)
-        problems = self._layout_problems(manifest, manifest.step, self._steps().get(manifest.step, {}))
-        if problems:
-            raise CheckpointError(Problem(self.address_of(manifest.step), "; ".join(problems)))
-        self._put(self._path(manifest.step, _MANIFEST), CheckpointPaths(directory).manifest.read_bytes())
+        self._refuse(manifest.step, _layout(manifest, manifest.step, self._steps().get(manifest.step, {})))
+        self._objects.put(f"{_name(manifest.step)}/{_MANIFEST}", CheckpointPaths(directory).manifest.read_bytes())
 
     # --- out of the store --------------------------------------------------------------------------------------------
 
@@ -197,8 +189,7 @@ class Store:
         objects = self._steps().get(step, {})
         final, token = step_directory(checkpoints, step), secrets.token_hex(4)
         temporary = final.with_name(f"{final.name}.tmp-{token}")
-        if problems := self._layout_problems(manifest, step, objects):
-            raise CheckpointError(Problem(self.address_of(step), "; ".join(problems)))
+        self._refuse(step, _layout(manifest, step, objects))
         try:
             temporary.mkdir(parents=True)
             self._fetch_files(temporary, manifest, objects)
@@ -216,171 +207,91 @@ class Store:
         return Checkpoint(step, final)
 
     def _fetch_files(self, directory: Path, manifest: Manifest, objects: Mapping[str, int]) -> None:
-        def get(name: str) -> str | None:
+        def get(name: str) -> Finding | None:
             with durable_file(directory / name) as file:
-                return self._read(manifest.step, name, objects, manifest.files[name], file.write)
+                return self._read(manifest, name, objects, file.write)
 
-        if problems := self._each(sorted(manifest.files), get):
-            raise CheckpointError(Problem(self.address_of(manifest.step), "; ".join(problems)))
+        self._refuse(manifest.step, self._each(sorted(manifest.files), get))
+
+    def _refuse(self, step: int, findings: Sequence[Finding]) -> None:
+        if findings:
+            raise CheckpointError(Problem(self.address_of(step), "; ".join(map(str, findings))))
 
     # --- out of the way ----------------------------------------------------------------------------------------------
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint, its manifest first: cut short, it is no checkpoint any more. Raises Unavailable."""
-        with self._asking():
-            if _MANIFEST in self._steps().get(step, {}):
-                self._system.delete_file(self._path(step, _MANIFEST))
-            self._system.delete_dir(self._path(step))
+        if _MANIFEST in self._steps().get(step, {}):
+            self._objects.delete(f"{_name(step)}/{_MANIFEST}")
+        self._objects.delete_below(_name(step))
 
-    def prune(self, control: Control, surplus: Surplus) -> list[int]:
-        """Remove the steps that `surplus` names, and damaged ones older than a whole one; the removed steps.
+    def prune(self, rules: Rules, control: Control) -> list[int]:
+        """Remove the committed steps that no rule keeps; returns them. A collective call.
 
-        A collective call. Nothing goes before a newer checkpoint in the store was read back whole; the workers share the reading.
-        Raises CheckpointError on every worker where the store fails.
+        Nothing goes before a newer checkpoint in the store was read back whole; the workers share the reading. Raises
+        CheckpointError on every worker where the store fails.
         """
-        facts = agreed(control, "look for old uploads", lambda: self._old(surplus, None), only_first=True)[0]
+        known = agreed(control, "look for old uploads", lambda: self._known(rules), only_first=True)[0]
+        found = [Found(**one) for one in known]
         part = slice(control.rank, None, control.world_size)
-        for newest in reversed(facts["steps"] if facts["old"] else []):
-            shares = agreed(control, "read an upload back", lambda step=newest: self.verify(step, part))
+        while old := surplus(decide(presumed(found), rules)):
+            newest = max(one.step for one in found if one.whole is not False)
+            shares = agreed(control, "read an upload back", lambda step=newest: self._problems(step, part))
             problems = [problem for share in shares for problem in share]
             if not problems:
-                return agreed(
-                    control, "remove old uploads", lambda step=newest: self._prune(surplus, step), only_first=True
-                )[0]
+                agreed(control, "remove old uploads", lambda steps=old: self._remove(steps), only_first=True)
+                return old
             log.warning("%s is damaged and does not count: %s", self.address_of(newest), "; ".join(problems))
+            found = [replace(one, whole=False) if one.step == newest else one for one in found]
         return []
 
-    def _old(self, surplus: Surplus, newest_whole: int | None) -> dict[str, list[int]]:
-        steps, manifests = self.committed(), dict[int, Manifest]()
-        damaged: list[int] = []
-        for step in steps:
+    def _problems(self, step: int, part: slice) -> list[str]:
+        return [str(finding) for finding in self.verify(step, part)]
+
+    def _known(self, rules: Rules) -> list[dict[str, Any]]:
+        found: list[Found] = []
+        for step in self.committed():
             try:
-                manifests[step] = self.manifest(step)
+                found.append(Found(step, None, self.manifest(step).metrics.get(rules.best or "")))
             except Unavailable:
                 raise
             except CheckpointError:
-                damaged.append(step)
-        newest = max(manifests, default=0) if newest_whole is None else newest_whole
-        return {"steps": steps, "old": [step for step in (*damaged, *surplus(manifests, newest)) if step < newest]}
+                found.append(Found(step, False))
+        return [asdict(one) for one in found]
 
-    def _prune(self, surplus: Surplus, newest_whole: int) -> list[int]:
-        old = sorted(self._old(surplus, newest_whole)["old"])
-        for step in old:
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
             self.remove(step)
-        return old
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _path(self, step: int, name: str = "") -> str:
-        return posixpath.join(self._root, _name(step), name).rstrip("/")
-
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        try:
-            with places.as_os_errors():
-                yield
-        except OSError as error:
-            do = "Is the network there, and are the credentials still good?"
-            raise Unavailable(Problem(self.address, places.first_line(error), do=do)) from None
-
     def _steps(self) -> dict[int, dict[str, int]]:
         """For every step of which something is there: its objects' names and sizes."""
-        with self._asking():
-            if isinstance(self._system, fs.PyFileSystem):
-                self._system.handler.fs.invalidate_cache()
-            found = self._system.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True))
         steps: dict[int, dict[str, int]] = {}
-        for info in found:
-            folder, name = posixpath.split(info.path)
-            step = step_of(Path(folder))
-            if (
-                info.type == fs.FileType.File
-                and step is not None
-                and posixpath.dirname(folder).strip("/") == self._root.strip("/")
-            ):
-                steps.setdefault(step, {})[name] = info.size
+        for name, size in self._objects.sizes().items():
+            folder, _, file = name.rpartition("/")
+            if "/" not in folder and (step := step_of(Path(folder))) is not None:
+                steps.setdefault(step, {})[file] = size
         return steps
 
-    def _layout_problems(self, manifest: Manifest, step: int, objects: Mapping[str, int]) -> list[str]:
-        """Objects that are missing, cut or foreign."""
-        whole = {_file_of(name) for name in objects} - {_MANIFEST}
-        problems = naming_problems(manifest, step, whole)
-        for name, record in sorted(manifest.files.items()):
-            pieces = _pieces(name, objects)
-            size = sum(objects[piece] for piece in pieces)
-            if not pieces:
-                problems.append(f"{name}: is missing")
-            elif size != record.bytes:
-                problems.append(f"{name}: {size} bytes instead of {record.bytes}")
-        return problems
-
     def _read(
-        self,
-        step: int,
-        name: str,
-        objects: Mapping[str, int],
-        record: FileRecord,
-        keep: Callable[[bytes], object] | None = None,
-    ) -> str | None:
+        self, manifest: Manifest, name: str, objects: Mapping[str, int], keep: Callable[[bytes], object] | None = None
+    ) -> Finding | None:
         """Read a file's objects to the end, handing every block on; what is wrong with the bytes that came."""
         digest = hashlib.sha256()
         for piece in _pieces(name, objects):
-            for block in self._blocks(self._path(step, piece)):
+            for block in self._objects.blocks(f"{_name(manifest.step)}/{piece}"):
                 digest.update(block)
                 if keep is not None:
                     keep(block)
-        return None if digest.hexdigest() == record.sha256 else f"{name}: its SHA-256 is not the manifest's"
-
-    def _blocks(self, path: str) -> Iterator[bytes]:
-        with self._asking():
-            stream = self._system.open_input_stream(path, compression=None)
-        with stream:
-            while True:
-                with self._asking():
-                    block = stream.read(_BLOCK_BYTES)
-                if not block:
-                    return
-                yield block
+        if digest.hexdigest() == manifest.files[name].sha256:
+            return None
+        return Finding(name, "changed", "its SHA-256 is not the manifest's", _worker(manifest, name))
 
     def _manifest_bytes(self, step: int) -> bytes:
-        return b"".join(self._blocks(self._path(step, _MANIFEST)))
+        return b"".join(self._objects.blocks(f"{_name(step)}/{_MANIFEST}"))
 
-    def _put(self, path: str, content: bytes) -> None:
-        """Write a small file whole: an object is there when it was sent to its end, a file elsewhere needs a rename for that."""
-        written = path if self._holds_objects else f"{path}.tmp"
-        with self._writing(written) as write:
-            write(content)
-        if written != path:
-            with self._asking():
-                self._system.move(written, path)
-
-    @contextlib.contextmanager
-    def _writing(self, path: str) -> Iterator[Callable[[bytes], None]]:
-        """Write an object block by block. It is there when the context was left without an error."""
-        with self._asking():
-            if not self._holds_objects:
-                self._system.create_dir(posixpath.dirname(path), recursive=True)
-            stream = self._system.open_output_stream(path, compression=None)
-        written = 0
-
-        def write(block: bytes) -> None:
-            nonlocal written
-            with self._asking():
-                stream.write(block)
-                written += 1
-                if written % _BLOCKS_UNDER_WAY == 0:
-                    stream.flush()
-
-        try:
-            yield write
-        except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to tell
-                stream.close()
-            raise
-        with self._asking():
-            stream.close()
-
-    def _each(self, names: Iterable[str], look: Callable[[str], str | None]) -> list[str]:
+    def _each(self, names: Iterable[str], look: Callable[[str], Finding | None]) -> list[Finding]:
         """What `look` says of each file, where it says something; several at a time."""
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
             return [said for said in pool.map(look, names) if said]
@@ -388,6 +299,37 @@ class Store:
 
 def _name(step: int) -> str:
     return step_directory(Path(), step).name
+
+
+def _layout(manifest: Manifest, step: int, objects: Mapping[str, int]) -> list[Finding]:
+    """The manifest is of another step or names other files than a checkpoint has; objects that are missing, cut or foreign."""
+    findings: list[Finding] = []
+    if manifest.step != step:
+        findings.append(Finding(_MANIFEST, "foreign", f"is of step {manifest.step}"))
+    expected = {*_shards(manifest), CheckpointPaths(Path()).state.name}
+    if expected != set(manifest.files):
+        findings.append(Finding(_MANIFEST, "inconsistent", f"names {sorted(manifest.files)}"))
+    for name in sorted({_file_of(name) for name in objects} - expected - {_MANIFEST}):
+        findings.append(Finding(name, "foreign", "does not belong to this checkpoint"))
+    for name, record in sorted(manifest.files.items()):
+        pieces = _pieces(name, objects)
+        size, worker = sum(objects[piece] for piece in pieces), _worker(manifest, name)
+        if not pieces:
+            findings.append(Finding(name, "missing", "is missing", worker))
+        elif size != record.bytes:
+            findings.append(Finding(name, "size", f"{size} bytes instead of {record.bytes}", worker))
+    return findings
+
+
+def _shards(manifest: Manifest) -> list[str]:
+    paths = CheckpointPaths(Path())
+    return [paths.shard(rank, manifest.world_size).name for rank in range(manifest.world_size)]
+
+
+def _worker(manifest: Manifest, name: str) -> int | None:
+    """Whose shard a file is."""
+    shards = _shards(manifest)
+    return shards.index(name) if name in shards else None
 
 
 def _file_of(name: str) -> str:

@@ -3,46 +3,38 @@
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dstune.atomic import durable_file, remove_directory
 from dstune.checkpoint.agreement import agreed
-from dstune.checkpoint.commit import CommitRecord, Intent, seal
+from dstune.checkpoint.commit import CommitRecord, Intent, WriteShard, seal
 from dstune.checkpoint.layout import FileRecord, SliceEntry
 from dstune.checkpoint.remote import Store
 from dstune.checkpoint.resolve import committed
-from dstune.checkpoint.shards import entries, read_header, write_shard
+from dstune.checkpoint.shards import entries, read_header
 from dstune.paths import CheckpointPaths, step_directory
-from dstune.protocols import Control, Slice
+from dstune.protocols import Control
 
 
-def save(
-    staging: Path,
-    store: Store,
-    leader: int,
-    step: int,
-    slices: Iterable[Slice],
-    state: Mapping[str, Any],
-    control: Control,
-    fingerprints: Mapping[str, Any],
-    metrics: Mapping[str, float] | None = None,
+def commit(
+    staging: Path, store: Store, leader: int, intent: Intent, write: WriteShard, control: Control
 ) -> CommitRecord:
-    """`commit.save` for workers whose directory `staging` is not one: `leader` is the lowest rank that shares this worker's.
+    """`commit.commit` for workers whose directory `staging` is not one: `leader` is the lowest rank that shares this worker's.
 
     The record's directory is gone when this returns: the checkpoint is in the store alone. Raises CheckpointError on every worker
     where the save fails on any; what was in the store before is untouched.
     """
     began = time.monotonic()
+    step = intent.step
     token = control.broadcast(secrets.token_hex(4))
     directory = step_directory(staging, step).with_name(f"{step_directory(staging, step).name}.tmp-{token}")
-    intent = Intent(step, state, fingerprints, metrics or {})
     leads = control.rank == leader
     try:
         agreed(control, "prepare", lambda: _prepare(directory) if leads else None)
-        written = agreed(control, "write", lambda: _write(directory, slices, step, control))
+        written = agreed(control, "write", lambda: _write(directory, step, write, control))
         manifest = agreed(control, "commit", lambda: _seal(directory, intent, written), only_first=True)[0]
         agreed(control, "commit", lambda: _keep(directory, manifest) if leads and control.rank != 0 else None)
         store.publish(directory, control)
@@ -62,10 +54,10 @@ def _prepare(directory: Path) -> None:
     directory.mkdir()
 
 
-def _write(directory: Path, slices: Iterable[Slice], step: int, control: Control) -> dict[str, Any]:
+def _write(directory: Path, step: int, write: WriteShard, control: Control) -> dict[str, Any]:
     """This worker's shard, and what worker 0 has to know of it, which cannot look."""
     shard = CheckpointPaths(directory).shard(control.rank, control.world_size)
-    record = write_shard(shard, list(slices), step)
+    record = write(shard, step)
     return {"record": asdict(record), "slices": [asdict(entry) for entry in entries([read_header(shard)])]}
 
 

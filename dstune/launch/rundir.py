@@ -47,7 +47,7 @@ def run_paths(run: LoadedRun) -> RunPaths:
 
 
 def find_checkpoints(run: str | Path) -> tuple[Path, str | None]:
-    """Where the checkpoints of an existing run are: a directory, and the address of a store. Raises as `find` and `load`."""
+    """Where the checkpoints of an existing run are: a directory, and a store's address. Raises as `find` and `load`."""
     paths = find(run)
     loaded = load(paths)
     return checkpoints_of(loaded.config, loaded.base, paths), store_of(loaded.config)

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import urllib.request
@@ -17,13 +16,17 @@ import torch
 import torch.distributed as dist
 from pyarrow import fs
 
-from dstune.checkpoint import origin, retention
+from dstune.checkpoint import origin
+from dstune.checkpoint.commit import Intent
 from dstune.checkpoint.home import Home
-from dstune.checkpoint.layout import Manifest, load_manifest
+from dstune.checkpoint.keeping import Rules
+from dstune.checkpoint.layout import load_manifest
 from dstune.checkpoint.listing import stored
+from dstune.checkpoint.objects import Objects, Unavailable
 from dstune.checkpoint.reader import Reader
-from dstune.checkpoint.remote import Store, Unavailable
+from dstune.checkpoint.remote import Store
 from dstune.checkpoint.resolve import verify
+from dstune.checkpoint.shard_writer import write_shard
 from dstune.engine.control import ControlGroup
 from dstune.errors import CheckpointError, ConfigError
 from dstune.paths import step_directory
@@ -43,8 +46,14 @@ def assert_holds(directory: Path, step: int) -> None:
             assert torch.equal(reader.read(state, name), whole(state, name, step))
 
 
+def commit_at(home: Home, step: int, control: Any) -> None:
+    pieces = slices(step, control.rank, control.world_size)
+    intent = Intent(step, {"step": step}, {}, {"loss": 1.0 / step})
+    home.commit(intent, lambda path, number: write_shard(path, pieces, number), control)
+
+
 def save(home: Home, step: int, control: Any) -> None:
-    home.save(step, slices(step, control.rank, control.world_size), {"step": step}, control, {}, {"loss": 1.0 / step})
+    commit_at(home, step, control)
     home.publish(step, control)
 
 
@@ -71,7 +80,7 @@ def _one_disk(shared: Path, control: ControlGroup) -> None:
         assert home.publish(step, control) is None  # nothing is left to send
     control.barrier()
     own = f"shard-{control.rank:05d}-of-00002.safetensors"
-    home.save(3, slices(3, control.rank, 2), {"step": 3}, control, {})
+    commit_at(home, 3, control)
     if control.rank == 1:
         path = step_directory(shared, 3) / own
         path.write_bytes(flipped(path.read_bytes()))
@@ -79,7 +88,7 @@ def _one_disk(shared: Path, control: ControlGroup) -> None:
         home.publish(3, control)
     assert home.store.committed() == [1, 2]
     save(home, 4, control)
-    assert home.prune(2, control) == [1, 2]
+    assert home.prune(Rules(keep=2), control) == [1, 2]
     assert steps(shared) == [3, 4] and home.store.committed() == [2, 4]
 
 
@@ -102,7 +111,7 @@ def _own_disks(folder: Path, control: ControlGroup) -> None:
     assert_holds(directory, 2)
     save(home, 3, control)
     assert names(disk) == []
-    assert home.prune(1, control) == [1, 2]
+    assert home.prune(Rules(keep=1), control) == [1, 2]
     assert home.store.committed() == [3]
 
 
@@ -138,7 +147,7 @@ def test_workers_keep_their_checkpoints_in_an_object_store(s3: fs.S3FileSystem, 
     assert_holds(found.checkpoint.directory, 4)
     commit(tmp_path / "shared", 5)
     store.upload(step_directory(tmp_path / "shared", 5))
-    assert [row["verdict"] for row in stored(store, verify=True)] == ["whole, in the store"] * 3
+    assert [row["verified"] for row in stored(store, read=True)] == [True] * 3
     assert_holds(Store(f"{ADDRESS}-staged").fetch(3, tmp_path / "fetched").directory, 3)
 
 
@@ -194,16 +203,16 @@ def there(store: Store, step: int) -> Path:
 
 def _upload_dying_at(directory: Path, address: str, point: int) -> None:
     """Upload, and die, as under kill -9, before the `point`-th thing that the store is asked."""
-    store, asking, left = Store(address, piece_bytes=400), Store._asking, point
+    store, asking, left = Store(address, piece_bytes=400), Objects._asking, point
 
-    def counted(self: Store) -> Any:
+    def counted(self: Objects) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return asking(self)
 
-    Store._asking = counted
+    Objects._asking = counted
     store.upload(directory)
 
 
@@ -249,7 +258,7 @@ def test_what_is_damaged_in_the_store_is_named_and_passed_over(
         assert store.committed() == [1] and not found.passed_over
         return
     (problem,) = store.verify(2)
-    assert path.name in problem
+    assert problem.file == path.name
     (reason,) = found.passed_over
     assert path.name in reason and store.address_of(2) in reason
 
@@ -257,9 +266,9 @@ def test_what_is_damaged_in_the_store_is_named_and_passed_over(
 def test_foreign_objects_and_other_steps_are_refused(kept: tuple[Path, Store], tmp_path: Path) -> None:
     _, store = kept
     (there(store, 2) / "shard-00007-of-00008.safetensors").write_bytes(b"")
-    assert "shard-00007-of-00008.safetensors: does not belong" in store.verify(2)[0]
+    assert "shard-00007-of-00008.safetensors: does not belong" in str(store.verify(2)[0])
     shutil.copytree(there(store, 1), there(store, 9))
-    assert "is of step 1" in store.verify(9)[0]
+    assert "is of step 1" in str(store.verify(9)[0])
     with pytest.raises(CheckpointError, match="is of step 1"):
         store.fetch(9, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -299,7 +308,7 @@ def test_a_large_file_goes_in_pieces(tmp_path: Path) -> None:
     assert store.verify(1) == []
     assert_holds(store.fetch(1, tmp_path / "new").directory, 1)
     pieces[1].unlink()
-    assert re.search("shard-00000-of-00001.safetensors: is missing", store.verify(1)[0])
+    assert str(store.verify(1)[0]) == "shard-00000-of-00001.safetensors (worker 0): is missing"
 
 
 def test_a_step_that_was_saved_again_replaces_the_one_in_the_store(kept: tuple[Path, Store], tmp_path: Path) -> None:
@@ -316,14 +325,11 @@ def test_nothing_is_removed_before_a_newer_one_was_read_back(kept: tuple[Path, S
         commit(here, step, metrics={"loss": float(step)})
         store.upload(step_directory(here, step))
 
-    def surplus(manifests: dict[int, Manifest], newest: int) -> list[int]:
-        return retention.surplus(list(manifests), newest, 1, retention.best_of(manifests, "loss"))
-
     shard = next(there(store, 4).glob("shard-*"))
     shard.write_bytes(flipped(shard.read_bytes()))
-    assert store.prune(Alone(), surplus) == [2]
+    assert store.prune(Rules(keep=1, best="loss"), Alone()) == [2]
     assert store.committed() == [1, 3, 4]
-    assert store.prune(Alone(), surplus) == []
+    assert store.prune(Rules(keep=1, best="loss"), Alone()) == []
 
 
 def test_any_filesystem_of_fsspec_keeps_checkpoints(tmp_path: Path) -> None:

@@ -83,12 +83,13 @@ def test_a_resume_is_exact_from_the_disk_and_from_an_object_store(
     with pytest.raises(UsageError, match="holds checkpoints of a run of this name already"):
         start.reached_store(load_run(run).config, new=True)
     shutil.rmtree(paths.checkpoints)
-    listed = api.checkpoints(paths.root, verify=True)
-    assert listed[-1]["step"] == stopped_at and listed[-1]["verdict"] == "whole, in the store"
+    (*_, listed) = api.checkpoints(paths.root, verify=True)["checkpoints"]
+    assert listed["step"] == stopped_at and listed["verified"] and listed["directory"].startswith("s3://")
+    assert api.verify_checkpoints(paths.root)["newest_whole"] == stopped_at
     assert drive(paths.root, 2, new=False).state == "succeeded"
     assert [record["step"] for record in read_lines(paths.events) if record["event"] == "fetched"] == [stopped_at]
     assert_exact(paths, reference)
-    assert [one["step"] for one in api.checkpoints(paths.root)] == [9, 9, 12, 12]
+    assert [one["step"] for one in api.checkpoints(paths.root)["checkpoints"]] == [9, 9, 12, 12]
 
 
 def relative_difference(one: list[float], other: list[float]) -> float:
