@@ -10,11 +10,16 @@ from dstune.checkpoint.disks import leaders, require_shared
 from dstune.checkpoint.keeping import Rules
 from dstune.checkpoint.remote import Published, Store
 from dstune.checkpoint.resolve import Checkpoint, verify
+from dstune.errors import CheckpointError
 from dstune.loggers import get_logger
 from dstune.paths import step_directory, step_of
 from dstune.protocols import Control
 
 _log = get_logger(__name__)
+
+
+class NotPublished(CheckpointError):
+    """A checkpoint is committed on the disk, and did not come into the store."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +81,25 @@ class Home:
         return staged.commit(self.checkpoints, self.store, self.leader, intent, write, control)
 
     def publish(self, step: int, control: Control) -> Published | None:
-        """Upload a checkpoint that is committed on the shared disk; None where there is no store, or nothing was left to send."""
+        """Upload a checkpoint that is committed on the shared disk; None where there is no store, or nothing was left to send.
+
+        Raises NotPublished.
+        """
         if self.store is None or not self.shared:
             return None
-        published = self.store.publish(step_directory(self.checkpoints, step), control)
+        try:
+            published = self.store.publish(step_directory(self.checkpoints, step), control)
+        except CheckpointError as error:
+            raise NotPublished(error.problems) from None
         return published if published.bytes else None
 
     def prune(self, rules: Rules, control: Control) -> list[int]:
-        """Delete the committed steps that no rule keeps, on the disk and in the store; the steps deleted in either."""
-        removed = retention.prune(self.checkpoints, rules, control) if self.shared else []
-        return sorted({*removed, *self.store.prune(rules, control)}) if self.store else removed
+        """Delete the steps on the shared disk that no rule keeps; returns them."""
+        return retention.prune(self.checkpoints, rules, control) if self.shared else []
+
+    def prune_store(self, rules: Rules, control: Control) -> list[int]:
+        """The same in the store."""
+        return self.store.prune(rules, control) if self.store else []
 
 
 def _reached(address: str, control: Control) -> Store:

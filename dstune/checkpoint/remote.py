@@ -286,7 +286,7 @@ class Store:
                     keep(block)
         if digest.hexdigest() == manifest.files[name].sha256:
             return None
-        return Finding(name, "changed", "its SHA-256 is not the manifest's", _worker(manifest, name))
+        return Finding(name, "changed", "its SHA-256 is not the manifest's", _workers(manifest).get(name))
 
     def _manifest_bytes(self, step: int) -> bytes:
         return b"".join(self._objects.blocks(f"{_name(step)}/{_MANIFEST}"))
@@ -306,14 +306,15 @@ def _layout(manifest: Manifest, step: int, objects: Mapping[str, int]) -> list[F
     findings: list[Finding] = []
     if manifest.step != step:
         findings.append(Finding(_MANIFEST, "foreign", f"is of step {manifest.step}"))
-    expected = {*_shards(manifest), CheckpointPaths(Path()).state.name}
+    workers = _workers(manifest)
+    expected = {*workers, CheckpointPaths(Path()).state.name}
     if expected != set(manifest.files):
         findings.append(Finding(_MANIFEST, "inconsistent", f"names {sorted(manifest.files)}"))
     for name in sorted({_file_of(name) for name in objects} - expected - {_MANIFEST}):
         findings.append(Finding(name, "foreign", "does not belong to this checkpoint"))
     for name, record in sorted(manifest.files.items()):
         pieces = _pieces(name, objects)
-        size, worker = sum(objects[piece] for piece in pieces), _worker(manifest, name)
+        size, worker = sum(objects[piece] for piece in pieces), workers.get(name)
         if not pieces:
             findings.append(Finding(name, "missing", "is missing", worker))
         elif size != record.bytes:
@@ -321,15 +322,10 @@ def _layout(manifest: Manifest, step: int, objects: Mapping[str, int]) -> list[F
     return findings
 
 
-def _shards(manifest: Manifest) -> list[str]:
+def _workers(manifest: Manifest) -> dict[str, int]:
+    """Which worker's shard each name is."""
     paths = CheckpointPaths(Path())
-    return [paths.shard(rank, manifest.world_size).name for rank in range(manifest.world_size)]
-
-
-def _worker(manifest: Manifest, name: str) -> int | None:
-    """Whose shard a file is."""
-    shards = _shards(manifest)
-    return shards.index(name) if name in shards else None
+    return {paths.shard(rank, manifest.world_size).name: rank for rank in range(manifest.world_size)}
 
 
 def _file_of(name: str) -> str:

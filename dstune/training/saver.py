@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from dstune.checkpoint.commit import CommitRecord, Intent, WriteShard
-from dstune.checkpoint.home import Home
+from dstune.checkpoint.home import Home, NotPublished
 from dstune.checkpoint.host_memory import available_bytes
 from dstune.checkpoint.keeping import Rules
 from dstune.checkpoint.shard_writer import ShardWriter
@@ -121,10 +121,14 @@ class CheckpointSaver:
         record = self._home.commit(intent, write, control)
         if control.rank == 0:
             self._tell(record, waited)
-        self._publish(intent.step, control)
-        removed = self._home.prune(Rules.of(self._settings), control)
+        rules = Rules.of(self._settings)
+        removed = self._home.prune(rules, control)
         if removed and control.rank == 0:
             self._events.event("removed", steps=removed)
+        self._publish(intent.step, control)
+        removed = self._home.prune_store(rules, control)
+        if removed and control.rank == 0:
+            self._events.event("removed_from_store", steps=removed)
 
     def _publish(self, step: int, control: Control) -> None:
         published = self._home.publish(step, control)
@@ -143,11 +147,12 @@ class CheckpointSaver:
         try:
             yield
         except CheckpointError as error:
+            act, done = ("publish", "uploaded") if isinstance(error, NotPublished) else ("commit", "committed")
             if self._control.rank == 0:
-                self._events.event("commit_failed", step=step, message=str(error))
+                self._events.event(f"{act}_failed", step=step, message=str(error))
             if self._settings.on_error == "stop":
                 raise
-            log.warning("step %d was not committed: %s", step, error)
+            log.warning("step %d was not %s: %s", step, done, error)
 
 
 def _on_a_thread(work: Callable[[], None]) -> Future[None]:

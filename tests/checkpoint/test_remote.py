@@ -89,6 +89,7 @@ def _one_disk(shared: Path, control: ControlGroup) -> None:
     assert home.store.committed() == [1, 2]
     save(home, 4, control)
     assert home.prune(Rules(keep=2), control) == [1, 2]
+    assert home.prune_store(Rules(keep=2), control) == [1]
     assert steps(shared) == [3, 4] and home.store.committed() == [2, 4]
 
 
@@ -111,7 +112,8 @@ def _own_disks(folder: Path, control: ControlGroup) -> None:
     assert_holds(directory, 2)
     save(home, 3, control)
     assert names(disk) == []
-    assert home.prune(Rules(keep=1), control) == [1, 2]
+    assert home.prune(Rules(keep=1), control) == []
+    assert home.prune_store(Rules(keep=1), control) == [1, 2]
     assert home.store.committed() == [3]
 
 
