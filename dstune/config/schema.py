@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.units import parse_every
+from dstune.paths import is_address
+
+_FILE = "file://"
 
 
 class Section(BaseModel):
@@ -271,7 +274,11 @@ class CheckpointSection(Section):
     best_mode: Literal["min", "max"] = "min"
     """Whether the metric's smallest or largest value is the best."""
     dir: str | None = None
-    """Where checkpoints go; default: the run directory's `checkpoints/`."""
+    """Where checkpoints go: a directory that all nodes share, or an address (s3, gs, … with credentials from the environment), below
+    which they are uploaded behind the training. Default: the run directory's `checkpoints/`."""
+    staging: str | None = None
+    """Where checkpoints are written before they are uploaded to the address in `dir`; may be a disk of each node's own. Default: the
+    run directory's `checkpoints/`."""
     background: Literal["auto"] | bool = "auto"
     """Write behind the training, from a copy in host memory (12 bytes a parameter over all workers with AdamW); `auto`: where that
     memory is free. Otherwise the training waits for the disk."""
@@ -282,6 +289,22 @@ class CheckpointSection(Section):
     def _steps_that_are_saved(self) -> "CheckpointSection":
         if self.keep_every is not None and isinstance(self.every, str):
             raise ValueError("`keep_every` counts steps: give `every` in steps too, or hardly a save falls on one")
+        return self
+
+    @property
+    def address(self) -> str | None:
+        """`dir` where it is an address; a `file://` one is a directory like any other."""
+        return self.dir if self.dir and is_address(self.dir) and not self.dir.startswith(_FILE) else None
+
+    @property
+    def directory(self) -> str | None:
+        """The directory on a disk that is written to, as the run file names it; None: the run directory's own."""
+        return self.staging if self.address else self.dir and self.dir.removeprefix(_FILE)
+
+    @model_validator(mode="after")
+    def _staging_is_on_the_way(self) -> "CheckpointSection":
+        if self.staging is not None and self.address is None:
+            raise ValueError("`staging` goes with an address in `dir`, such as s3://bucket/runs")
         return self
 
 

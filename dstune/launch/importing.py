@@ -85,6 +85,7 @@ def import_deepspeed(
             rundir.refuse_existing(loaded)
             _refuse_history(loaded, rundir.run_paths(loaded))
             start.check(loaded)
+            start.reached_store(loaded.config, new=True)
             prepared = prepare(loaded)
             state = _state(source, loaded, prepared, step)
             paths = start.create(loaded, prepared)
