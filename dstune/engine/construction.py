@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dstune.engine.swapping import nvme_problems, require_async_io, uses_nvme
 from dstune.errors import ConfigError, Problem
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -64,6 +65,7 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
         if key in config
     ]
     problems += _unreachable(config.get("zero_optimization", {}))
+    problems += nvme_problems(config)
     _fill(config, required, problems)
     _fill(config, DEFAULTS, None)
     if problems:
@@ -79,10 +81,14 @@ def _unreachable(zero: Mapping[str, Any]) -> list[Problem]:
         for key, why in _UNREACHABLE.items()
         if zero.get(key) and not (key == "zero_hpz_partition_size" and zero[key] == 1) and zero[key] != -1
     ]
-    for key in ("offload_optimizer", "offload_param"):
+    for key, devices in (("offload_optimizer", ("none", "cpu", "nvme")), ("offload_param", ("none", "cpu"))):
         device = (zero.get(key) or {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            problems.append(Problem(f"{where}{key}.device", f"{device!r}", "cpu or none"))
+        if device not in devices:
+            problems.append(Problem(f"{where}{key}.device", f"{device!r}", " or ".join(devices)))
+    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ratio != 1.0:
+        do = "A part of it keeps its states in a second optimizer: no checkpoint could be made."
+        problems.append(Problem(f"{where}offload_optimizer.ratio", f"{ratio!r}", "1.0", do))
     return problems
 
 
@@ -109,6 +115,8 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
     importlib.import_module("torch._dynamo")
 
     config = complete(ds_config, dtype)
+    if uses_nvme(config):
+        require_async_io()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,6 +1,7 @@
 """Where DeepSpeed keeps this worker's fp32 masters and moments, parameter by parameter, on ZeRO-3 and on ZeRO-1 and 2."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,10 @@ class Partitions(Protocol):
         """This worker's elements of `parameter`, padding left out; None where it has none."""
         ...
 
+    def resident(self, flat: torch.Tensor, changed: bool = False) -> AbstractContextManager[None]:
+        """Inside, `flat` and the optimizer's states of it are in memory; what is written there stays where `changed` says so."""
+        ...
+
     def refresh(self) -> None:
         """Make the forward weights follow the fp32 tensors. A collective call; only before the first forward pass."""
         ...
@@ -69,6 +74,22 @@ class Stage3Partitions:
         flat = optimizer.fp32_partitioned_groups_flat[group]
         return Piece(parameter, full_shape(parameter), offset, length, flat, start)
 
+    @contextmanager
+    def resident(self, flat: torch.Tensor, changed: bool = False) -> Iterator[None]:
+        optimizer = self._optimizer
+        group = next(number for number, one in enumerate(optimizer.fp32_partitioned_groups_flat) if one is flat)
+        if not optimizer._swappable_optimizer_subgroup(group):  # Small groups stay in memory.
+            yield
+            return
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+        try:
+            yield
+        finally:
+            if changed:
+                optimizer._optimizer_states_and_gradient_swap_out(group)
+            else:
+                optimizer._release_swap_buffers(group)
+
     def refresh(self) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -76,10 +97,9 @@ class Stage3Partitions:
         # NOTE: a parameter gathered by a forward pass (the small ones stay so) would keep its old value, without a word.
         parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
         assert all(parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE for parameter in parameters), "engine not fresh"
-        pairs = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
-        for group, (forward, master) in enumerate(pairs):
-            forward.data.copy_(master.data)
-            optimizer._unflatten_partitioned_parameters(group)
+        for group, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            with self.resident(master):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def drop_gradients(self) -> None:
         """Nothing to do: the next step's first micro-batch overwrites them."""
@@ -108,6 +128,9 @@ class FlatGroupPartitions:
         flat = self._flats[mapping.param_group_index]
         offset = mapping.lp_fragment_address.start
         return Piece(parameter, tuple(parameter.shape), offset, address.numel, flat, address.start)
+
+    def resident(self, flat: torch.Tensor, changed: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def refresh(self) -> None:
         self._optimizer.update_lp_params()
