@@ -27,10 +27,11 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DstuneError, Problem
-from dstune.model import attention, isolation, names
+from dstune.model import attention, freezing, isolation, names
 from dstune.model.build import build
-from dstune.model.config import load_config
+from dstune.model.config import load_config, model_directory
 from dstune.model.loss import summed_token_loss
+from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
 from dstune.protocols import Control
@@ -155,11 +156,17 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         isolation.prove(model_config, kernel)
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
+    freezing.freeze(module, config.train.freeze)
+    frozen = ""
+    if config.train.freeze:
+        frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
     engine = ZeroEngine(
         module,
         lr=config.train.lr,
+        optimizer=config.train.optimizer,
         betas=config.train.betas,
         eps=config.train.eps,
+        momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
         ds_config=ds_config,
         world=world,
@@ -175,7 +182,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         prepared=prepared,
         validator=validator,
         control=control,
-        state=_initial_state(config, plan, engine),
+        state=_initial_state(config, plan, engine, frozen),
         save=Saver(config, plan, paths, engine, control),
         books=RunBooks(paths),
         device=world.device,
@@ -213,20 +220,21 @@ def _validator(
     )
 
 
-def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainState:
+def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine, frozen: str) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
         prepared_fingerprint=plan.prepared_fingerprint,
         seed=config.train.seed,
         global_batch_size=config.train.global_batch_size,
         total_steps=plan.total_steps,
+        frozen=frozen,
     )
     if plan.resume_from is None:
         return state
     reader = Reader(Path(plan.resume_from))
     state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
-    engine.load(reader.fill, state.optimizer_steps)
     engine.load_extra_state(state.engine)
+    engine.load(reader.fill, state.optimizer_steps)
     log.info("loaded %s (written by %d workers)", plan.resume_from, reader.manifest.world_size)
     return state
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.atomic import commit_directory, dump_json, write_text
 from dstune.checkpoint.reader import Reader
@@ -16,10 +16,11 @@ from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
 from dstune.data.templates import Template
 from dstune.data.tokenize import load_tokenizer
-from dstune.errors import ConfigError, Problem, RunFailed, UsageError
+from dstune.errors import CheckpointError, ConfigError, Problem, RunFailed, UsageError
 from dstune.exporting import tensors
 from dstune.exporting.card import CardFacts, model_card
 from dstune.loggers import get_logger
+from dstune.model import freezing
 from dstune.model.build import skeleton
 from dstune.model.config import is_builtin, load_config, model_directory
 from dstune.model.weights import WeightFiles
@@ -79,7 +80,11 @@ def _write(
     section = config.model.model_copy(update={"dtype": dtype})
     model_config = load_config(section, base)
     outline = skeleton(model_config, section)
-    weights = tensors.Weights(outline, reader, _pretrained(config.model, base))
+    freezing.freeze(outline, config.train.freeze)
+    pretrained = _pretrained(config.model, base)
+    if pretrained is not None and reader.state.get("frozen"):
+        _refuse_other_base(outline, reader, pretrained)
+    weights = tensors.Weights(outline, reader, pretrained)
     tensors.write(weights, directory, max_file_bytes)
     _write_config(directory, model_config, type(outline).__name__, outline.dtype)
     source = model_directory(config.model, base, weights=False)
@@ -97,6 +102,14 @@ def _pretrained(model: ModelSection, base: Path) -> WeightFiles | None:
     if is_builtin(model) or model.init == "random":
         return None
     return WeightFiles(model_directory(model, base))
+
+
+def _refuse_other_base(outline: PreTrainedModel, reader: Reader, pretrained: WeightFiles) -> None:
+    if freezing.frozen_digest(outline, pretrained) != reader.state["frozen"]:
+        came = "are not the ones that the run left frozen"
+        raise CheckpointError(
+            Problem(str(pretrained.directory), f"its weights {came}", "the files that the run began with")
+        )
 
 
 def _write_config(directory: Path, config: PretrainedConfig, architecture: str, dtype: Any) -> None:
