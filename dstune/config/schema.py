@@ -175,6 +175,7 @@ _OPTIMIZER_SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "lion": {"betas": (0.9, 0.99)},
     "adagrad": {"eps": 1e-10},
+    "muon": {"momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8},
 }
 """The settings that each optimizer knows, with its defaults; the others' do not belong to it."""
 
@@ -198,18 +199,18 @@ class TrainSection(Section):
     """Share of all steps that warm up linearly; 0 when `warmup_steps` is not given either."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps that warm up, in place of `warmup_ratio`."""
-    optimizer: Literal["adamw", "sgd", "lion", "adagrad"] = "adamw"
-    """The update rule."""
+    optimizer: Literal["adamw", "sgd", "lion", "adagrad", "muon"] = "adamw"
+    """The update rule; Muon's is for hidden matrices, the others (embeddings, head, vectors) take AdamW's."""
     states: Literal["fp32"] = "fp32"
     """Precision of masters and moments."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """On matrices only, never on biases and norms; decoupled, but for SGD and Adagrad, which add it to the gradient."""
     betas: tuple[Beta, Beta] | None = None
-    """Decay rates of AdamW (0.9, 0.999) and Lion (0.9, 0.99)."""
+    """Decay rates of AdamW and Muon's part of it (0.9, 0.999), and of Lion (0.9, 0.99)."""
     eps: Annotated[float, Field(gt=0)] | None = None
-    """Epsilon of AdamW (1e-8) and Adagrad (1e-10)."""
+    """Epsilon of AdamW and Muon's part of it (1e-8), and of Adagrad (1e-10)."""
     momentum: Beta | None = None
-    """SGD's (0.9)."""
+    """SGD's (0.9), Muon's (0.95)."""
     freeze: list[str] = []
     """Parameters that stay as they are: patterns on their names (`model.embed_tokens.*`, `model.layers.[0-3].*`)."""
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -229,7 +230,8 @@ class TrainSection(Section):
             return values
         for key in ("betas", "eps", "momentum"):
             if values.get(key) is not None and key not in known:
-                owners = " and ".join(name for name, settings in _OPTIMIZER_SETTINGS.items() if key in settings)
+                *others, last = (name for name, settings in _OPTIMIZER_SETTINGS.items() if key in settings)
+                owners = f"{', '.join(others)} and {last}"
                 raise ValueError(f"`{key}` belongs to {owners}, not to {values.get('optimizer', 'adamw')}")
         return values | {key: default for key, default in known.items() if values.get(key) is None}
 

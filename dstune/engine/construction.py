@@ -31,9 +31,11 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What the engine adds where the DeepSpeed config is silent."""
 
+_NO_CHECKPOINT = "no checkpoint could be made"
+_ELSEWHERE = "Some of the states are then kept by another optimizer"
+
 _UNREACHABLE: Mapping[str, str] = {
     "zenflow": "keeps its states in another process",
-    "super_offload": "keeps its states in another process",
     "zero_hpz_partition_size": "partitions parameters over a part of the workers",
     "mics_shard_size": "partitions parameters over a part of the workers",
 }
@@ -77,7 +79,7 @@ def _unreachable(zero: Mapping[str, Any]) -> list[Problem]:
     """Settings under which the training state could not be checkpointed."""
     where = "deepspeed: zero_optimization."
     problems = [
-        Problem(where + key, f"{zero[key]!r}", "off", f"It {why}: no checkpoint could be made.")
+        Problem(where + key, f"{zero[key]!r}", "off", f"It {why}: {_NO_CHECKPOINT}.")
         for key, why in _UNREACHABLE.items()
         if zero.get(key) and not (key == "zero_hpz_partition_size" and zero[key] == 1) and zero[key] != -1
     ]
@@ -85,10 +87,15 @@ def _unreachable(zero: Mapping[str, Any]) -> list[Problem]:
         device = (zero.get(key) or {}).get("device", "none")
         if device not in devices:
             problems.append(Problem(f"{where}{key}.device", f"{device!r}", " or ".join(devices)))
-    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
-    if ratio != 1.0:
-        do = "A part of it keeps its states in a second optimizer: no checkpoint could be made."
-        problems.append(Problem(f"{where}offload_optimizer.ratio", f"{ratio!r}", "1.0", do))
+    offload = zero.get("offload_optimizer") or {}
+    elsewhere = {"ratio": 1.0, "super_offload": False}
+    problems += [
+        Problem(
+            f"{where}offload_optimizer.{key}", f"{offload[key]!r}", f"{plain!r}", f"{_ELSEWHERE}: {_NO_CHECKPOINT}."
+        )
+        for key, plain in elsewhere.items()
+        if offload.get(key, plain) != plain
+    ]
     return problems
 
 

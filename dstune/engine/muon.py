@@ -6,7 +6,6 @@ So a checkpoint keeps its states as it keeps Adam's, and resumes on any world. D
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import batched
 from typing import Any
 
 import torch
@@ -78,7 +77,8 @@ class Muon(torch.optim.Optimizer):
         compute, and send. At most two matrices are in memory.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        for turn in batched(shares, world_size):
+        for first in range(0, len(shares), world_size):
+            turn = shares[first : first + world_size]
             own = torch.empty(0, device=self._device)
             for owner, share in enumerate(turn):
                 whole = torch.zeros(math.prod(share.shape), device=self._device)
@@ -95,10 +95,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The nearest semi-orthogonal matrix, nearly, of each [..., A, B]: five steps of Newton and Schulz's iteration in bf16."""
     first, second, third = _COEFFICIENTS
-    tall = matrix.size(-2) > matrix.size(-1)
-    x = matrix.mT.bfloat16() if tall else matrix.bfloat16()
+    x = matrix.bfloat16().reshape(-1, *matrix.shape[-2:])
+    is_tall = x.size(-2) > x.size(-1)
+    x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
-        x = first * x + (second * gram + third * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
+    return (x.mT if is_tall else x).reshape(matrix.shape)

@@ -4,12 +4,13 @@ Such states are cut like the weights themselves, so a checkpoint keeps them by n
 Nothing here is compiled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dstune.engine.muon import Muon
 from dstune.engine.parameters import full_shape
 
 Groups = list[dict[str, Any]]
@@ -33,13 +34,33 @@ class Rule:
     """From parameter groups and a learning rate."""
     states: tuple[str, ...]
     """Keys of the optimizer's state of a parameter that are tensors of its shape, zero before the first step."""
+    hidden_states: tuple[str, ...] = ()
+    """The same for groups marked `hidden`, where the rule treats a model's hidden matrices apart."""
     counts: bool = False
     """Whether its state has `step`, the updates made so far."""
 
-    def prepare(self, optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> None:
+    def groups(self, module: torch.nn.Module, weight_decay: float) -> Groups:
+        """The trainable parameters of `module`: matrices with decay, vectors (biases, norms) without; hidden matrices apart."""
+        kinds = {"hidden": (weight_decay, True), "matrix": (weight_decay, False), "vector": (0.0, False)}
+        groups: dict[str, dict[str, Any]] = {
+            kind: {"params": [], "weight_decay": decay, "hidden": hidden} for kind, (decay, hidden) in kinds.items()
+        }
+        outer = _outer(module)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                is_hidden = bool(self.hidden_states) and id(parameter) not in outer
+                kind = "vector" if len(full_shape(parameter)) < 2 else "hidden" if is_hidden else "matrix"
+                groups[kind]["params"].append(parameter)
+        return [group for group in groups.values() if group["params"]]
+
+    def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The keys of a parameter of this group."""
+        return self.hidden_states if group["hidden"] else self.states
+
+    def prepare(self, optimizer: torch.optim.Optimizer, flat: torch.Tensor, group: Mapping[str, Any]) -> None:
         """Create the states that the first step would create, so that they can be read and written before it."""
         state = optimizer.state[flat]
-        for key in self.states:
+        for key in self.states_of(group):
             if key not in state:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
         if self.counts and "step" not in state:
@@ -57,12 +78,12 @@ def rule_of(settings: Settings) -> Rule:
     return _RULES[settings.name](settings)
 
 
-def decay_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> Groups:
-    """Two parameter groups: matrices with decay, vectors (biases, norms) without. A group without members is left out."""
-    matrices = [parameter for parameter in parameters if len(full_shape(parameter)) >= 2]
-    vectors = [parameter for parameter in parameters if len(full_shape(parameter)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _outer(module: torch.nn.Module) -> set[int]:
+    """Embeddings and the head: matrices whose rows stand for tokens, one by one."""
+    model: Any = module
+    found = [part.weight for part in module.modules() if isinstance(part, torch.nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {id(weight) for weight in [*found, *([] if head is None else [head.weight])]}
 
 
 class Lion(torch.optim.Optimizer):
@@ -139,4 +160,18 @@ def _adagrad(settings: Settings) -> Rule:
     return Rule(build, ("sum",))
 
 
-_RULES: dict[str, Callable[[Settings], Rule]] = {"adamw": _adamw, "sgd": _sgd, "lion": _lion, "adagrad": _adagrad}
+def _muon(settings: Settings) -> Rule:
+    def build(groups: Groups, lr: float) -> torch.optim.Optimizer:
+        assert settings.momentum is not None and settings.betas is not None and settings.eps is not None
+        return Muon(groups, lr, settings.momentum, settings.betas, settings.eps)
+
+    return Rule(build, ("exp_avg", "exp_avg_sq"), hidden_states=("momentum_buffer",), counts=True)
+
+
+_RULES: dict[str, Callable[[Settings], Rule]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "lion": _lion,
+    "adagrad": _adagrad,
+    "muon": _muon,
+}

@@ -33,6 +33,14 @@ class Partitions(Protocol):
         """The fp32 tensors that the optimizer updates, in its order."""
         ...
 
+    def group(self, flat: torch.Tensor) -> int:
+        """The number of the optimizer's parameter group that `flat` belongs to."""
+        ...
+
+    def parameters(self, flat: torch.Tensor) -> list[torch.nn.Parameter]:
+        """Whose elements `flat` holds, on this worker or on another: the same ones in the same order everywhere."""
+        ...
+
     def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
         """This worker's elements of `parameter`, padding left out; None where it has none."""
         ...
@@ -63,6 +71,12 @@ class Stage3Partitions:
     def flats(self) -> list[torch.Tensor]:
         return list(self._optimizer.fp32_partitioned_groups_flat)
 
+    def group(self, flat: torch.Tensor) -> int:
+        return self._optimizer.sub_group_to_group_id[_number(flat, self.flats())]
+
+    def parameters(self, flat: torch.Tensor) -> list[torch.nn.Parameter]:
+        return list(self._optimizer.fp16_groups[_number(flat, self.flats())])
+
     def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
         optimizer: Any = self._optimizer
         partitioned: Any = parameter
@@ -77,7 +91,7 @@ class Stage3Partitions:
     @contextmanager
     def resident(self, flat: torch.Tensor, changed: bool = False) -> Iterator[None]:
         optimizer = self._optimizer
-        group = next(number for number, one in enumerate(optimizer.fp32_partitioned_groups_flat) if one is flat)
+        group = _number(flat, self.flats())
         if not optimizer._swappable_optimizer_subgroup(group):  # Small groups stay in memory.
             yield
             return
@@ -119,6 +133,13 @@ class FlatGroupPartitions:
     def flats(self) -> list[torch.Tensor]:
         return list(self._flats)
 
+    def group(self, flat: torch.Tensor) -> int:
+        return _number(flat, self._flats)
+
+    def parameters(self, flat: torch.Tensor) -> list[torch.nn.Parameter]:
+        groups = self._optimizer.bf16_groups if self._is_bf16_class else self._optimizer.bit16_groups
+        return list(groups[_number(flat, self._flats)])
+
     def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
         linked: Any = parameter
         mapping = linked._hp_mapping
@@ -140,6 +161,10 @@ class FlatGroupPartitions:
         # every later step would be skipped as well.
         if not self._is_bf16_class:
             self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
+
+
+def _number(flat: torch.Tensor, flats: list[torch.Tensor]) -> int:
+    return next(number for number, one in enumerate(flats) if one is flat)
 
 
 def pieces(partitions: Partitions, module: torch.nn.Module) -> Iterator[tuple[str, Piece]]:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from dstune.engine.construction import complete, stage_of
-from dstune.engine.optimizers import Settings, decay_groups, rule_of
+from dstune.engine.muon import Muon, Share
+from dstune.engine.optimizers import Settings, rule_of
+from dstune.engine.parameters import full_shape
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
 from dstune.engine.swapping import SwapFolder, uses_nvme
 from dstune.engine.world import World
@@ -50,7 +52,7 @@ class ZeroEngine:
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config)
         self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
-        self._optimizer = self._rule.build(decay_groups(trainable, weight_decay), lr)
+        self._optimizer = self._rule.build(self._rule.groups(module, weight_decay), lr)
         engine, zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=config, dist_init_required=False
         )
@@ -66,7 +68,9 @@ class ZeroEngine:
         self._pieces = list(pieces(self._partitions, module))
         for flat in self._partitions.flats():
             with self._partitions.resident(flat, changed=True):
-                self._rule.prepare(self._optimizer, flat)
+                self._rule.prepare(self._optimizer, flat, self._group_of(flat))
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.place({flat: self._shares(flat) for flat in self._partitions.flats()}, world.device)
 
     @property
     def module(self) -> Any:
@@ -123,12 +127,23 @@ class ZeroEngine:
         self._optimizer_steps = optimizer_steps
 
     def _slices_of(self, flat: torch.Tensor) -> Iterator[Slice]:
-        for state in ("fp32", *self._rule.states):
+        for state in ("fp32", *self._rule.states_of(self._group_of(flat))):
             values = flat.detach() if state == "fp32" else self._optimizer.state[flat][state]
             for name, piece in self._pieces:
                 if piece.flat is flat:
                     tensor = values.narrow(0, piece.start, piece.length)
                     yield Slice(state, self._names.get(name, name), piece.shape, piece.offset, tensor)
+
+    def _group_of(self, flat: torch.Tensor) -> dict[str, Any]:
+        return self._optimizer.param_groups[self._partitions.group(flat)]
+
+    def _shares(self, flat: torch.Tensor) -> list[Share]:
+        shares: list[Share] = []
+        for parameter in self._partitions.parameters(flat):
+            piece = self._partitions.piece(parameter)
+            start, offset, length = (piece.start, piece.offset, piece.length) if piece else (0, 0, 0)
+            shares.append(Share(full_shape(parameter), offset, start, length))
+        return shares
 
     def extra_state(self) -> dict[str, Any]:
         """The optimizer's name, and fp16's loss scaler."""

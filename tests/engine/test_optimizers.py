@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dstune.config.schema import TrainSection
-from dstune.engine.optimizers import Lion, Settings, decay_groups, rule_of
+from dstune.engine.optimizers import Lion, Settings, rule_of
 from dstune.engine.world import World
 from dstune.errors import CheckpointError
 from tests.engine import tiny
@@ -22,11 +22,7 @@ def _plain(optimizer: str, weights: dict[str, torch.Tensor]) -> list[float]:
     module = tiny.build(dtype="fp32")
     for name, parameter in module.named_parameters():
         parameter.data.copy_(weights[name].view(parameter.shape))
-    rule = rule_of(Settings(name=optimizer, **tiny.OPTIMIZERS[optimizer]))
-    groups = decay_groups(list(module.parameters()), 0.1)
-    plain = torch.optim.Adagrad(groups, lr=1e-3) if optimizer == "adagrad" else rule.build(groups, 1e-3)
-    for parameter in module.parameters():
-        rule.prepare(plain, parameter)
+    plain = _optimizers(optimizer, module)
     losses: list[float] = []
     for step in STEPS:
         ids, mask = tiny.batch(step)
@@ -35,10 +31,34 @@ def _plain(optimizer: str, weights: dict[str, torch.Tensor]) -> list[float]:
         loss = (each.view(len(ids), -1) * mask).sum() / mask.sum()
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        plain.step()
-        plain.zero_grad()
+        for one in plain:
+            one.step()
+            one.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def _optimizers(name: str, module: nn.Module) -> list[torch.optim.Optimizer]:
+    """torch's own, but for Lion; decay on matrices alone."""
+    decays = {1: 0.0, 2: 0.1}
+    groups = [
+        {"params": [parameter for parameter in module.parameters() if parameter.dim() == dim], "weight_decay": decay}
+        for dim, decay in decays.items()
+    ]
+    if name == "adagrad":
+        return [torch.optim.Adagrad(groups, lr=1e-3)]
+    if name == "muon":
+        hidden = [weight for key, weight in module.named_parameters() if ".layers." in key and weight.dim() == 2]
+        for group in groups:
+            group["params"] = [one for one in group["params"] if all(one is not weight for weight in hidden)]
+        muon = torch.optim.Muon(hidden, lr=1e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        return [muon, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)]
+    rule = rule_of(Settings(name=name, **tiny.OPTIMIZERS[name]))
+    optimizer = rule.build(groups, 1e-3)
+    for group in groups:
+        for parameter in group["params"]:
+            rule.prepare(optimizer, parameter, {"hidden": False})
+    return [optimizer]
 
 
 def _curves() -> dict[str, Any]:
@@ -62,7 +82,7 @@ def test_the_losses_are_those_of_plain_torch() -> None:
     (curves,) = run_workers(_curves, 1)
     for name, pairs in curves.items():
         for plain, ours in pairs:
-            assert (torch.tensor(ours) / torch.tensor(plain) - 1).abs().max() < 2e-5, name
+            assert (torch.tensor(ours) / torch.tensor(plain) - 1).abs().max() < 5e-5, name
     assert len({pairs[0][0][-1] for pairs in curves.values()}) == len(curves)
 
 
@@ -86,9 +106,9 @@ def test_each_optimizer_has_its_own_settings_and_defaults() -> None:
     assert (sgd.betas, sgd.eps, sgd.momentum) == (None, None, 0.5)
     assert TrainSection(**sgd.model_dump()) == sgd
     for optimizer, wrong, owners in [
-        ("sgd", {"betas": (0.9, 0.9)}, "adamw and lion"),
-        ("adamw", {"momentum": 0.9}, "sgd"),
-        ("lion", {"eps": 1e-8}, "adamw and adagrad"),
+        ("sgd", {"betas": (0.9, 0.9)}, "adamw, lion and muon"),
+        ("adamw", {"momentum": 0.9}, "sgd and muon"),
+        ("lion", {"eps": 1e-8}, "adamw, adagrad and muon"),
     ]:
         with pytest.raises(ValidationError, match=f"belongs to {owners}, not to {optimizer}"):
             TrainSection.model_validate({"optimizer": optimizer, **wrong})

@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-sgd": {"stage": 3, "optimizer": "sgd"},
     "zero1-lion": {"stage": 1, "optimizer": "lion"},
     "zero3-offload-lion": {"stage": 3, "optimizer": "lion", "offload": True},
+    "zero1-muon": {"stage": 1, "optimizer": "muon"},
+    "zero3-offload-muon": {"stage": 3, "optimizer": "muon", "offload": True},
     "zero2-adagrad": {"stage": 2, "optimizer": "adagrad"},
 }
 STEP = 4
@@ -111,8 +113,9 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
             _assert_same_states(original[name], Reader(_only(tmp_path / target / name)))
             ratios = torch.tensor([float(x) for x in losses[name]]) / torch.tensor([float(x) for x in expected[name]])
             assert (ratios - 1).abs().max() < 5e-5, name
-    assert [list(reader.manifest.tensors) for reader in original.values()] == [
-        ["fp32", "exp_avg", "exp_avg_sq"], ["fp32", "momentum_buffer"], ["fp32", "exp_avg"], ["fp32", "sum"],
+    assert [sorted(reader.manifest.tensors) for reader in original.values()] == [
+        ["exp_avg", "exp_avg_sq", "fp32"], ["fp32", "momentum_buffer"], ["exp_avg", "fp32"], ["fp32", "sum"],
+        ["exp_avg", "exp_avg_sq", "fp32", "momentum_buffer"],
     ]  # fmt: skip
 
 
@@ -126,8 +129,8 @@ def _only(checkpoints: Path) -> Path:
 
 
 def _assert_same_states(one: Reader, other: Reader) -> None:
-    assert one.manifest.tensors == other.manifest.tensors
+    assert {state: dict(shapes) for state, shapes in one.manifest.tensors.items()} == other.manifest.tensors
     for state in one.manifest.tensors:
         for name in one.tensors(state):
             assert torch.equal(one.read(state, name), other.read(state, name)), (state, name)
-        assert one.read(state, "model.norm.weight").abs().max() > 0
+            assert one.read(state, name).abs().max() > 0, (state, name)

@@ -166,6 +166,7 @@ def test_dstunes_own_settings_are_filled_in() -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "an absolute path"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": NVME | {"pipeline_write": True}}}, "pipeline_write"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}}, "super_offload"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(config: dict[str, Any], words: str) -> None:

@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "lion": {"betas": (0.9, 0.99)},
     "adagrad": {"eps": 1e-10},
+    "muon": {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8},
 }
 
 
