@@ -4,12 +4,14 @@
 dictionaries, as the run directory's logs have them), never the trainer. Functions raise `dstune.errors.DstuneError`s.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.checkpoint_api import checkpoints as checkpoints
+from dstune.checkpoint_api import prune_checkpoints as prune_checkpoints
+from dstune.checkpoint_api import verify_checkpoints as verify_checkpoints
 from dstune.config.load import LoadedRun, load_run
 from dstune.errors import EXIT_DONE, UsageError
 
@@ -277,43 +279,38 @@ def resubmit(
     return submission.submit(paths, loaded.config, to, start.site_of(loaded, site), address)
 
 
-def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
-    """What is committed, oldest first; `verify` reads every byte of it."""
-    directory = _checkpoints(run)
-    from dstune.checkpoint import listing
+def import_deepspeed(
+    run: RunFile, directory: str | Path, *, tag: str | None = None, step: int | None = None, skip_objects: bool = False
+) -> dict[str, Any]:
+    """Commit a DeepSpeed checkpoint (ZeRO 1, 2, 3; weights and moments) into a run that has no history; what was made of it.
 
-    return listing.described(directory, verify)
+    `step`: where the run then stands (default: DeepSpeed's count). Raises CheckpointError, UsageError, ConfigError, DataError.
+    """
+    from dstune.launch import importing
+
+    return asdict(importing.import_deepspeed(run, prepare, Path(directory), tag, step, skip_objects))
 
 
 def export(
-    run: str | Path, out: str | Path | None = None, *, step: str | int = "newest", dtype: str | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    step: str | int = "newest",
+    dtype: str | None = None,
+    to: str = "huggingface",
+    max_shard_size: str | int | None = None,
+    threads: int | None = None,
+    push: str | None = None,
+    public: bool = False,
 ) -> Path:
-    """Write a committed checkpoint as a Hugging Face directory. Raises UsageError where `out` exists, CheckpointError.
+    """Write a committed checkpoint as a Hugging Face directory (or `to` another form); `push` it to the hub then. See `launch.exports`.
 
-    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step.
+    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. Raises UsageError, CheckpointError.
     """
-    from dstune.checkpoint import resolve
-    from dstune.exporting import huggingface, initial
-    from dstune.launch import rundir
+    from dstune.launch import exports
 
-    paths = rundir.find(run)
-    loaded = rundir.load(paths)
-    target = Path(out).absolute() if out is not None else paths.export
-    prepared = rundir.environment(paths).get("prepared")
-    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        if str(step) == "0":
-            directory = initial.commit_initial(Path(scratch), loaded.config, loaded.base)
-        else:
-            directory = resolve.choose(_checkpoints(run), str(step), loaded.config.checkpoint.best).directory
-        huggingface.export(
-            directory,
-            target,
-            loaded.config,
-            loaded.base,
-            dtype=dtype or loaded.config.model.dtype,
-            prepared=Path(prepared["directory"]) if prepared else None,
-        )
-    return target
+    form = exports.Form(to=to, dtype=dtype, max_shard_size=max_shard_size, threads=threads)
+    return exports.export(run, out, step, form, exports.Hub(push, public) if push else None)
 
 
 def evaluate(
@@ -372,12 +369,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
 
     rundir.refuse_existing(loaded)
     start.check(loaded)
-    prepared = prepare(loaded, progress=progress)
-    start.require_vocabulary(loaded, prepared)
-    start.warn_of_few_rows(loaded, prepared)
-    paths = rundir.create(loaded)
-    rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
-    return paths
+    return start.create(loaded, prepare(loaded, progress=progress))
 
 
 def _drive(
@@ -401,12 +393,6 @@ def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:
     if (step := start.finished_at(loaded, paths)) is None:
         return None
     return RunResult(loaded.config.name, str(paths.root), "succeeded", step, EXIT_DONE, "every step was done already")
-
-
-def _checkpoints(run: str | Path) -> Path:
-    from dstune.launch import rundir
-
-    return rundir.find_checkpoints(run)
 
 
 def _previewed(run: RunFile, overrides: Sequence[str]) -> tuple["Prepared", Any]:

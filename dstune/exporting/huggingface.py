@@ -1,7 +1,6 @@
 """A committed checkpoint as a Hugging Face directory: config, safetensors, tokenizer with its template, model card."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,18 @@ from typing import Any
 import jinja2
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dstune.atomic import commit_directory, dump_json, write_text
+from dstune.atomic import dump_json, write_text
 from dstune.checkpoint.reader import Reader
 from dstune.config.schema import ModelSection, RunConfig
 from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
 from dstune.data.templates import Template
 from dstune.data.tokenize import load_tokenizer
-from dstune.errors import CheckpointError, ConfigError, Problem, RunFailed, UsageError
-from dstune.exporting import tensors
+from dstune.errors import CheckpointError, ConfigError, Problem, UsageError
+from dstune.exporting import files
 from dstune.exporting.card import CardFacts, model_card
+from dstune.exporting.directory import new_directory
+from dstune.exporting.tensors import Weights
 from dstune.loggers import get_logger
 from dstune.model import freezing
 from dstune.model.build import skeleton
@@ -42,30 +43,19 @@ def export(
     *,
     dtype: str = "bf16",
     max_file_bytes: int = MAX_FILE_BYTES,
+    threads: int = 1,
     prepared: Path | None = None,
 ) -> None:
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
     `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
+    `threads` write at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, a layer's) in memory.
     `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
-    if out.exists():
-        raise UsageError(Problem(str(out), "exists already", do="Name another directory, or remove this one."))
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UsageError(Problem("dtype", repr(dtype), "bf16, fp16 or fp32"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        _write(temporary, Reader(checkpoint), config, base, dtype, max_file_bytes, prepared)
-        _flush(temporary)
-        commit_directory(temporary, out)
-    except FileExistsError:
-        raise UsageError(Problem(str(out), "was made by someone else meanwhile")) from None
-    except OSError as error:
-        raise RunFailed(Problem(str(out), f"could not be written: {error.strerror or error}")) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_directory(out) as directory:
+        _write(directory, Reader(checkpoint), config, base, dtype, max_file_bytes, threads, prepared)
 
 
 def _write(
@@ -75,17 +65,15 @@ def _write(
     base: Path,
     dtype: str,
     max_file_bytes: int,
+    threads: int,
     prepared: Path | None,
 ) -> None:
     section = config.model.model_copy(update={"dtype": dtype})
     model_config = load_config(section, base)
     outline = skeleton(model_config, section)
-    freezing.freeze(outline, config.train.freeze)
-    pretrained = _pretrained(config.model, base)
-    if pretrained is not None and reader.state.get("frozen"):
-        _refuse_other_base(outline, reader, pretrained)
-    weights = tensors.Weights(outline, reader, pretrained)
-    tensors.write(weights, directory, max_file_bytes)
+    weights = Weights(outline, reader, untrained(outline, reader, config, base))
+    facts = {"total_parameters": weights.num_parameters}
+    files.write(weights.as_saved(), directory, max_file_bytes, facts=facts, threads=threads)
     _write_config(directory, model_config, type(outline).__name__, outline.dtype)
     source = model_directory(config.model, base, weights=False)
     _copy_code(source, directory, section, model_config)
@@ -93,23 +81,24 @@ def _write(
     template = run_template(config.data, tokenizer, base, model_config.is_encoder_decoder)
     _write_tokenizer(directory, tokenizer, template)
     write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
-    facts = _facts(reader, weights, dtype, model_config.is_encoder_decoder, prepared)
-    write_text(directory / "README.md", model_card(config, facts))
+    card = _facts(reader, weights, dtype, model_config.is_encoder_decoder, prepared)
+    write_text(directory / "README.md", model_card(config, card))
 
 
-def _pretrained(model: ModelSection, base: Path) -> WeightFiles | None:
-    """The files that the run began with, for what training does not touch."""
-    if is_builtin(model) or model.init == "random":
+def untrained(outline: PreTrainedModel, reader: Reader, config: RunConfig, base: Path) -> WeightFiles | None:
+    """The files that the run began with, for what it did not train; `outline` is told what that is (`requires_grad`).
+
+    Raises CheckpointError where they are not those that the run left frozen.
+    """
+    if is_builtin(config.model) or config.model.init == "random":
         return None
-    return WeightFiles(model_directory(model, base))
-
-
-def _refuse_other_base(outline: PreTrainedModel, reader: Reader, pretrained: WeightFiles) -> None:
-    if freezing.frozen_digest(outline, pretrained) != reader.state["frozen"]:
-        came = "are not the ones that the run left frozen"
-        raise CheckpointError(
-            Problem(str(pretrained.directory), f"its weights {came}", "the files that the run began with")
-        )
+    freezing.freeze(outline, config.train.freeze)
+    files = WeightFiles(model_directory(config.model, base))
+    frozen = reader.state.get("frozen")
+    if frozen and freezing.frozen_digest(outline, files) != frozen:
+        came = "its weights are not the ones that the run left frozen"
+        raise CheckpointError(Problem(str(files.directory), came, "the files that the run began with"))
+    return files
 
 
 def _write_config(directory: Path, config: PretrainedConfig, architecture: str, dtype: Any) -> None:
@@ -176,7 +165,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return special[max(found, key=len)] if found else None
 
 
-def _facts(reader: Reader, weights: tensors.Weights, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
+def _facts(reader: Reader, weights: Weights, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
     losses = reader.state.get("losses") or [None]
     manifest: dict[str, Any] = {}
     if prepared is not None and prepared.is_dir():
@@ -190,11 +179,3 @@ def _facts(reader: Reader, weights: tensors.Weights, dtype: str, seq2seq: bool, 
         counts=manifest.get("counts", {}),
         sources=manifest.get("sources", ()),
     )
-
-
-def _flush(directory: Path) -> None:
-    """Make every file durable before the directory gets its name."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -1,15 +1,15 @@
 """States on NVMe: resumed to the last digit there and elsewhere, read group by group; what a dead worker left is removed."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.utils.cpp_extension import _get_build_directory
 
-from dstune.checkpoint.commit import save
+from dstune.checkpoint.commit import Intent, commit
 from dstune.checkpoint.reader import Reader
+from dstune.checkpoint.shard_writer import ShardWriter
 from dstune.engine.swapping import SwapFolder, require_async_io
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
@@ -47,7 +47,7 @@ def _engine(world: World, where: str, disk: Path, optimizer: str) -> ZeroEngine:
 
 
 def _run(root: Path, disk: Path, case: list[str], resume: bool) -> dict[str, Any]:
-    """Train and commit, or resume: on NVMe, where every slice is copied as it comes."""
+    """Train and commit, or resume."""
     where, optimizer = case
     world = World.from_environment()
     world.init(60)
@@ -58,8 +58,8 @@ def _run(root: Path, disk: Path, case: list[str], resume: bool) -> dict[str, Any
         engine.load(reader.fill, reader.state["optimizer_steps"])
     else:
         tiny.train(engine, world, range(STEP))
-        copies = (replace(piece, tensor=piece.tensor.clone()) for piece in engine.slices())
-        save(root, STEP, copies, {"optimizer_steps": engine.optimizer_steps}, control, {})
+        intent = Intent(STEP, {"optimizer_steps": engine.optimizer_steps}, {}, {})
+        commit(root, intent, ShardWriter(engine.slices).stream, control)
     swapped = sum(file.stat().st_size for file in disk.rglob("*.swp"))
     losses = [repr(loss) for loss in tiny.train(engine, world, LATER)]
     world.close()
