@@ -4,7 +4,6 @@
 dictionaries, as the run directory's logs have them), never the trainer. Functions raise `dstune.errors.DstuneError`s.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -279,20 +278,27 @@ def resubmit(
 
 def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
     """What is committed, oldest first; `verify` reads every byte of it."""
-    directory = _checkpoints(run)
+    from dstune.launch import rundir
+
+    directory = rundir.find_checkpoints(run)
     from dstune.checkpoint import listing
 
     return listing.described(directory, verify)
 
 
 def export(
-    run: str | Path, out: str | Path | None = None, *, step: str | int = "newest", dtype: str | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    step: str | int = "newest",
+    dtype: str | None = None,
+    merged: bool = False,
 ) -> Path:
     """Write a committed checkpoint as a Hugging Face directory. Raises UsageError where `out` exists, CheckpointError.
 
-    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step.
+    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. `merged`: the whole model of a
+    run that trained an adapter, and not the adapter alone.
     """
-    from dstune.checkpoint import resolve
     from dstune.exporting import huggingface, initial
     from dstune.launch import rundir
 
@@ -300,11 +306,7 @@ def export(
     loaded = rundir.load(paths)
     target = Path(out).absolute() if out is not None else paths.export
     prepared = rundir.environment(paths).get("prepared")
-    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        if str(step) == "0":
-            directory = initial.commit_initial(Path(scratch), loaded.config, loaded.base)
-        else:
-            directory = resolve.choose(_checkpoints(run), str(step), loaded.config.checkpoint.best).directory
+    with initial.chosen(rundir.find_checkpoints(run), str(step), loaded.config, loaded.base) as directory:
         huggingface.export(
             directory,
             target,
@@ -312,6 +314,7 @@ def export(
             loaded.base,
             dtype=dtype or loaded.config.model.dtype,
             prepared=Path(prepared["directory"]) if prepared else None,
+            merged=merged,
         )
     return target
 
@@ -401,12 +404,6 @@ def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:
     if (step := start.finished_at(loaded, paths)) is None:
         return None
     return RunResult(loaded.config.name, str(paths.root), "succeeded", step, EXIT_DONE, "every step was done already")
-
-
-def _checkpoints(run: str | Path) -> Path:
-    from dstune.launch import rundir
-
-    return rundir.find_checkpoints(run)
 
 
 def _previewed(run: RunFile, overrides: Sequence[str]) -> tuple["Prepared", Any]:

@@ -27,10 +27,11 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DstuneError, Problem
-from dstune.model import attention, isolation, names
-from dstune.model.build import build
+from dstune.model import attention, isolation
+from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config
 from dstune.model.loss import summed_token_loss
+from dstune.model.reference import base_reference, require_same
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
 from dstune.protocols import Control
@@ -163,8 +164,9 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         weight_decay=config.train.weight_decay,
         ds_config=ds_config,
         world=world,
-        names=names.saved_names(module),
+        names=checkpoint_names(module, config.model),
     )
+    reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
     loop = Loop(
@@ -175,8 +177,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         prepared=prepared,
         validator=validator,
         control=control,
-        state=_initial_state(config, plan, engine),
-        save=Saver(config, plan, paths, engine, control),
+        state=_initial_state(config, plan, engine, reference),
+        save=Saver(config, plan, paths, engine, control, reference),
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
@@ -213,7 +215,16 @@ def _validator(
     )
 
 
-def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainState:
+def _reference(config: RunConfig, base: Path, control: Control) -> Mapping[str, Any] | None:
+    """The model that an adapter's checkpoints name in place of its weights; None for a run that trains them all. A collective."""
+    if config.model.adapter is None:
+        return None
+    return control.broadcast(base_reference(config.model, base, config.train.seed) if control.rank == 0 else {})
+
+
+def _initial_state(
+    config: RunConfig, plan: Plan, engine: ZeroEngine, reference: Mapping[str, Any] | None
+) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
         prepared_fingerprint=plan.prepared_fingerprint,
@@ -224,6 +235,8 @@ def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainSt
     if plan.resume_from is None:
         return state
     reader = Reader(Path(plan.resume_from))
+    if reference is not None:
+        require_same(reader.manifest.fingerprints.get("base"), reference, plan.resume_from)
     state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
     engine.load(reader.fill, state.optimizer_steps)
     engine.load_extra_state(state.engine)
@@ -234,7 +247,16 @@ def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainSt
 class Saver:
     """Commits checkpoints of one run, tells the events, and lets old ones go."""
 
-    def __init__(self, config: RunConfig, plan: Plan, paths: RunPaths, engine: ZeroEngine, control: Control) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        paths: RunPaths,
+        engine: ZeroEngine,
+        control: Control,
+        reference: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._reference = reference
         self._config, self._plan, self._engine, self._control = config, plan, engine, control
         self._events = RunBooks(paths).events
         self._checkpoints = Path(plan.checkpoints)
@@ -256,7 +278,7 @@ class Saver:
             "run": self._config.name,
             "model": self._config.model.path,
             "prepared": state.prepared_fingerprint,
-        }
+        } | ({} if self._reference is None else {"base": self._reference})
         record = commit.save(
             self._checkpoints, state.step, self._engine.slices(), value, self._control, fingerprints, metrics
         )

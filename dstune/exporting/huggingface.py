@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from dstune.checkpoint.reader import Reader
 from dstune.config.schema import ModelSection, RunConfig
 from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
-from dstune.data.templates import Template
 from dstune.data.tokenize import load_tokenizer
 from dstune.errors import ConfigError, Problem, RunFailed, UsageError
-from dstune.exporting import tensors
+from dstune.exporting import adapter, tensors
 from dstune.exporting.card import CardFacts, model_card
 from dstune.loggers import get_logger
 from dstune.model.build import skeleton
@@ -42,10 +42,12 @@ def export(
     dtype: str = "bf16",
     max_file_bytes: int = MAX_FILE_BYTES,
     prepared: Path | None = None,
+    merged: bool = False,
 ) -> None:
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
     `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
+    A run with an adapter gives the adapter alone, in peft's layout; `merged`: the whole model with the adapter in it.
     `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
     if out.exists():
@@ -56,7 +58,14 @@ def export(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        _write(temporary, Reader(checkpoint), config, base, dtype, max_file_bytes, prepared)
+        reader = Reader(checkpoint)
+        if config.model.adapter is not None and not merged:
+            _write_adapter(temporary, reader, config, base, dtype, prepared)
+        elif config.model.adapter is not None:
+            with adapter.merged(reader, config, base) as whole:
+                _write(temporary, whole, config, base, dtype, max_file_bytes, prepared)
+        else:
+            _write(temporary, reader, config, base, dtype, max_file_bytes, prepared)
         _flush(temporary)
         commit_directory(temporary, out)
     except FileExistsError:
@@ -69,7 +78,7 @@ def export(
 
 def _write(
     directory: Path,
-    reader: Reader,
+    reader: tensors.Masters,
     config: RunConfig,
     base: Path,
     dtype: str,
@@ -84,12 +93,20 @@ def _write(
     _write_config(directory, model_config, type(outline).__name__, outline.dtype)
     source = model_directory(config.model, base, weights=False)
     _copy_code(source, directory, section, model_config)
-    tokenizer = load_tokenizer(config.model, base)
-    template = run_template(config.data, tokenizer, base, model_config.is_encoder_decoder)
-    _write_tokenizer(directory, tokenizer, template)
+    tokenizer = _write_tokenizer(directory, config, base, model_config)
     write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
-    facts = _facts(reader, weights, dtype, model_config.is_encoder_decoder, prepared)
+    facts = _facts(reader, weights.num_parameters, dtype, model_config.is_encoder_decoder, prepared)
     write_text(directory / "README.md", model_card(config, facts))
+
+
+def _write_adapter(
+    directory: Path, reader: Reader, config: RunConfig, base: Path, dtype: str, prepared: Path | None
+) -> None:
+    num_parameters = adapter.write(directory, reader, config, base, dtype)
+    model_config = load_config(config.model, base)
+    _write_tokenizer(directory, config, base, model_config)
+    facts = _facts(reader, num_parameters, dtype, model_config.is_encoder_decoder, prepared)
+    write_text(directory / "README.md", model_card(config, replace(facts, is_adapter=True)))
 
 
 def _pretrained(model: ModelSection, base: Path) -> WeightFiles | None:
@@ -113,16 +130,16 @@ def _copy_code(source: Path, directory: Path, model: ModelSection, config: Pretr
             shutil.copyfile(file, directory / file.name)
 
 
-def _write_tokenizer(directory: Path, tokenizer: Any, template: Template | None) -> None:
-    """The tokenizer's files with the chat template that the run was trained with, where it was trained with one."""
-    if template is None:
-        tokenizer.save_pretrained(str(directory))
-        return
-    if template.tool_source is not None:
+def _write_tokenizer(directory: Path, config: RunConfig, base: Path, model_config: PretrainedConfig) -> Any:
+    """The tokenizer's files with the chat template that the run was trained with, where it was trained with one; the tokenizer."""
+    tokenizer = load_tokenizer(config.model, base)
+    template = run_template(config.data, tokenizer, base, model_config.is_encoder_decoder)
+    if template is not None and template.tool_source is not None:
         tokenizer.chat_template = {"default": template.source, "tool_use": template.tool_source}
-    else:
+    elif template is not None:
         tokenizer.chat_template = template.source
     tokenizer.save_pretrained(str(directory))
+    return tokenizer
 
 
 def _generation(source: Path, config: PretrainedConfig, tokenizer: Any) -> dict[str, Any]:
@@ -163,7 +180,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return special[max(found, key=len)] if found else None
 
 
-def _facts(reader: Reader, weights: tensors.Weights, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
+def _facts(reader: tensors.Masters, num_parameters: int, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
     losses = reader.state.get("losses") or [None]
     manifest: dict[str, Any] = {}
     if prepared is not None and prepared.is_dir():
@@ -172,7 +189,7 @@ def _facts(reader: Reader, weights: tensors.Weights, dtype: str, seq2seq: bool, 
         step=reader.step,
         loss=losses[-1],
         dtype=dtype,
-        parameters=weights.num_parameters,
+        parameters=num_parameters,
         auto_class="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
         counts=manifest.get("counts", {}),
         sources=manifest.get("sources", ()),

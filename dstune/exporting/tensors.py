@@ -5,13 +5,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from dstune.atomic import dump_json, durable_file
-from dstune.checkpoint.reader import Reader
 from dstune.errors import CheckpointError, Problem
 from dstune.model import names
 from dstune.model.names import Conversion
@@ -31,6 +30,24 @@ _DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }
 
 
+class Masters(Protocol):
+    """What an export reads: a checkpoint of the whole model, or what reads like one."""
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def state(self) -> Mapping[str, Any]: ...
+    def tensors(self, state: str) -> Mapping[str, tuple[int, ...]]:
+        """Every parameter's name and whole shape."""
+        ...
+
+    def read(self, state: str, name: str) -> torch.Tensor:
+        """A whole parameter, flattened."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Step:
     """One conversion, and what it will write (tensors without storage)."""
@@ -46,7 +63,7 @@ class _Step:
 class Weights:
     """The tensors to export: masters of a checkpoint, cast; what was not trained (buffers), from the pretrained files."""
 
-    def __init__(self, outline: PreTrainedModel, reader: Reader, pretrained: WeightFiles | None) -> None:
+    def __init__(self, outline: PreTrainedModel, reader: Masters, pretrained: WeightFiles | None) -> None:
         """`outline`: the model without storage, its types those of the export.
 
         Raises CheckpointError where the checkpoint is not of this model, ConfigError where transformers cannot save it.
