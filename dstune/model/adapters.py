@@ -139,6 +139,8 @@ def attach(model: PreTrainedModel, adapter: AdapterSection, seed: int) -> None:
 
     chosen = choose(adapter, model)
     config = peft_config(adapter, model, chosen)
+    # They are trained where they stand: peft would put copies of them beside, and know nothing of their partitions.
+    config.modules_to_save = None
     try:
         with torch.random.fork_rng(devices=[]), _gathering(model, adapter):
             inject_adapter_in_model(config, model)
@@ -151,6 +153,7 @@ def attach(model: PreTrainedModel, adapter: AdapterSection, seed: int) -> None:
         _start(layer, f"{seed}/{name}")
     for name in chosen.saved:
         model.get_submodule(name).requires_grad_(True)
+    config.modules_to_save = list(chosen.saved) or None
 
 
 def layers(model: torch.nn.Module) -> Iterator[tuple[str, "LoraLayer"]]:

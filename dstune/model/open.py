@@ -94,13 +94,12 @@ def open_model(
     `base`: what a template's relative path is relative to, default here. Raises UsageError where there is no such model,
     RunFailed where its files do not make a whole one, ConfigError for a template.
     """
-    place = _place(model)
-    adapter = adapter_files.read(Path(place)) if adapter_files.is_adapter(Path(place)) else None
-    if adapter is not None:
-        place, revision = adapter.base, adapter.revision
-    section = ModelSection(path=place, revision=revision, trust_remote_code=trust_remote_code)
+    section = ModelSection(path=_place(model), revision=revision, trust_remote_code=trust_remote_code)
     base = base or Path.cwd()
     try:
+        adapter = _adapter(section, base)
+        if adapter is not None:
+            section = section.model_copy(update={"path": adapter.base, "revision": adapter.revision})
         directory = model_directory(section, base)
         config = load_config(section, base)
     except ConfigError as error:
@@ -155,6 +154,12 @@ def _place(model: str) -> str:
     if run.config.is_file():
         raise UsageError(Problem(model, "is a run without an export", do=f"dstune export {model} {run.export}"))
     raise UsageError(Problem(model, "has no config.json", "an exported model's directory, or a hub id"))
+
+
+def _adapter(section: ModelSection, base: Path) -> AdapterFiles | None:
+    """The adapter that `section` names, a directory or a hub id; None for a whole model. Raises ConfigError where nothing is there."""
+    directory = Path(section.path) if Path(section.path).is_dir() else model_directory(section, base)
+    return adapter_files.read(directory) if adapter_files.is_adapter(directory) else None
 
 
 def _require_base(adapter: AdapterFiles, directory: Path) -> None:

@@ -21,12 +21,12 @@ from tests.spawn import read_lines
 pytestmark = pytest.mark.dist
 
 
-def run_file(folder: Path, **adapter: Any) -> Path:
-    """Eight steps of fp32 on a tiny Llama of its own, ZeRO-3 with nothing small enough to stay whole."""
-    model = save_llama(folder / "model", spread=0.1)
+def run_file(folder: Path, model: dict[str, Any], **adapter: Any) -> Path:
+    """Eight steps on a tiny Llama of its own, ZeRO-3 with nothing small enough to stay whole."""
+    path = save_llama(folder / "model", spread=0.1)
     return write_run(
         folder,
-        model={"path": str(model), "overrides": {}, "dtype": "fp32", "adapter": {"rank": 4, **adapter}},
+        model={"path": str(path), "overrides": {}, "adapter": {"rank": 4, **adapter}, **model},
         train={"max_steps": 8, "lr": 1e-2},
         checkpoint={"every": 4},
         deepspeed={"preset": "zero3", "overrides": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
@@ -43,7 +43,7 @@ def go_back_to(paths: RunPaths, step: int, *overrides: str) -> None:
 
 
 def test_an_adapter_goes_on_in_any_world_and_stage(tmp_path: Path) -> None:
-    paths = finished(run_file(tmp_path, kind="dora", modules_to_save=["lm_head"]))
+    paths = finished(run_file(tmp_path, {"dtype": "fp32"}, kind="dora", modules_to_save=["lm_head"]))
     losses, weights = metrics(paths, "loss"), weights_hash(paths, 8)
     half = Reader(step_directory(paths.checkpoints, 4))
     assert all(name.startswith("base_model.model.") for name in half.tensors("fp32"))
@@ -60,19 +60,21 @@ def test_an_adapter_goes_on_in_any_world_and_stage(tmp_path: Path) -> None:
 
 
 def test_a_run_becomes_an_adapter_that_dstune_opens_and_goes_with_no_other_base(tmp_path: Path) -> None:
-    run = run_file(tmp_path, dropout=0.2, modules_to_save=["lm_head"])
+    run = run_file(tmp_path, {"dtype": "bf16", "activation_checkpointing": True}, dropout=0.2, alpha=64)
     paths = finished(run, 1)
+    losses = metrics(paths, "loss")
+    assert losses[-1] < losses[0]
     out = api.export(paths.root)
     opened = open_model(str(paths.root), device="cpu")
-    assert out == paths.export and opened.dtype == "fp32"
+    assert out == paths.export and opened.dtype == "fp32", "as the base model's files"
     api.export(paths.root, tmp_path / "whole", merged=True)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         one = opened.module(input_ids=ids).logits
         other = open_model(str(tmp_path / "whole"), device="cpu").module(input_ids=ids).logits
         before = open_model(str(tmp_path / "model"), device="cpu").module(input_ids=ids).logits
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert (one - before).abs().max() > 0.05
+    changed = float((one - before).abs().max())
+    assert changed > 0.05 and float((one - other).abs().max()) < changed / 10
     save_llama(tmp_path / "model", spread=0.11)
     go_back_to(paths, 4)
     end = drive(paths.root, 1, new=False, max_failures=3)
@@ -82,4 +84,4 @@ def test_a_run_becomes_an_adapter_that_dstune_opens_and_goes_with_no_other_base(
 
 def test_what_fits_no_layer_is_found_before_anything_is_prepared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'q_prj' fits no linear layer; expected `q_proj`"):
-        start.check(load_run(run_file(tmp_path, targets=["q_prj"])))
+        start.check(load_run(run_file(tmp_path, {}, targets=["q_prj"])))
