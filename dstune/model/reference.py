@@ -36,12 +36,16 @@ def base_reference(model: ModelSection, base: Path, seed: int) -> dict[str, Any]
 
 
 def weights_digest(directory: Path) -> str:
-    """The hash of a model directory, as `base_reference` says. Raises ConfigError where it has no weights."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for name in WeightFiles(directory).files():
-        with (directory / name).open("rb") as file:
-            for part in _samples(file):
-                digest.update(part)
+    """The hash of a model directory, as `base_reference` says. Raises ConfigError where it has no weights, or broken ones."""
+    place = directory / "config.json"
+    try:
+        digest = hashlib.sha256(place.read_bytes())
+        for place in [directory / name for name in WeightFiles(directory).files()]:
+            with place.open("rb") as file:
+                for part in _samples(file):
+                    digest.update(part)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(Problem(str(place), f"cannot be read: {error}")) from None
     return digest.hexdigest()
 
 

@@ -10,7 +10,9 @@ import torch
 from dstune import api
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
+from dstune.data.conversation import Conversation, Message
 from dstune.errors import ConfigError
+from dstune.generate import Settings, generate
 from dstune.launch import rundir, start
 from dstune.model.open import open_model
 from dstune.paths import RunPaths, step_directory
@@ -73,6 +75,8 @@ def test_a_run_becomes_an_adapter_that_dstune_opens_and_goes_with_no_other_base(
         one = opened.module(input_ids=ids).logits
         other = open_model(str(tmp_path / "whole"), device="cpu").module(input_ids=ids).logits
         before = open_model(str(tmp_path / "model"), device="cpu").module(input_ids=ids).logits
+    (answer,) = generate(opened, [opened.prompts([Conversation((Message("user", "2 + 2?"),))])[0].ids], Settings(4))
+    assert 0 < answer.num_tokens <= 4
     changed = float((one - before).abs().max())
     assert changed > 0.05 and float((one - other).abs().max()) < changed / 10
     save_llama(tmp_path / "model", spread=0.11)
