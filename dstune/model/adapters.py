@@ -49,14 +49,14 @@ def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
     modules = {name: module for name, module in model.named_modules() if name}
     problems: list[Problem] = []
     with_weights = {name: module for name, module in modules.items() if any(True for _ in module.parameters())}
-    saved = _matching(adapter.modules_to_save, list(with_weights), "modules_to_save", "a module", problems)
+    saved = _matching(adapter.modules_to_save, list(with_weights), "modules_to_save", "module", problems)
     head: Any = model.get_output_embeddings()
     linear = [name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D))]
     linear = [name for name in linear if not name.startswith(tuple(f"{one}." for one in saved)) and name not in saved]
     if adapter.targets == "auto":
         targets = [name for name in linear if modules[name] is not head]
     else:
-        targets = _matching(adapter.targets, linear, "targets", "a linear layer", problems)
+        targets = _matching(adapter.targets, linear, "targets", "linear layer", problems)
     problems += _tied(model, targets, "targets") + _tied(model, saved, "modules_to_save")
     if not targets and not problems:
         problems.append(Problem("model.adapter.targets", f"{type(model).__name__} has no linear layers left to train"))
@@ -72,9 +72,7 @@ def _matching(patterns: Sequence[str], names: list[str], key: str, what: str, pr
         fits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
         if not fits:
             near = _near(pattern, names)
-            problems.append(
-                Problem(f"model.adapter.{key}", f"{pattern!r} fits no {what.split(' ', 1)[1]}", near or what)
-            )
+            problems.append(Problem(f"model.adapter.{key}", f"{pattern!r} fits no {what}", near))
         found |= fits
     return [name for name in names if name in found]
 
@@ -95,11 +93,11 @@ def _tied(model: PreTrainedModel, modules: Sequence[str], key: str) -> list[Prob
     shared = {name: group for group in groups.values() if len(group) > 1 for name in group}
     problems: list[Problem] = []
     for module in modules:
-        for name in (name for name in shared if name.startswith(f"{module}.")):
+        name = next((name for name in shared if name.startswith(f"{module}.")), None)
+        if name is not None:
             other = next(one for one in shared[name] if one != name)
             came = f"{module} shares its weight with {other}"
             problems.append(Problem(f"model.adapter.{key}", came, "modules with weights of their own"))
-            break
     return problems
 
 

@@ -62,10 +62,13 @@ def test_an_adapter_goes_on_in_any_world_and_stage(tmp_path: Path) -> None:
 
 
 def test_a_run_becomes_an_adapter_that_dstune_opens_and_goes_with_no_other_base(tmp_path: Path) -> None:
-    run = run_file(tmp_path, {"dtype": "bf16", "activation_checkpointing": True}, dropout=0.2, alpha=64)
+    run = run_file(tmp_path, {"dtype": "bf16", "activation_checkpointing": True}, kind="dora", dropout=0.2)
     paths = finished(run, 1)
     losses = metrics(paths, "loss")
     assert losses[-1] < losses[0]
+    go_back_to(paths, 4, "deepspeed.preset=zero1", "deepspeed.overrides={}")
+    assert drive(paths.root, 1, new=False).state == "succeeded"
+    assert metrics(paths, "loss") == pytest.approx(losses, rel=2e-3)
     out = api.export(paths.root)
     opened = open_model(str(paths.root), device="cpu")
     assert out == paths.export and opened.dtype == "fp32", "as the base model's files"
@@ -83,7 +86,7 @@ def test_a_run_becomes_an_adapter_that_dstune_opens_and_goes_with_no_other_base(
     go_back_to(paths, 4)
     end = drive(paths.root, 1, new=False, max_failures=3)
     assert end.state == "failed" and "the same base model, unchanged" in end.message
-    assert len([event for event in read_lines(paths.events) if event["event"] == "attempt_started"]) == 2
+    assert len([event for event in read_lines(paths.events) if event["event"] == "attempt_started"]) == 3
 
 
 def test_what_fits_no_layer_is_found_before_anything_is_prepared(tmp_path: Path) -> None:
