@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
+from dstune.atomic import dump_json
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import resolve
 from dstune.config.schema import ModelSection, RunConfig
@@ -44,7 +45,7 @@ def write(directory: Path, reader: Reader, config: RunConfig, base: Path, dtype:
         name: reader.read("fp32", name).view(shape).to(DTYPES[dtype]).contiguous() for name, shape in shapes.items()
     }
     metadata = {"format": "pt", REFERENCE_KEY: json.dumps(reference)}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata)
+    (directory / WEIGHTS_FILE).write_bytes(save(tensors, metadata))
     (directory / CONFIG_FILE).write_text(_peft_config(config.model, base, adapted), encoding="utf-8")
     return sum(tensor.numel() for tensor in tensors.values())
 
@@ -59,7 +60,9 @@ def _peft_config(model: ModelSection, base: Path, adapted: PreTrainedModel) -> s
     values.inference_mode = True
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         values.save_pretrained(scratch)
-        return (Path(scratch) / CONFIG_FILE).read_text(encoding="utf-8")
+        content = json.loads((Path(scratch) / CONFIG_FILE).read_text(encoding="utf-8"))
+    # A set, which peft writes in any order.
+    return dump_json(content | {"target_modules": sorted(content["target_modules"])})
 
 
 def _is_random(model: ModelSection) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def put_into(model: PreTrainedModel, files: AdapterFiles) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        wrapped = PeftModel.from_pretrained(model, str(files.directory), autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what peft warns of when it loads is an error below
+            wrapped = PeftModel.from_pretrained(model, str(files.directory), autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())
         raise RunFailed(Problem(str(files.directory), f"does not fit {files.base}: {text[:600]}")) from None

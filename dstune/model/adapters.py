@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -140,7 +141,8 @@ def attach(model: PreTrainedModel, adapter: AdapterSection, seed: int) -> None:
     # They are trained where they stand: peft would put copies of them beside, and know nothing of their partitions.
     config.modules_to_save = None
     try:
-        with torch.random.fork_rng(devices=[]), _gathering(model, adapter):
+        with torch.random.fork_rng(devices=[]), _gathering(model, adapter), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             inject_adapter_in_model(config, model)
     except ValueError as error:
         text = " ".join(str(error).split())

@@ -119,6 +119,8 @@ def test_an_adapters_directory_is_complete(trained, tmp_path):
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
         assert len(file.keys()) == 2 * 14 + 2
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["target_modules"] == sorted(written["target_modules"])
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     assert written["modules_to_save"] == ["model.layers.1.input_layernorm", "lm_head"]
     assert written["base_model_name_or_path"] == config.model.path and written["r"] == 16
     card = (tmp_path / "out" / "README.md").read_text()
