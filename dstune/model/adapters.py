@@ -80,6 +80,8 @@ def _matching(patterns: Sequence[str], names: list[str], key: str, what: str, pr
 
 def _near(pattern: str, names: list[str]) -> str:
     """The names like `pattern`, last parts first: what a person meant, or what there is."""
+    if any(fnmatchcase(name, f"{pattern}.*") or fnmatchcase(name, f"*.{pattern}.*") for name in names):
+        return f"`{pattern}.*`"
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     near = difflib.get_close_matches(pattern, list(dict.fromkeys([*last, *names])), n=_NEAREST)
     shown = near or [part for part in last if not part.isdigit()]

@@ -39,12 +39,13 @@ def test_patterns_fit_whole_names_or_their_last_parts():
 
 def test_what_fits_nothing_is_named_with_its_neighbours():
     with pytest.raises(ConfigError) as caught:
-        chosen(tiny("llama"), targets=["q_porj", "mlp.*", "rotary"], modules_to_save=["lmhead"])
+        chosen(tiny("llama"), targets=["q_porj", "mlp.*", "rotary", "mlp"], modules_to_save=["lmhead"])
     came = [(problem.where, problem.came, problem.expected) for problem in caught.value.problems]
     assert came[0] == ("model.adapter.modules_to_save", "'lmhead' fits no module", "`lm_head`")
     assert came[1][1] == "'q_porj' fits no linear layer" and "`q_proj`" in came[1][2]
     assert came[2][1] == "'rotary' fits no linear layer" and "`down_proj`" in came[2][2]
-    assert len(came) == 3
+    assert came[3][1:] == ("'mlp' fits no linear layer", "`mlp.*`")
+    assert len(came) == 4
 
 
 @pytest.mark.parametrize("settings", [{"targets": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
