@@ -298,6 +298,7 @@ def export(
     step: str | int = "newest",
     dtype: str | None = None,
     to: str = "huggingface",
+    merged: bool = False,
     max_shard_size: str | int | None = None,
     threads: int | None = None,
     push: str | None = None,
@@ -305,11 +306,12 @@ def export(
 ) -> Path:
     """Write a committed checkpoint as a Hugging Face directory (or `to` another form); `push` it to the hub then. See `launch.exports`.
 
-    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. Raises UsageError, CheckpointError.
+    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. `merged`: the whole model of a
+    run with an adapter, and not the adapter alone. Raises UsageError, CheckpointError.
     """
     from dstune.launch import exports
 
-    form = exports.Form(to=to, dtype=dtype, max_shard_size=max_shard_size, threads=threads)
+    form = exports.Form(to=to, dtype=dtype, merged=merged, max_shard_size=max_shard_size, threads=threads)
     return exports.export(run, out, step, form, exports.Hub(push, public) if push else None)
 
 

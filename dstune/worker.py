@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, freezing, isolation, names
-from dstune.model.build import build
+from dstune.model import attention, freezing, isolation
+from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.loss import summed_token_loss
+from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
@@ -172,12 +173,13 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         weight_decay=config.train.weight_decay,
         ds_config=ds_config,
         world=world,
-        names=names.saved_names(module),
+        names=checkpoint_names(module, config.model),
     )
+    reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
-    saver = _saver(config, plan, paths, home, engine, control, world)
-    state = _initial_state(config, plan, engine, frozen, home, control)
+    saver = _saver(config, plan, paths, home, engine, control, world, reference)
+    state = _initial_state(config, plan, engine, frozen, home, control, reference)
     if plan.resume_from is not None:
         saver.catch_up(plan.start_step)
     loop = Loop(
@@ -226,6 +228,13 @@ def _validator(
     )
 
 
+def _reference(config: RunConfig, base: Path, control: Control) -> Mapping[str, Any] | None:
+    """The model that an adapter's checkpoints name in place of its weights; None for a run that trains them all. A collective."""
+    if config.model.adapter is None:
+        return None
+    return control.broadcast(base_reference(config.model, base, config.train.seed) if control.rank == 0 else {})
+
+
 def _saver(
     config: RunConfig,
     plan: Plan,
@@ -234,6 +243,7 @@ def _saver(
     engine: ZeroEngine,
     control: Control,
     world: World,
+    reference: Mapping[str, Any] | None,
 ) -> CheckpointSaver:
     return CheckpointSaver(
         config.checkpoint,
@@ -245,14 +255,21 @@ def _saver(
             "run": config.name,
             "model": config.model.path,
             "prepared": plan.prepared_fingerprint,
-        },
+        }
+        | ({} if reference is None else {"base": reference}),
         events=RunBooks(paths).events,
         pinned=world.device.type == "cuda",
     )
 
 
 def _initial_state(
-    config: RunConfig, plan: Plan, engine: ZeroEngine, frozen: str, home: Home, control: Control
+    config: RunConfig,
+    plan: Plan,
+    engine: ZeroEngine,
+    frozen: str,
+    home: Home,
+    control: Control,
+    reference: Mapping[str, Any] | None,
 ) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
@@ -265,6 +282,8 @@ def _initial_state(
     if plan.resume_from is None:
         return state
     reader = Reader(home.bring(Path(plan.resume_from), control))
+    if reference is not None:
+        require_same(reader.manifest.fingerprints.get("base"), reference, str(reader.directory))
     state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load_extra_state(state.engine)
     engine.load(reader.fill, state.optimizer_steps)

@@ -27,7 +27,7 @@ def test_a_recipe_says_what_it_is_for(name: str) -> None:
 
 
 def test_the_recipes_that_the_readme_names() -> None:
-    assert {"quickstart", "laptop", "full-8b-single-node", "70b-slurm", "t5"} <= set(recipes.names())
+    assert {"quickstart", "laptop", "full-8b-single-node", "70b-slurm", "t5", "lora"} <= set(recipes.names())
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

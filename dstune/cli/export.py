@@ -12,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", default="newest", help="a committed step, `best`, `newest` (default), or 0: before training"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the run's")
+    parser.add_argument(
+        "--merged", action="store_true", help="of a run with an adapter: the whole model, the adapter in it"
+    )
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of one safetensors file (default: 5GB)")
     parser.add_argument("--threads", type=int, metavar="N", help="output files written at a time (default: up to 4)")
     parser.add_argument(
@@ -29,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dstune import api
 
-    words = ("step", "dtype", "to", "max_shard_size", "threads", "push", "public")
+    words = ("step", "dtype", "to", "merged", "max_shard_size", "threads", "push", "public")
     out = api.export(args.run, args.out, **{word: getattr(args, word) for word in words})
     lines = [f"exported: {out}"]
     lines += [f"pushed: {args.push}"] if args.push else []

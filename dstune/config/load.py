@@ -37,6 +37,13 @@ _ELSEWHERE = {
     "save_steps": "every",
     "eval_steps": "every",
     "save_total_limit": "keep",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target": "targets",
+    "target_modules": "targets",
 }
 """What other trainers call a key of ours."""
 

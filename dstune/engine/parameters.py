@@ -23,7 +23,7 @@ class LocalPiece:
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
     """The whole parameter's shape, however it is partitioned."""
-    return tuple(parameter.ds_shape) if _is_partitioned(parameter) else tuple(parameter.shape)
+    return tuple(parameter.ds_shape) if is_partitioned(parameter) else tuple(parameter.shape)
 
 
 def local_piece(parameter: Any) -> LocalPiece:
@@ -31,7 +31,7 @@ def local_piece(parameter: Any) -> LocalPiece:
 
     ZeRO-3 cuts a parameter of n elements into ceil(n / W) each; the last workers' pieces may be short or empty.
     """
-    if not _is_partitioned(parameter):
+    if not is_partitioned(parameter):
         return LocalPiece(0, parameter.numel(), parameter.detach().view(-1))
     piece = parameter.ds_tensor
     if piece.numel() == 0 and parameter.ds_numel > 0:
@@ -49,7 +49,7 @@ def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 
     No communication: what is written must be the same on every worker. Parameters that are whole already stay as they are.
     """
-    partitioned = [parameter for parameter in parameters if _is_partitioned(parameter)]
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     before = [parameter.data for parameter in partitioned]
     try:
         for parameter in partitioned:
@@ -63,5 +63,14 @@ def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
             parameter.data = data
 
 
-def _is_partitioned(parameter: torch.Tensor) -> bool:
+def share(module: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """`module` reads `parameters` of other modules: on ZeRO-3 have them gathered for its passes too. Before the engine is made."""
+    import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds it in pieces."""
     return hasattr(parameter, "ds_tensor")

@@ -18,6 +18,15 @@ question = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs)[0]))
 """
+_USE_ADAPTER = """\
+from peft import {kind}
+from transformers import AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), {kind}.from_pretrained(".")  # fetches the base model too
+question = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs)[0]))
+"""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
@@ -36,12 +45,14 @@ class CardFacts:
     """The prepared data's counts, from its manifest."""
     sources: Sequence[Mapping[str, Any]] = ()
     """The prepared data's sources, as its manifest has them."""
+    is_adapter: bool = False
+    """Whether the files hold an adapter alone, for the base model."""
 
 
 def model_card(config: RunConfig, facts: CardFacts) -> str:
     """README.md in the hub's form: a YAML header, then Markdown. Everything a person wrote is escaped."""
     parts = [
-        _header(config),
+        _header(config, facts),
         f"# {plain(config.name)}\n",
         f"{plain(_shown(config.model.path))}, instruction-tuned with dstune.\n",
         _table(
@@ -55,7 +66,7 @@ def model_card(config: RunConfig, facts: CardFacts) -> str:
         ),
         _data(config, facts),
         _table("Training", _training(config, facts)),
-        f"## Use\n\n```python\n{_USE.format(kind=facts.auto_class)}```\n",
+        f"## Use\n\n```python\n{_use(facts)}```\n",
     ]
     return "\n".join(parts)
 
@@ -66,8 +77,15 @@ def plain(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", one_line).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
 
 
-def _header(config: RunConfig) -> str:
-    lines = ["---", "library_name: transformers", "tags: [dstune, instruction-tuned]"]
+def _use(facts: CardFacts) -> str:
+    if facts.is_adapter:
+        return _USE_ADAPTER.format(kind=facts.auto_class.replace("AutoModel", "AutoPeftModel"))
+    return _USE.format(kind=facts.auto_class)
+
+
+def _header(config: RunConfig, facts: CardFacts) -> str:
+    library = "peft" if facts.is_adapter else "transformers"
+    lines = ["---", f"library_name: {library}", "tags: [dstune, instruction-tuned]"]
     if _is_hub_id(config.model.path):
         lines.append(f"base_model: {json.dumps(config.model.path)}")
     return "\n".join([*lines, "---", ""])
@@ -93,7 +111,7 @@ def _counted(source: Mapping[str, Any]) -> list[str]:
 
 
 def _training(config: RunConfig, facts: CardFacts) -> dict[str, Any]:
-    train = config.train
+    train, adapter = config.train, config.model.adapter
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs or 1} epochs"
     return {
         "steps taken": f"{facts.step:,}",
@@ -104,6 +122,7 @@ def _training(config: RunConfig, facts: CardFacts) -> dict[str, Any]:
         "learning rate": f"{train.lr:g}, {train.schedule}",
         "optimizer": _optimizer(train),
         "precision": f"{config.model.dtype}, fp32 masters",
+        "adapter": None if adapter is None else f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha}",
         "seed": train.seed,
         "trained on": config.data.train_on,
         "template": config.data.template,

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,17 +50,19 @@ def write(
     *,
     stem: str = "model",
     facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
     threads: int = 1,
 ) -> list[Path]:
     """Write the parts as safetensors, at most `max_file_bytes` a file (a larger part alone), with an index where they are several.
 
-    `threads` files are written at a time; each takes two blocks of memory and a part's piece. `facts` goes into the index.
+    `threads` files are written at a time; each takes two blocks of memory and a part's piece. `facts` goes into the index,
+    `metadata` into each file's header.
     """
     groups = list(_divided(parts, max_file_bytes))
     names = [f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     paths = [directory / name for name in (names if len(groups) > 1 else [f"{stem}.safetensors"])]
     with ThreadPoolExecutor(min(threads, max(1, len(groups)))) as pool:
-        list(pool.map(_write_file, paths, groups))
+        list(pool.map(_write_file, paths, groups, repeat(metadata or {})))
     if len(groups) > 1:
         file_of = {
             name: path.name
@@ -67,9 +70,9 @@ def write(
             for part in group
             for name in part.outlines
         }
-        metadata = {"total_size": sum(map(_part_bytes, parts)), **(facts or {})}
+        totals = {"total_size": sum(map(_part_bytes, parts)), **(facts or {})}
         with durable_file(directory / f"{stem}.safetensors.index.json") as out:
-            out.write(dump_json({"metadata": metadata, "weight_map": dict(sorted(file_of.items()))}).encode("utf-8"))
+            out.write(dump_json({"metadata": totals, "weight_map": dict(sorted(file_of.items()))}).encode("utf-8"))
     return paths
 
 
@@ -87,9 +90,9 @@ def _divided(parts: Sequence[Part], max_bytes: int) -> Iterator[list[Part]]:
         yield run
 
 
-def _write_file(path: Path, parts: list[Part]) -> None:
+def _write_file(path: Path, parts: list[Part], metadata: Mapping[str, str]) -> None:
     with DirectFile(path) as file, Staging(file) as staging:
-        staging.put(torch.frombuffer(bytearray(_head(parts)), dtype=torch.uint8))
+        staging.put(torch.frombuffer(bytearray(_head(parts, metadata)), dtype=torch.uint8))
         for part in parts:
             for name, outline in part.outlines.items():
                 left = _bytes(outline)
@@ -103,9 +106,9 @@ def _write_file(path: Path, parts: list[Part]) -> None:
         file.finish()
 
 
-def _head(parts: list[Part]) -> bytes:
+def _head(parts: list[Part], metadata: Mapping[str, str]) -> bytes:
     """A file's length word and header, padded by spaces so that the tensors begin at a page."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for part in parts:
         for name, tensor in part.outlines.items():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from dstune.checkpoint.reader import Reader
 from dstune.config.schema import ModelSection, RunConfig
 from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
-from dstune.data.templates import Template
 from dstune.data.tokenize import load_tokenizer
 from dstune.errors import CheckpointError, ConfigError, Problem, UsageError
-from dstune.exporting import files
+from dstune.exporting import adapter, files
 from dstune.exporting.card import CardFacts, model_card
 from dstune.exporting.directory import new_directory
-from dstune.exporting.tensors import Weights
+from dstune.exporting.merged import whole_model
+from dstune.exporting.tensors import Masters, Weights
 from dstune.loggers import get_logger
 from dstune.model import freezing
 from dstune.model.build import skeleton
@@ -45,22 +46,29 @@ def export(
     max_file_bytes: int = MAX_FILE_BYTES,
     threads: int = 1,
     prepared: Path | None = None,
+    merged: bool = False,
 ) -> None:
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
     `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
     `threads` files are written at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, all) in memory.
+    A run with an adapter gives the adapter alone, in peft's layout; `merged`: the whole model with the adapter in it.
     `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UsageError(Problem("dtype", repr(dtype), "bf16, fp16 or fp32"))
     with new_directory(out) as directory:
-        _write(directory, Reader(checkpoint), config, base, dtype, max_file_bytes, threads, prepared)
+        reader = Reader(checkpoint)
+        if config.model.adapter is not None and not merged:
+            _write_adapter(directory, reader, config, base, dtype, prepared)
+            return
+        with whole_model(reader, config, base) as masters:
+            _write(directory, masters, config, base, dtype, max_file_bytes, threads, prepared)
 
 
 def _write(
     directory: Path,
-    reader: Reader,
+    masters: Masters,
     config: RunConfig,
     base: Path,
     dtype: str,
@@ -71,21 +79,29 @@ def _write(
     section = config.model.model_copy(update={"dtype": dtype})
     model_config = load_config(section, base)
     outline = skeleton(model_config, section)
-    weights = Weights(outline, reader, untrained(outline, reader, config, base))
+    weights = Weights(outline, masters, untrained(outline, masters, config, base))
     facts = {"total_parameters": weights.num_parameters}
     files.write(weights.as_saved(), directory, max_file_bytes, facts=facts, threads=threads)
     _write_config(directory, model_config, type(outline).__name__, outline.dtype)
     source = model_directory(config.model, base, weights=False)
     _copy_code(source, directory, section, model_config)
-    tokenizer = load_tokenizer(config.model, base)
-    template = run_template(config.data, tokenizer, base, model_config.is_encoder_decoder)
-    _write_tokenizer(directory, tokenizer, template)
+    tokenizer = _write_tokenizer(directory, config, base, model_config)
     write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
-    card = _facts(reader, weights, dtype, model_config.is_encoder_decoder, prepared)
+    card = _facts(masters, weights.num_parameters, dtype, model_config.is_encoder_decoder, prepared)
     write_text(directory / "README.md", model_card(config, card))
 
 
-def untrained(outline: PreTrainedModel, reader: Reader, config: RunConfig, base: Path) -> WeightFiles | None:
+def _write_adapter(
+    directory: Path, reader: Reader, config: RunConfig, base: Path, dtype: str, prepared: Path | None
+) -> None:
+    num_parameters = adapter.write(directory, reader, config, base, dtype)
+    model_config = load_config(config.model, base)
+    _write_tokenizer(directory, config, base, model_config)
+    card = _facts(reader, num_parameters, dtype, model_config.is_encoder_decoder, prepared)
+    write_text(directory / "README.md", model_card(config, replace(card, is_adapter=True)))
+
+
+def untrained(outline: PreTrainedModel, masters: Masters, config: RunConfig, base: Path) -> WeightFiles | None:
     """The files that the run began with, for what it did not train; `outline` is told what that is (`requires_grad`).
 
     Raises CheckpointError where they are not those that the run left frozen.
@@ -94,7 +110,7 @@ def untrained(outline: PreTrainedModel, reader: Reader, config: RunConfig, base:
         return None
     freezing.freeze(outline, config.train.freeze)
     files = WeightFiles(model_directory(config.model, base))
-    frozen = reader.state.get("frozen")
+    frozen = masters.state.get("frozen")
     if frozen and freezing.frozen_digest(outline, files) != frozen:
         came = "its weights are not the ones that the run left frozen"
         raise CheckpointError(Problem(str(files.directory), came, "the files that the run began with"))
@@ -115,16 +131,16 @@ def _copy_code(source: Path, directory: Path, model: ModelSection, config: Pretr
             shutil.copyfile(file, directory / file.name)
 
 
-def _write_tokenizer(directory: Path, tokenizer: Any, template: Template | None) -> None:
-    """The tokenizer's files with the chat template that the run was trained with, where it was trained with one."""
-    if template is None:
-        tokenizer.save_pretrained(str(directory))
-        return
-    if template.tool_source is not None:
+def _write_tokenizer(directory: Path, config: RunConfig, base: Path, model_config: PretrainedConfig) -> Any:
+    """The tokenizer's files with the chat template that the run was trained with, where it was trained with one; the tokenizer."""
+    tokenizer = load_tokenizer(config.model, base)
+    template = run_template(config.data, tokenizer, base, model_config.is_encoder_decoder)
+    if template is not None and template.tool_source is not None:
         tokenizer.chat_template = {"default": template.source, "tool_use": template.tool_source}
-    else:
+    elif template is not None:
         tokenizer.chat_template = template.source
     tokenizer.save_pretrained(str(directory))
+    return tokenizer
 
 
 def _generation(source: Path, config: PretrainedConfig, tokenizer: Any) -> dict[str, Any]:
@@ -165,16 +181,16 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return special[max(found, key=len)] if found else None
 
 
-def _facts(reader: Reader, weights: Weights, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
-    losses = reader.state.get("losses") or [None]
+def _facts(masters: Masters, num_parameters: int, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
+    losses = masters.state.get("losses") or [None]
     manifest: dict[str, Any] = {}
     if prepared is not None and prepared.is_dir():
         manifest = dict(Prepared.open(prepared).manifest)
     return CardFacts(
-        step=reader.step,
+        step=masters.step,
         loss=losses[-1],
         dtype=dtype,
-        parameters=weights.num_parameters,
+        parameters=num_parameters,
         auto_class="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
         counts=manifest.get("counts", {}),
         sources=manifest.get("sources", ()),

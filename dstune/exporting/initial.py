@@ -1,14 +1,13 @@
 """The model of a run before its first step, as a checkpoint: what a tuned one is compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint import commit
 from dstune.config.schema import RunConfig
 from dstune.engine.world import World
-from dstune.model.build import build
-from dstune.model.names import canonical_names
+from dstune.model.build import build, checkpoint_names
 from dstune.paths import step_directory
 from dstune.protocols import Slice
 
@@ -37,14 +36,16 @@ def commit_initial(checkpoints: Path, config: RunConfig, base: Path) -> Path:
     world.init()
     try:
         module = build(config.model, base, "sdpa", config.train.seed, _ONE_PIECE)
-        commit.save(checkpoints, 0, _slices(module), {"step": 0}, _Alone(), {"run": config.name})
+        slices = _slices(module, checkpoint_names(module, config.model), config.model.adapter is not None)
+        commit.save(checkpoints, 0, slices, {"step": 0}, _Alone(), {"run": config.name})
     finally:
         world.close()
     return step_directory(checkpoints, 0)
 
 
-def _slices(module: Any) -> Iterator[Slice]:
-    names = canonical_names(module)
+def _slices(module: Any, names: Mapping[str, str], trained_only: bool) -> Iterator[Slice]:
+    """Every parameter whole, a tied one once; or only those that would be trained."""
     for name, parameter in module.named_parameters():
-        if names[name] == name:
-            yield Slice("fp32", name, tuple(parameter.shape), 0, parameter.detach().float().flatten())
+        if parameter.requires_grad or not trained_only:
+            values = parameter.detach().float().flatten()
+            yield Slice("fp32", names.get(name, name), tuple(parameter.shape), 0, values)

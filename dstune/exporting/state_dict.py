@@ -11,6 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.exporting import files
 from dstune.exporting.directory import new_directory
 from dstune.exporting.huggingface import MAX_FILE_BYTES, untrained
+from dstune.exporting.merged import whole_model
 from dstune.exporting.tensors import Weights
 from dstune.model.build import skeleton
 from dstune.model.config import load_config
@@ -31,15 +32,16 @@ def export(
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
     Names are the module's own; a tied tensor is written once (safetensors), or under each of its names (`pickled`:
-    pytorch_model.bin, which torch.load reads). Raises UsageError, CheckpointError, ConfigError, RunFailed.
+    pytorch_model.bin, which torch.load reads). Of a run with an adapter: the whole model, the adapter in it.
+    Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
     with new_directory(out) as directory:
         section = config.model.model_copy(update={"dtype": "fp32"})
         outline = skeleton(load_config(section, base), section)
-        reader = Reader(checkpoint)
-        weights = Weights(outline, reader, untrained(outline, reader, config, base))
-        facts = {"total_parameters": weights.num_parameters}
-        written = files.write(weights.as_state_dict(), directory, max_file_bytes, facts=facts, threads=threads)
+        with whole_model(Reader(checkpoint), config, base) as masters:
+            weights = Weights(outline, masters, untrained(outline, masters, config, base))
+            facts = {"total_parameters": weights.num_parameters}
+            written = files.write(weights.as_state_dict(), directory, max_file_bytes, facts=facts, threads=threads)
         if pickled:
             _pickle(directory, written, weights)
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from threading import Lock, local
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from dstune.checkpoint.reader import Reader
 from dstune.errors import CheckpointError, Problem
 from dstune.model import names
 from dstune.model.names import Conversion
@@ -19,17 +19,67 @@ _PIECE_ELEMENTS = 8 << 20
 """32 MB of fp32 at a time."""
 
 
+class Masters(Protocol):
+    """What an export reads: a checkpoint of the whole model (`checkpoint.Reader`), or what reads like one. Several threads do."""
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def state(self) -> Mapping[str, Any]: ...
+    def tensors(self, state: str) -> Mapping[str, tuple[int, ...]]:
+        """Every parameter's name and whole shape."""
+        ...
+
+    def read(self, state: str, name: str) -> torch.Tensor:
+        """A whole parameter, flattened."""
+        ...
+
+    def read_into(self, state: str, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D tensor `out` from element `start` of the flattened parameter on."""
+        ...
+
+
+class Caster:
+    """Reads masters and casts them, piece by piece, in buffers that are used again: fresh memory is slower than the disk."""
+
+    def __init__(self, masters: Masters) -> None:
+        self._masters = masters
+        self._buffers = _Buffers()
+
+    def pieces(self, stored: str, num_elements: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The parameter `stored`, flattened, in consecutive pieces of which only one is in memory at a time: use it up."""
+        for start in range(0, num_elements, _PIECE_ELEMENTS):
+            length = min(_PIECE_ELEMENTS, num_elements - start)
+            master = self._buffers.of(torch.float32)[:length]
+            self._masters.read_into("fp32", stored, start, master)
+            yield master if dtype is torch.float32 else self._buffers.of(dtype)[:length].copy_(master)
+
+
+class _Buffers(local):
+    """One piece of each type for each thread."""
+
+    def __init__(self) -> None:
+        self._of: dict[torch.dtype, torch.Tensor] = {}
+
+    def of(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._of:
+            self._of[dtype] = torch.empty(_PIECE_ELEMENTS, dtype=dtype)
+        return self._of[dtype]
+
+
 class Weights:
     """The tensors to export: masters of a checkpoint, cast; what was not trained (buffers), from the pretrained files."""
 
-    def __init__(self, outline: PreTrainedModel, reader: Reader, pretrained: WeightFiles | None) -> None:
+    def __init__(self, outline: PreTrainedModel, reader: Masters, pretrained: WeightFiles | None) -> None:
         """`outline`: the model without storage, its types those of the export.
 
         Raises CheckpointError where the checkpoint is not of this model, ConfigError where transformers cannot save it.
         """
         self.outline = outline
         self._reader = reader
-        self._buffers = _Buffers()
+        self._caster = Caster(reader)
         self._initialising = Lock()
         self._pretrained = pretrained
         self.tensors = names.all_tensors(outline)
@@ -79,12 +129,8 @@ class Weights:
         if not self._is_stored(name):
             yield self.read(name).flatten()
             return
-        wanted, stored = self.tensors[name], self._stored_name(name)
-        for start in range(0, wanted.numel(), _PIECE_ELEMENTS):
-            length = min(_PIECE_ELEMENTS, wanted.numel() - start)
-            master = self._buffers.of(torch.float32)[:length]
-            self._reader.read_into("fp32", stored, start, master)
-            yield master if wanted.dtype is torch.float32 else self._buffers.of(wanted.dtype)[:length].copy_(master)
+        wanted = self.tensors[name]
+        yield from self._caster.pieces(self._stored_name(name), wanted.numel(), wanted.dtype)
 
     def _is_stored(self, name: str) -> bool:
         return self._stored_name(name) in self._reader.tensors("fp32")
@@ -107,18 +153,6 @@ class Weights:
 
     def _foreign(self, came: str, expected: str) -> CheckpointError:
         return CheckpointError(Problem(str(self._reader.directory), came, expected))
-
-
-class _Buffers(local):
-    """One piece of each type for each thread, used again and again: fresh memory is slower than the disk."""
-
-    def __init__(self) -> None:
-        self._of: dict[torch.dtype, torch.Tensor] = {}
-
-    def of(self, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in self._of:
-            self._of[dtype] = torch.empty(_PIECE_ELEMENTS, dtype=dtype)
-        return self._of[dtype]
 
 
 @dataclass(frozen=True)

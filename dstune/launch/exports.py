@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstune.checkpoint import origin, resolve
+from dstune.config.schema import RunConfig
 from dstune.config.units import size_bytes
 from dstune.errors import Problem, UsageError
 from dstune.exporting import huggingface, initial, push, state_dict
@@ -28,8 +29,10 @@ class Form:
     """A Hugging Face directory, or what DeepSpeed's zero_to_fp32.py gives: as safetensors, or (`-bin`) as pytorch_model.bin."""
     dtype: str | None = None
     """bf16, fp16 or fp32; default: the run's."""
+    merged: bool = False
+    """Of a run with an adapter: the whole model with the adapter in it, and not the adapter alone."""
     max_shard_size: str | int | None = None
-    """Of one file: `5GB`, `500MB`, a number of bytes."""
+    """Of one file: `5GB`, `500MB`, a number of bytes. An adapter alone is always one file."""
     threads: int | None = None
     """Output files written at a time; default: the processors, up to 4."""
 
@@ -45,7 +48,8 @@ class Hub:
 def export(run: str | Path, out: str | Path | None, step: str | int, form: Form, hub: Hub | None = None) -> Path:
     """Write a committed checkpoint of `run` to `out` (default: the run's export/), and push it to `hub`.
 
-    Raises UsageError where `out` exists or there is no token to push with, CheckpointError, RunFailed.
+    Raises UsageError where `out` exists, there is no token to push with or the run cannot have this form, CheckpointError,
+    ConfigError, RunFailed.
     """
     if form.to not in FORMS:
         raise UsageError(Problem("--to", repr(form.to), f"one of: {', '.join(FORMS)}"))
@@ -53,6 +57,7 @@ def export(run: str | Path, out: str | Path | None, step: str | int, form: Form,
         raise UsageError(Problem("--to", f"{form.to} is fp32 weights alone", "neither --dtype nor --push with it"))
     token = push.require_token(hub.id) if hub else ""
     paths = rundir.find(run)
+    _require_sense(form, rundir.load(paths).config)
     target = Path(out).absolute() if out is not None else paths.export
     require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +66,23 @@ def export(run: str | Path, out: str | Path | None, step: str | int, form: Form,
     if hub:
         log.info("pushed: %s", push.push(target, hub.id, token, public=hub.public))
     return target
+
+
+def _require_sense(form: Form, config: RunConfig) -> None:
+    """Raises UsageError for a form that a run with an adapter, or one without, does not have."""
+    if config.model.adapter is None:
+        if form.merged:
+            came = f"{config.name} trained the model itself, not an adapter (model.adapter)"
+            raise UsageError(Problem("--merged", came, do="Without --merged the whole model is exported."))
+    elif not form.merged:
+        if form.to != "huggingface":
+            came = f"{config.name} trained an adapter, and {form.to} is a whole model's weights"
+            raise UsageError(
+                Problem("--to", came, do="With --merged the base model is written with the adapter in it.")
+            )
+        if form.max_shard_size is not None:
+            came = "an adapter alone is one file, peft knows no other"
+            raise UsageError(Problem("--max-shard-size", came, do="Leave it out, or export the whole model: --merged."))
 
 
 def _checkpoint(paths: RunPaths, step: str | int, scratch: Path) -> Path:
@@ -90,6 +112,7 @@ def _write(paths: RunPaths, checkpoint: Path, target: Path, form: Form) -> None:
             max_file_bytes=max_file_bytes,
             threads=threads,
             prepared=Path(noted["directory"]) if noted else None,
+            merged=form.merged,
         )
         return
     pickled = form.to == "deepspeed-fp32-bin"

@@ -71,6 +71,10 @@ def import_deepspeed(
     Everything is checked before the run directory is made. Raises CheckpointError, UsageError, ConfigError, DataError.
     """
     paths, loaded = _found(run)
+    if loaded.config.model.adapter is not None:
+        came = f"{loaded.config.name} trains an adapter, and DeepSpeed's checkpoint has a whole model's weights and moments"
+        do = "Export the weights there and name them in `model.path`; or leave `model.adapter` out, to train all of them."
+        raise UsageError(Problem("model.adapter", came, "a run that trains the model itself", do))
     if paths is not None:
         _refuse_history(loaded, paths)
     source = DeepSpeedCheckpoint(directory, tag, skip_objects)

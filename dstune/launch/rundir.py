@@ -21,7 +21,18 @@ from dstune.records.sinks import EventLog
 
 log = get_logger(__name__)
 
-_PACKAGES = ("dstune", "torch", "deepspeed", "ray", "transformers", "datasets", "pyarrow", "numpy", "tokenizers")
+_PACKAGES = (
+    "dstune",
+    "torch",
+    "deepspeed",
+    "ray",
+    "transformers",
+    "datasets",
+    "peft",
+    "pyarrow",
+    "numpy",
+    "tokenizers",
+)
 
 _MAY_CHANGE = (
     "cluster",

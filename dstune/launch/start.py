@@ -93,6 +93,10 @@ def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
     deepspeed.make(run.config, run.base)
     plan.require_rows(run.config, workers_range(run.config.cluster, 1)[0])
+    if run.config.model.adapter is not None:
+        from dstune.model.build import adapted_skeleton
+
+        adapted_skeleton(run.config.model, run.base)
 
 
 def reached_store(config: RunConfig, new: bool = False) -> Store | None:

@@ -13,8 +13,9 @@ from dstune.config.schema import ModelSection
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
-from dstune.model import per_example
+from dstune.model import adapters, per_example
 from dstune.model.config import is_builtin, load_config, model_directory, task_of
+from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
 from dstune.model.weights import load_weights
 
@@ -30,6 +31,8 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
         initialise(module, seed)
     else:
         load_weights(module, model_directory(model, base))
+    if model.adapter is not None:
+        adapters.attach(module, model.adapter, seed)
     if model.activation_checkpointing:
         checkpoint_activations(module)
     return module.train()
@@ -62,6 +65,20 @@ def skeleton(config: PretrainedConfig, model: ModelSection, attention: str = "ea
         ) from error
     module.tie_weights()
     return module
+
+
+def adapted_skeleton(model: ModelSection, base: Path) -> PreTrainedModel:
+    """The model with its adapter, without storage. Raises ConfigError as `skeleton` and `adapters.choose`."""
+    assert model.adapter is not None
+    module = skeleton(load_config(model, base), model)
+    with torch.device("meta"):
+        adapters.attach(module, model.adapter, 0)
+    return module
+
+
+def checkpoint_names(module: PreTrainedModel, model: ModelSection) -> dict[str, str]:
+    """What `save_pretrained` calls the trained parameters that it calls otherwise: the model's own, or peft's with an adapter."""
+    return saved_names(module) if model.adapter is None else adapters.saved_names(module)
 
 
 def _instance(config: PretrainedConfig, model: ModelSection, attention: str) -> PreTrainedModel:

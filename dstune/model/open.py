@@ -20,8 +20,11 @@ from dstune.config.schema import ModelSection, TrainSection
 from dstune.data.conversation import Conversation, Example, Message, Refused
 from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
 from dstune.errors import ConfigError, Problem, RunFailed, UsageError
+from dstune.model import adapter_files
+from dstune.model.adapter_files import AdapterFiles
 from dstune.model.build import initialise
 from dstune.model.config import is_builtin, load_config, model_directory, task_of
+from dstune.model.reference import require_same, weights_digest
 from dstune.paths import RunPaths
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,22 +89,30 @@ def open_model(
 ) -> OpenedModel:
     """The model of an exported directory, a hub id, a run directory with an export, or a builtin one (random weights).
 
+    An exported adapter opens with its base model.
+
     `base`: what a template's relative path is relative to, default here. Raises UsageError where there is no such model,
     RunFailed where its files do not make a whole one, ConfigError for a template.
     """
     section = ModelSection(path=_place(model), revision=revision, trust_remote_code=trust_remote_code)
     base = base or Path.cwd()
     try:
+        adapter = _adapter(section, base)
+        if adapter is not None:
+            section = section.model_copy(update={"path": adapter.base, "revision": adapter.revision})
         directory = model_directory(section, base)
         config = load_config(section, base)
     except ConfigError as error:
         raise UsageError([Problem(model, p.came, p.expected, p.do) for p in error.problems] or str(error)) from None
     seq2seq = task_of(section, config) == "seq2seq-lm"
-    tokenizer = load_tokenizer(section if is_builtin(section) else ModelSection(path=str(directory)), base)
+    if adapter is not None:
+        _require_base(adapter, directory)
+    tokenizer = load_tokenizer(_tokenizer_place(section, directory, adapter), base)
     chosen = resolve_template(template, tokenizer, base, seq2seq)
     encoder = Encoder(tokenizer, chosen, train_on="last", lossy_text="allow", seq2seq=seq2seq)
-    place = _device(device)
-    module = _module(section, directory, config, seq2seq, dtype).to(place).eval()
+    where = _device(device)
+    module = _module(section, directory, config, seq2seq, dtype)
+    module = (module if adapter is None else adapter_files.put_into(module, adapter)).to(where).eval()
     stop_ids = _stop_ids(tokenizer, module, encoder)
     _plain_generation(module)
     pad = tokenizer.pad_token_id
@@ -111,7 +122,7 @@ def open_model(
         tokenizer=tokenizer,
         encoder=encoder,
         seq2seq=seq2seq,
-        device=place,
+        device=where,
         dtype=_dtype_name(module.dtype),
         stop_ids=stop_ids,
         pad_id=pad if pad is not None else min(stop_ids, default=0),
@@ -136,14 +147,36 @@ def _place(model: str) -> str:
     path = Path(model).expanduser()
     if not path.is_dir():
         return model
-    if (path / "config.json").is_file():
-        return str(path.absolute())
     run = RunPaths(path)
-    if (run.export / "config.json").is_file():
-        return str(run.export.absolute())
+    for directory in (path, run.export):
+        if (directory / "config.json").is_file() or adapter_files.is_adapter(directory):
+            return str(directory.absolute())
     if run.config.is_file():
         raise UsageError(Problem(model, "is a run without an export", do=f"dstune export {model} {run.export}"))
     raise UsageError(Problem(model, "has no config.json", "an exported model's directory, or a hub id"))
+
+
+def _adapter(section: ModelSection, base: Path) -> AdapterFiles | None:
+    """The adapter that `section` names, a directory or a hub id; None for a whole model. Raises ConfigError where nothing is there."""
+    directory = Path(section.path) if Path(section.path).is_dir() else model_directory(section, base)
+    return adapter_files.read(directory) if adapter_files.is_adapter(directory) else None
+
+
+def _require_base(adapter: AdapterFiles, directory: Path) -> None:
+    """The base model must be the one that the adapter was trained on, as far as that is known. Raises RunFailed."""
+    if adapter.reference is not None:
+        now = {"path": adapter.base, "revision": adapter.revision, "sha256": weights_digest(directory)}
+        try:
+            require_same(adapter.reference, now, str(adapter.directory))
+        except ConfigError as error:
+            raise RunFailed(error.problems) from None
+
+
+def _tokenizer_place(section: ModelSection, directory: Path, adapter: AdapterFiles | None) -> ModelSection:
+    """What to open the tokenizer of: an adapter brings its own, with the template that it was trained with."""
+    if adapter is not None and (adapter.directory / "tokenizer_config.json").is_file():
+        return ModelSection(path=str(adapter.directory))
+    return section if is_builtin(section) else ModelSection(path=str(directory))
 
 
 def _device(written: str) -> torch.device:

@@ -34,6 +34,10 @@ class WeightFiles:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    def files(self) -> list[str]:
+        """The files' own names, sorted."""
+        return sorted(set(self._file_of.values()))
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 

@@ -1,0 +1,131 @@
+"""Which modules an adapter trains, what its parameters are called, where they begin, and how its base model is recognised."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from dstune.config.schema import AdapterSection, ModelSection
+from dstune.errors import ConfigError
+from dstune.model import adapters
+from dstune.model.reference import base_reference, require_same
+from tests.model.architectures import tiny
+
+
+def chosen(model, **settings) -> adapters.Chosen:
+    return adapters.choose(AdapterSection(**settings), model)
+
+
+def test_auto_takes_every_linear_layer_but_the_head():
+    targets = chosen(tiny("llama")).targets
+    assert len(targets) == 2 * 7 and "lm_head" not in targets and "model.layers.1.mlp.up_proj" in targets
+    assert {name.rpartition(".")[2] for name in chosen(tiny("gpt2")).targets} == {"c_attn", "c_proj", "c_fc"}
+
+
+def test_patterns_fit_whole_names_or_their_last_parts():
+    model = tiny("llama")
+    assert len(chosen(model, targets=["q_proj", "v_proj"]).targets) == 4
+    assert chosen(model, targets=["layers.1.*.?_proj"]).targets == tuple(
+        f"model.layers.1.self_attn.{one}_proj" for one in "qkvo"
+    )
+    found = chosen(model, targets=["model.layers.0.mlp.up_proj"], modules_to_save=["embed_tokens", "norm"])
+    assert found == adapters.Chosen(("model.layers.0.mlp.up_proj",), ("model.embed_tokens", "model.norm"))
+    assert "lm_head" not in chosen(model, targets="auto", modules_to_save=["lm_head"]).targets
+
+
+def test_what_fits_nothing_is_named_with_its_neighbours():
+    with pytest.raises(ConfigError) as caught:
+        chosen(tiny("llama"), targets=["q_porj", "mlp.*", "rotary", "mlp"], modules_to_save=["lmhead"])
+    came = [(problem.where, problem.came, problem.expected) for problem in caught.value.problems]
+    assert came[0] == ("model.adapter.modules_to_save", "'lmhead' fits no module", "`lm_head`")
+    assert came[1][1] == "'q_porj' fits no linear layer" and "`q_proj`" in came[1][2]
+    assert came[2][1] == "'rotary' fits no linear layer" and "`down_proj`" in came[2][2]
+    assert came[3][1:] == ("'mlp' fits no linear layer", "`mlp.*`")
+    assert len(came) == 4
+
+
+@pytest.mark.parametrize("settings", [{"targets": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_a_tied_weight_is_refused(settings):
+    with pytest.raises(ConfigError, match="shares its weight with"):
+        chosen(tiny("llama-tied"), **settings)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValidationError, match="4 bits"):
+        AdapterSection.model_validate({"kind": "qlora"})
+    with pytest.raises(ValidationError, match="names no layer"):
+        AdapterSection.model_validate({"targets": []})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {"modules_to_save": ["lm_head", "model.norm"]}),
+        ("llama", {"kind": "dora", "targets": ["q_proj", "layers.0.mlp.up_proj"]}),
+        ("gpt2", {"kind": "rslora", "rank": 3, "alpha": 7}),
+        ("t5", {}),
+        ("mixtral", {}),
+    ],
+)
+def test_names_are_those_of_pefts_own_files_and_the_model_begins_as_it_was(architecture, settings):
+    model, section = tiny(architecture).eval(), AdapterSection(**settings)
+    config = adapters.peft_config(section, model, adapters.choose(section, model))
+    theirs = get_peft_model(copy.deepcopy(model), config)
+    inputs = {"input_ids": torch.arange(1, 9)[None]}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    with torch.no_grad():
+        before = model(**inputs).logits
+        adapters.attach(model, section, seed=3)
+        assert torch.equal(model(**inputs).logits, before)
+    parameters = dict(model.named_parameters())
+    own = {stored: tuple(parameters[name].shape) for name, stored in adapters.saved_names(model).items()}
+    wanted = get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    assert own == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    scales = [layer.scaling[adapters.ADAPTER] for _, layer in adapters.layers(model)]
+    assert len(set(scales)) == 1
+    assert scales[0] == pytest.approx(7 / 3**0.5 if settings.get("kind") == "rslora" else 2.0)
+
+
+def test_an_adapter_begins_by_its_seed_alone():
+    def start(seed: int, **settings) -> dict[str, torch.Tensor]:
+        model = tiny("llama")
+        adapters.attach(model, AdapterSection(**settings), seed)
+        return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+    torch.manual_seed(1)
+    one, other, fewer = start(3), start(4), start(3, targets=["q_proj"])
+    torch.manual_seed(2)
+    again = start(3)
+    name = "model.layers.1.self_attn.q_proj.lora_A.default.weight"
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    assert not torch.equal(one[name], other[name]) and torch.equal(one[name], fewer[name])
+    assert 0.9 / 32**0.5 < one[name].abs().max() <= 1 / 32**0.5
+    assert not torch.equal(one[name], one[name.replace("layers.1", "layers.0")])
+
+
+def test_a_base_model_is_recognised_by_its_files(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    section = ModelSection(path=str(tmp_path / "base"))
+    before = base_reference(section, tmp_path, 1)
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    moved = base_reference(ModelSection(path="moved"), tmp_path, 2)
+    require_same(before, moved, "checkpoint")
+    file = sorted((tmp_path / "moved").glob("*.safetensors"))[1]
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"was trained on .*base with hash .* the model is now moved"):
+        require_same(before, base_reference(ModelSection(path="moved"), tmp_path, 1), "checkpoint")
+
+
+def test_a_random_base_model_is_its_config_and_seed(tmp_path):
+    def digest(seed: int, **overrides) -> str:
+        return base_reference(ModelSection(path="builtin:tiny-llama", overrides=overrides), tmp_path, seed)["sha256"]
+
+    assert digest(1) == digest(1) != digest(2)
+    assert digest(1, rms_norm_eps=1e-3) != digest(1)
