@@ -189,6 +189,8 @@ def _notes(source: DeepSpeedCheckpoint, loaded: LoadedRun, state: TrainState) ->
         notes.append(f"train.global_batch_size is {batch}, DeepSpeed's steps took {source.batch_size} rows")
     if state.step != source.global_steps:
         notes.append(f"DeepSpeed stood at step {source.global_steps}; --step says {state.step}")
+    if source.buffers:
+        notes.append(f"buffers are taken from the model itself, not from there: {', '.join(source.buffers[:5])}")
     rate = learning_rate(train, state.step, state.total_steps)
     last = source.settings.get("lr")
     if last is not None and abs(float(last) - rate) > _SAME_RATE * rate:
