@@ -18,6 +18,7 @@ import torch
 from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
+from dstune.checkpoint.home import Home
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
@@ -26,10 +27,11 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, isolation, names
+from dstune.model import attention, freezing, isolation, names
 from dstune.model.build import build
-from dstune.model.config import load_config
+from dstune.model.config import load_config, model_directory
 from dstune.model.loss import summed_token_loss
+from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
 from dstune.protocols import Control
@@ -130,7 +132,8 @@ def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> Loop
     torch.set_num_threads(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
     _say_where(paths, plan, control)
-    end = _train(config, plan, paths, world, control)
+    home = Home.find(Path(plan.checkpoints), plan.store, control)
+    end = _train(config, plan, paths, home, world, control)
     if world.rank == 0:
         write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})
     control.barrier()
@@ -144,7 +147,7 @@ def _say_where(paths: RunPaths, plan: Plan, control: Control) -> None:
         RunBooks(paths).events.event("workers", attempt=plan.attempt, workers=workers)
 
 
-def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control: Control) -> LoopEnd:
+def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: World, control: Control) -> LoopEnd:
     base = Path(plan.base)
     ds_config = json.loads(paths.ds_config(plan.attempt).read_text(encoding="utf-8"))
     prepared = Prepared.open(plan.prepared)
@@ -155,11 +158,17 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         isolation.prove(model_config, kernel)
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
+    freezing.freeze(module, config.train.freeze)
+    frozen = ""
+    if config.train.freeze:
+        frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
     engine = ZeroEngine(
         module,
         lr=config.train.lr,
+        optimizer=config.train.optimizer,
         betas=config.train.betas,
         eps=config.train.eps,
+        momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
         ds_config=ds_config,
         world=world,
@@ -167,6 +176,10 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
     )
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
+    saver = _saver(config, plan, paths, home, engine, control, world)
+    state = _initial_state(config, plan, engine, frozen, home, control)
+    if plan.resume_from is not None:
+        saver.catch_up(plan.start_step)
     loop = Loop(
         config=config,
         plan=plan,
@@ -175,21 +188,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         prepared=prepared,
         validator=validator,
         control=control,
-        state=_initial_state(config, plan, engine),
-        saver=CheckpointSaver(
-            config.checkpoint,
-            Path(plan.checkpoints),
-            engine,
-            control,
-            behind=world.control(),
-            fingerprints={
-                "run": config.name,
-                "model": config.model.path,
-                "prepared": plan.prepared_fingerprint,
-            },
-            events=RunBooks(paths).events,
-            pinned=world.device.type == "cuda",
-        ),
+        state=state,
+        saver=saver,
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
@@ -226,19 +226,47 @@ def _validator(
     )
 
 
-def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine) -> TrainState:
+def _saver(
+    config: RunConfig,
+    plan: Plan,
+    paths: RunPaths,
+    home: Home,
+    engine: ZeroEngine,
+    control: Control,
+    world: World,
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        config.checkpoint,
+        home,
+        engine,
+        control,
+        behind=world.control(),
+        fingerprints={
+            "run": config.name,
+            "model": config.model.path,
+            "prepared": plan.prepared_fingerprint,
+        },
+        events=RunBooks(paths).events,
+        pinned=world.device.type == "cuda",
+    )
+
+
+def _initial_state(
+    config: RunConfig, plan: Plan, engine: ZeroEngine, frozen: str, home: Home, control: Control
+) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
         prepared_fingerprint=plan.prepared_fingerprint,
         seed=config.train.seed,
         global_batch_size=config.train.global_batch_size,
         total_steps=plan.total_steps,
+        frozen=frozen,
     )
     if plan.resume_from is None:
         return state
-    reader = Reader(Path(plan.resume_from))
-    state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
-    engine.load(reader.fill, state.optimizer_steps)
+    reader = Reader(home.bring(Path(plan.resume_from), control))
+    state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load_extra_state(state.engine)
-    log.info("loaded %s (written by %d workers)", plan.resume_from, reader.manifest.world_size)
+    engine.load(reader.fill, state.optimizer_steps)
+    log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state
