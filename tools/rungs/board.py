@@ -18,6 +18,9 @@ T = TypeVar("T")
 EVERY = 3
 """Steps between two commits of the runs that are disturbed; all of them take 12."""
 
+LONGER: Mapping[str, Mapping[str, Any]] = {"train": {"max_steps": 60}}
+"""For what takes a while to be noticed."""
+
 
 class Board:
     """One climb of the ladder."""
@@ -50,6 +53,11 @@ class Board:
     def reference(self) -> RunPaths:
         """The run that nothing disturbs, committed at every step."""
         return finished(self.write_run(self.fresh("reference"), checkpoint={"every": 1}))
+
+    @functools.cached_property
+    def long_reference(self) -> RunPaths:
+        """The same over `LONGER`."""
+        return finished(self.write_run(self.fresh("long-reference"), **LONGER))
 
     def halfway(self) -> RunPaths:
         """A copy of a run that was stopped with several commits made and steps left."""
