@@ -79,7 +79,7 @@ class Board:
         path = self.folder / "arithmetic.jsonl"
         draw = random.Random(0)
         with path.open("w", encoding="utf-8") as file:
-            for number in range(400):
+            for number in range(290):
                 one, other = draw.randrange(10_000), number
                 record = {"instruction": f"Add {one} to {other}, and show how.", "output": _sum(one, other)}
                 file.write(json.dumps(record) + "\n")
