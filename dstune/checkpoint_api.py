@@ -121,8 +121,9 @@ def prune_checkpoints(
         "directory": str(where),
         "dry_run": dry_run,
         "newest_whole": planned.newest_whole,
-        "read": [
-            {"step": step, "problems": [str(finding) for finding in look.findings]} for step, look in planned.read
+        "none_whole": planned.none_whole,
+        "looked_at": [
+            {"step": step, "problems": [str(finding) for finding in look.findings]} for step, look in planned.looks
         ],
         "kept": [{"step": one.step, "because": list(one.reasons)} for one in planned.verdicts if one.reasons],
         "deleted": [{"step": step, "bytes": sizes[step]} for step in steps],

@@ -27,10 +27,11 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, isolation, names
+from dstune.model import attention, freezing, isolation, names
 from dstune.model.build import build
-from dstune.model.config import load_config
+from dstune.model.config import load_config, model_directory
 from dstune.model.loss import summed_token_loss
+from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
 from dstune.protocols import Control
@@ -157,11 +158,17 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         isolation.prove(model_config, kernel)
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
+    freezing.freeze(module, config.train.freeze)
+    frozen = ""
+    if config.train.freeze:
+        frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
     engine = ZeroEngine(
         module,
         lr=config.train.lr,
+        optimizer=config.train.optimizer,
         betas=config.train.betas,
         eps=config.train.eps,
+        momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
         ds_config=ds_config,
         world=world,
@@ -170,7 +177,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
     saver = _saver(config, plan, paths, home, engine, control, world)
-    state = _initial_state(config, plan, engine, home, control)
+    state = _initial_state(config, plan, engine, frozen, home, control)
     if plan.resume_from is not None:
         saver.catch_up(plan.start_step)
     loop = Loop(
@@ -244,19 +251,22 @@ def _saver(
     )
 
 
-def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine, home: Home, control: Control) -> TrainState:
+def _initial_state(
+    config: RunConfig, plan: Plan, engine: ZeroEngine, frozen: str, home: Home, control: Control
+) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
         prepared_fingerprint=plan.prepared_fingerprint,
         seed=config.train.seed,
         global_batch_size=config.train.global_batch_size,
         total_steps=plan.total_steps,
+        frozen=frozen,
     )
     if plan.resume_from is None:
         return state
     reader = Reader(home.bring(Path(plan.resume_from), control))
     state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
-    engine.load(reader.fill, state.optimizer_steps)
     engine.load_extra_state(state.engine)
+    engine.load(reader.fill, state.optimizer_steps)
     log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state

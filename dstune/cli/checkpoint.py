@@ -82,8 +82,8 @@ def _prune(args: argparse.Namespace) -> int:
     rules = {name: getattr(args, name) for name in ("keep", "keep_every", "best", "best_mode")}
     done = api.prune_checkpoints(args.run, **rules, dry_run=args.dry_run, progress=not args.json)
     emit(args, done, _account(done))
-    if done["read"] and done["newest_whole"] is None:
-        print("dstune: nothing was found whole, and so nothing is deleted", file=sys.stderr)
+    if done["none_whole"]:
+        print("dstune: no checkpoint is whole: none is deleted", file=sys.stderr)
         return 1
     return 0
 
@@ -152,8 +152,9 @@ def _verdicts(found: dict[str, Any]) -> Iterator[str]:
 
 def _account(done: dict[str, Any]) -> Iterator[str]:
     would = "would be " if done["dry_run"] else ""
-    for one in done["read"]:
-        yield f"step {one['step']} was read back: {'; '.join(one['problems']) or 'whole'}"
+    for one in done["looked_at"]:
+        damaged = f"is damaged: {'; '.join(one['problems'])}"
+        yield f"step {one['step']} {damaged if one['problems'] else 'was read back and is whole'}"
     for one in done["kept"]:
         yield f"kept     step {one['step']}: {', '.join(one['because'])}"
     for one in done["deleted"]:

@@ -10,7 +10,7 @@ from dstune.checkpoint.reader import Reader
 from dstune.config.schema import RunConfig
 from dstune.exporting import files
 from dstune.exporting.directory import new_directory
-from dstune.exporting.huggingface import MAX_FILE_BYTES, pretrained_files
+from dstune.exporting.huggingface import MAX_FILE_BYTES, untrained
 from dstune.exporting.tensors import Weights
 from dstune.model.build import skeleton
 from dstune.model.config import load_config
@@ -36,7 +36,8 @@ def export(
     with new_directory(out) as directory:
         section = config.model.model_copy(update={"dtype": "fp32"})
         outline = skeleton(load_config(section, base), section)
-        weights = Weights(outline, Reader(checkpoint), pretrained_files(config.model, base))
+        reader = Reader(checkpoint)
+        weights = Weights(outline, reader, untrained(outline, reader, config, base))
         facts = {"total_parameters": weights.num_parameters}
         written = files.write(weights.as_state_dict(), directory, max_file_bytes, facts=facts, threads=threads)
         if pickled:

@@ -31,7 +31,7 @@ class Form:
     max_shard_size: str | int | None = None
     """Of one file: `5GB`, `500MB`, a number of bytes."""
     threads: int | None = None
-    """That read, cast and write at a time; default: the processors, up to 4."""
+    """Output files written at a time; default: the processors, up to 4."""
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,13 @@ def test_a_setting_in_one_of_several_forms_is_told_for_the_form_that_was_meant(t
     assert len(caught.value.problems) == 1
 
 
+def test_what_stays_for_ever_is_counted_in_steps_that_are_saved(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_run(path, ["checkpoint.every=200", "checkpoint.keep_every=1000"]).config.checkpoint.keep_every == 1000
+    with pytest.raises(ConfigError, match="give `every` in steps too"):
+        load_run(path, ["checkpoint.every=30min", "checkpoint.keep_every=1000"])
+
+
 def test_checkpoints_go_to_a_directory_or_to_an_address() -> None:
     for written, directory, address in (
         ({}, None, None),
