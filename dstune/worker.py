@@ -18,6 +18,7 @@ import torch
 from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
+from dstune.checkpoint.home import Home
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
@@ -131,7 +132,8 @@ def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> Loop
     torch.set_num_threads(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
     _say_where(paths, plan, control)
-    end = _train(config, plan, paths, world, control)
+    home = Home.find(Path(plan.checkpoints), plan.store, control)
+    end = _train(config, plan, paths, home, world, control)
     if world.rank == 0:
         write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})
     control.barrier()
@@ -145,7 +147,7 @@ def _say_where(paths: RunPaths, plan: Plan, control: Control) -> None:
         RunBooks(paths).events.event("workers", attempt=plan.attempt, workers=workers)
 
 
-def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control: Control) -> LoopEnd:
+def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: World, control: Control) -> LoopEnd:
     base = Path(plan.base)
     ds_config = json.loads(paths.ds_config(plan.attempt).read_text(encoding="utf-8"))
     prepared = Prepared.open(plan.prepared)
@@ -174,6 +176,10 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
     )
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
+    saver = _saver(config, plan, paths, home, engine, control, world)
+    state = _initial_state(config, plan, engine, frozen, home, control)
+    if plan.resume_from is not None:
+        saver.catch_up(plan.start_step)
     loop = Loop(
         config=config,
         plan=plan,
@@ -182,21 +188,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         prepared=prepared,
         validator=validator,
         control=control,
-        state=_initial_state(config, plan, engine, frozen),
-        saver=CheckpointSaver(
-            config.checkpoint,
-            Path(plan.checkpoints),
-            engine,
-            control,
-            behind=world.control(),
-            fingerprints={
-                "run": config.name,
-                "model": config.model.path,
-                "prepared": plan.prepared_fingerprint,
-            },
-            events=RunBooks(paths).events,
-            pinned=world.device.type == "cuda",
-        ),
+        state=state,
+        saver=saver,
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
@@ -233,7 +226,34 @@ def _validator(
     )
 
 
-def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine, frozen: str) -> TrainState:
+def _saver(
+    config: RunConfig,
+    plan: Plan,
+    paths: RunPaths,
+    home: Home,
+    engine: ZeroEngine,
+    control: Control,
+    world: World,
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        config.checkpoint,
+        home,
+        engine,
+        control,
+        behind=world.control(),
+        fingerprints={
+            "run": config.name,
+            "model": config.model.path,
+            "prepared": plan.prepared_fingerprint,
+        },
+        events=RunBooks(paths).events,
+        pinned=world.device.type == "cuda",
+    )
+
+
+def _initial_state(
+    config: RunConfig, plan: Plan, engine: ZeroEngine, frozen: str, home: Home, control: Control
+) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
         prepared_fingerprint=plan.prepared_fingerprint,
@@ -244,9 +264,9 @@ def _initial_state(config: RunConfig, plan: Plan, engine: ZeroEngine, frozen: st
     )
     if plan.resume_from is None:
         return state
-    reader = Reader(Path(plan.resume_from))
-    state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
+    reader = Reader(home.bring(Path(plan.resume_from), control))
+    state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load_extra_state(state.engine)
     engine.load(reader.fill, state.optimizer_steps)
-    log.info("loaded %s (written by %d workers)", plan.resume_from, reader.manifest.world_size)
+    log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state

@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the run's")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of one safetensors file (default: 5GB)")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="that read, cast and write at a time (default: up to 4)"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help="output files written at a time (default: up to 4)")
     parser.add_argument(
         "--to",
         default="huggingface",

@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.units import parse_every
+from dstune.paths import is_address
+
+_FILE = "file://"
 
 
 class Section(BaseModel):
@@ -291,18 +294,44 @@ class CheckpointSection(Section):
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints that stay."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Steps that this divides stay for ever (`1000`)."""
+    """Saves at steps that this divides stay for ever (`1000`, with `every: 200`)."""
     best: str | None = None
-    """A metric of the validation (`loss`); its best checkpoint is kept too."""
+    """A metric of the validation (`loss`), which is then measured before every save; its best checkpoint is kept too."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the metric's smallest or largest value is the best."""
     dir: str | None = None
-    """Where checkpoints go; default: the run directory's `checkpoints/`."""
+    """Where checkpoints go: a directory that all nodes share, or an address (s3, gs, … with credentials from the environment), below
+    which they are uploaded behind the training. Default: the run directory's `checkpoints/`."""
+    staging: str | None = None
+    """Where checkpoints are written before they are uploaded to the address in `dir`; may be a disk of each node's own. Default: the
+    run directory's `checkpoints/`."""
     background: Literal["auto"] | bool = "auto"
     """Write behind the training, from a copy in host memory (12 bytes a parameter over all workers with AdamW); `auto`: where that
     memory is free. Otherwise the training waits for the disk."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
+
+    @model_validator(mode="after")
+    def _steps_that_are_saved(self) -> "CheckpointSection":
+        if self.keep_every is not None and isinstance(self.every, str):
+            raise ValueError("`keep_every` counts steps: give `every` in steps too, or hardly a save falls on one")
+        return self
+
+    @property
+    def address(self) -> str | None:
+        """`dir` where it is an address; a `file://` one is a directory like any other."""
+        return self.dir if self.dir and is_address(self.dir) and not self.dir.startswith(_FILE) else None
+
+    @property
+    def directory(self) -> str | None:
+        """The directory on a disk that is written to, as the run file names it; None: the run directory's own."""
+        return self.staging if self.address else self.dir and self.dir.removeprefix(_FILE)
+
+    @model_validator(mode="after")
+    def _staging_is_on_the_way(self) -> "CheckpointSection":
+        if self.staging is not None and self.address is None:
+            raise ValueError("`staging` goes with an address in `dir`, such as s3://bucket/runs")
+        return self
 
 
 class ValidateSection(Section):

@@ -49,7 +49,7 @@ def export(
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
     `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
-    `threads` write at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, a layer's) in memory.
+    `threads` files are written at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, all) in memory.
     `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
     if dtype not in ("bf16", "fp16", "fp32"):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Weights:
         """
         self.outline = outline
         self._reader = reader
+        self._buffers = _Buffers()
         self._initialising = Lock()
         self._pretrained = pretrained
         self.tensors = names.all_tensors(outline)
@@ -74,14 +75,16 @@ class Weights:
             return _initial(self.outline, name).to(wanted.dtype)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The same, flattened, in consecutive pieces; of what the checkpoint holds only one is in memory at a time."""
+        """The same, flattened, in consecutive pieces. Of what the checkpoint holds only one is in memory at a time: use it up."""
         if not self._is_stored(name):
             yield self.read(name).flatten()
             return
         wanted, stored = self.tensors[name], self._stored_name(name)
         for start in range(0, wanted.numel(), _PIECE_ELEMENTS):
-            stop = min(start + _PIECE_ELEMENTS, wanted.numel())
-            yield self._reader.read("fp32", stored, start, stop).to(wanted.dtype)
+            length = min(_PIECE_ELEMENTS, wanted.numel() - start)
+            master = self._buffers.of(torch.float32)[:length]
+            self._reader.read_into("fp32", stored, start, master)
+            yield master if wanted.dtype is torch.float32 else self._buffers.of(wanted.dtype)[:length].copy_(master)
 
     def _is_stored(self, name: str) -> bool:
         return self._stored_name(name) in self._reader.tensors("fp32")
@@ -104,6 +107,18 @@ class Weights:
 
     def _foreign(self, came: str, expected: str) -> CheckpointError:
         return CheckpointError(Problem(str(self._reader.directory), came, expected))
+
+
+class _Buffers(local):
+    """One piece of each type for each thread, used again and again: fresh memory is slower than the disk."""
+
+    def __init__(self) -> None:
+        self._of: dict[torch.dtype, torch.Tensor] = {}
+
+    def of(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._of:
+            self._of[dtype] = torch.empty(_PIECE_ELEMENTS, dtype=dtype)
+        return self._of[dtype]
 
 
 @dataclass(frozen=True)

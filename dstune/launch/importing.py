@@ -23,7 +23,6 @@ from dstune.engine.optimizers import Settings, rule_of
 from dstune.errors import CheckpointError, Problem, UsageError
 from dstune.launch import rundir, start
 from dstune.launch.driver import driver_lock
-from dstune.loggers import get_logger
 from dstune.model import freezing, names
 from dstune.model.build import skeleton
 from dstune.model.config import is_builtin, load_config, model_directory
@@ -33,8 +32,6 @@ from dstune.protocols import Slice
 from dstune.records.sinks import EventLog
 from dstune.training.schedule import learning_rate
 from dstune.training.state import TrainState
-
-log = get_logger(__name__)
 
 _SETTINGS = ("betas", "eps")
 _SAME_RATE = 1e-3
@@ -88,6 +85,7 @@ def import_deepspeed(
             rundir.refuse_existing(loaded)
             _refuse_history(loaded, rundir.run_paths(loaded))
             start.check(loaded)
+            start.reached_store(loaded.config, new=True)
             prepared = prepare(loaded)
             state = _state(source, loaded, prepared, step)
             paths = start.create(loaded, prepared)
@@ -120,9 +118,6 @@ def _commit(
     seconds = round(record.seconds, 3)
     event = {"step": state.step, "bytes": record.bytes, "seconds": seconds, "imported_from": str(source.directory)}
     EventLog(paths.events).event("commit", **event)
-    notes = _notes(source, loaded, state)
-    for note in notes:
-        log.warning("%s", note)
     return Imported(
         step=state.step,
         run=str(paths.root),
@@ -134,7 +129,7 @@ def _commit(
         position=state.step * state.global_batch_size,
         parameters=sum(math.prod(shape) for shape in source.shapes.values()),
         bytes=record.bytes,
-        notes=notes,
+        notes=_notes(source, loaded, state),
     )
 
 
