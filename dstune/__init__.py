@@ -11,13 +11,16 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = (
     "chat",
+    "checkpoints",
     "evaluate",
     "export",
+    "import_deepspeed",
     "init",
     "logs",
     "plan",
     "prepare",
     "preview",
+    "prune_checkpoints",
     "resume",
     "schema",
     "select",
@@ -25,6 +28,7 @@ _FUNCTIONS = (
     "stop",
     "submit",
     "train",
+    "verify_checkpoints",
 )
 
 __all__ = ["__version__"]

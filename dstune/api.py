@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.checkpoint_api import checkpoints as checkpoints
+from dstune.checkpoint_api import prune_checkpoints as prune_checkpoints
+from dstune.checkpoint_api import verify_checkpoints as verify_checkpoints
 from dstune.config.load import LoadedRun, load_run
 from dstune.errors import EXIT_DONE, UsageError
 
@@ -276,14 +279,16 @@ def resubmit(
     return submission.submit(paths, loaded.config, to, start.site_of(loaded, site), address)
 
 
-def checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
-    """What is committed, oldest first; `verify` reads every byte of it."""
-    from dstune.launch import rundir
+def import_deepspeed(
+    run: RunFile, directory: str | Path, *, tag: str | None = None, step: int | None = None, skip_objects: bool = False
+) -> dict[str, Any]:
+    """Commit a DeepSpeed checkpoint (ZeRO 1, 2, 3; weights and moments) into a run that has no history; what was made of it.
 
-    directory = rundir.find_checkpoints(run)
-    from dstune.checkpoint import listing
+    `step`: where the run then stands (default: DeepSpeed's count). Raises CheckpointError, UsageError, ConfigError, DataError.
+    """
+    from dstune.launch import importing
 
-    return listing.described(directory, verify)
+    return asdict(importing.import_deepspeed(run, prepare, Path(directory), tag, step, skip_objects))
 
 
 def export(
@@ -292,31 +297,22 @@ def export(
     *,
     step: str | int = "newest",
     dtype: str | None = None,
+    to: str = "huggingface",
+    max_shard_size: str | int | None = None,
+    threads: int | None = None,
+    push: str | None = None,
+    public: bool = False,
     merged: bool = False,
 ) -> Path:
-    """Write a committed checkpoint as a Hugging Face directory. Raises UsageError where `out` exists, CheckpointError.
+    """Write a committed checkpoint as a Hugging Face directory (or `to` another form); `push` it to the hub then. See `launch.exports`.
 
-    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. `merged`: the whole model of a
-    run that trained an adapter, and not the adapter alone.
+    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. `merged`: not the adapter
+    that a run trained but the whole model with it. Raises UsageError, CheckpointError.
     """
-    from dstune.exporting import huggingface, initial
-    from dstune.launch import rundir
+    from dstune.launch import exports
 
-    paths = rundir.find(run)
-    loaded = rundir.load(paths)
-    target = Path(out).absolute() if out is not None else paths.export
-    prepared = rundir.environment(paths).get("prepared")
-    with initial.chosen(rundir.find_checkpoints(run), str(step), loaded.config, loaded.base) as directory:
-        huggingface.export(
-            directory,
-            target,
-            loaded.config,
-            loaded.base,
-            dtype=dtype or loaded.config.model.dtype,
-            prepared=Path(prepared["directory"]) if prepared else None,
-            merged=merged,
-        )
-    return target
+    form = exports.Form(to=to, dtype=dtype, max_shard_size=max_shard_size, threads=threads, merged=merged)
+    return exports.export(run, out, step, form, exports.Hub(push, public) if push else None)
 
 
 def evaluate(
@@ -375,12 +371,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
 
     rundir.refuse_existing(loaded)
     start.check(loaded)
-    prepared = prepare(loaded, progress=progress)
-    start.require_vocabulary(loaded, prepared)
-    start.warn_of_few_rows(loaded, prepared)
-    paths = rundir.create(loaded)
-    rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
-    return paths
+    return start.create(loaded, prepare(loaded, progress=progress))
 
 
 def _drive(

@@ -18,7 +18,6 @@ import torch
 from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
-from dstune.checkpoint import commit, retention
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
@@ -26,7 +25,7 @@ from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
-from dstune.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DstuneError, Problem
+from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
 from dstune.model import attention, isolation
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config
@@ -37,6 +36,7 @@ from dstune.planning.plan import Plan
 from dstune.protocols import Control
 from dstune.training.books import RunBooks
 from dstune.training.loop import Loop, LoopEnd, require_targets
+from dstune.training.saver import CheckpointSaver
 from dstune.training.state import TrainState
 from dstune.training.validation import Validator
 
@@ -178,7 +178,21 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         validator=validator,
         control=control,
         state=_initial_state(config, plan, engine, reference),
-        save=Saver(config, plan, paths, engine, control, reference),
+        saver=CheckpointSaver(
+            config.checkpoint,
+            Path(plan.checkpoints),
+            engine,
+            control,
+            behind=world.control(),
+            fingerprints={
+                "run": config.name,
+                "model": config.model.path,
+                "prepared": plan.prepared_fingerprint,
+                **({} if reference is None else {"base": reference}),
+            },
+            events=RunBooks(paths).events,
+            pinned=world.device.type == "cuda",
+        ),
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
@@ -242,49 +256,3 @@ def _initial_state(
     engine.load_extra_state(state.engine)
     log.info("loaded %s (written by %d workers)", plan.resume_from, reader.manifest.world_size)
     return state
-
-
-class Saver:
-    """Commits checkpoints of one run, tells the events, and lets old ones go."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: Plan,
-        paths: RunPaths,
-        engine: ZeroEngine,
-        control: Control,
-        reference: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._reference = reference
-        self._config, self._plan, self._engine, self._control = config, plan, engine, control
-        self._events = RunBooks(paths).events
-        self._checkpoints = Path(plan.checkpoints)
-
-    def __call__(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Raises CheckpointError on every worker where the save failed and `checkpoint.on_error` is `stop`."""
-        try:
-            self._commit(state, metrics)
-        except CheckpointError as error:
-            if self._control.rank == 0:
-                self._events.event("commit_failed", step=state.step, message=str(error))
-            if self._config.checkpoint.on_error == "stop":
-                raise
-            log.warning("step %d was not committed: %s", state.step, error)
-
-    def _commit(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        value = state.to_json() | {"engine": self._engine.extra_state()}
-        fingerprints = {
-            "run": self._config.name,
-            "model": self._config.model.path,
-            "prepared": state.prepared_fingerprint,
-        } | ({} if self._reference is None else {"base": self._reference})
-        record = commit.save(
-            self._checkpoints, state.step, self._engine.slices(), value, self._control, fingerprints, metrics
-        )
-        if self._control.rank == 0:
-            self._events.event("commit", step=state.step, bytes=record.bytes, seconds=round(record.seconds, 3))
-        keep = self._config.checkpoint
-        removed = retention.prune(self._checkpoints, keep.keep, self._control, keep.best)
-        if removed and self._control.rank == 0:
-            self._events.event("removed", steps=removed)

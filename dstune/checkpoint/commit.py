@@ -14,7 +14,8 @@ from typing import Any
 from dstune.atomic import commit_directory, dump_json, durable_file
 from dstune.checkpoint.layout import FileRecord, Manifest, tile
 from dstune.checkpoint.resolve import Checkpoint, verify
-from dstune.checkpoint.shards import StoredSlice, entries, read_header, write_shard
+from dstune.checkpoint.shard_writer import write_shard
+from dstune.checkpoint.shards import StoredSlice, entries, read_header
 from dstune.errors import CheckpointError, DstuneError, Problem
 from dstune.loggers import get_logger
 from dstune.paths import CheckpointPaths, step_directory
@@ -33,9 +34,12 @@ class CommitRecord:
     seconds: float
 
 
+WriteShard = Callable[[Path, int], FileRecord]
+
+
 @dataclass(frozen=True)
-class _Intent:
-    """What worker 0 writes beside the shards."""
+class Intent:
+    """What is committed beside the shards: worker 0's is written."""
 
     step: int
     state: Mapping[str, Any]
@@ -52,18 +56,24 @@ def save(
     fingerprints: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
 ) -> CommitRecord:
-    """Commit the training state of `step`. A collective call; `state`, `fingerprints` and `metrics` are worker 0's.
+    """`commit` of these slices, from where they are."""
+    intent = Intent(step, state, fingerprints, metrics or {})
+    return commit(checkpoints, intent, lambda path, step: write_shard(path, slices, step), control)
+
+
+def commit(checkpoints: Path, intent: Intent, write: WriteShard, control: Control) -> CommitRecord:
+    """Commit the training state of a step: `write(path, step)` writes this worker's shard. A collective call.
 
     Raises CheckpointError on every worker where it fails on any (the earliest cause, with its worker); the
     temporary directory is gone then, and what was committed before is untouched.
     """
     began = time.monotonic()
+    step = intent.step
     final = step_directory(checkpoints, step)
     temporary = checkpoints / _agreed(control, "prepare", lambda: _prepare(checkpoints, step), only_first=True)[0]
     shard = CheckpointPaths(temporary).shard(control.rank, control.world_size)
     try:
-        records = _agreed(control, "write", lambda: asdict(write_shard(shard, list(slices), step)))
-        intent = _Intent(step, state, fingerprints, metrics or {})
+        records = _agreed(control, "write", lambda: asdict(write(shard, step)))
         written = [FileRecord(**record) for record in records]
         sizes = _agreed(control, "commit", lambda: _commit(temporary, final, intent, written), only_first=True)
     except CheckpointError:
@@ -118,7 +128,7 @@ def _prepare(checkpoints: Path, step: int) -> str:
     return temporary.name
 
 
-def _commit(directory: Path, final: Path, intent: _Intent, records: list[FileRecord]) -> int:
+def _commit(directory: Path, final: Path, intent: Intent, records: list[FileRecord]) -> int:
     """Worker 0's part: look at every shard, write state and manifest, rename. Returns the checkpoint's size in bytes."""
     paths = CheckpointPaths(directory)
     files: dict[str, FileRecord] = {}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,19 @@ class SliceEntry:
     shape: tuple[int, ...]
     offset: int
     length: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements `first` up to `last` of a flattened parameter in one state."""
+
+    state: str
+    name: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.state}/{self.name}[{self.first}:{self.last}]"
 
 
 @dataclass(frozen=True)
@@ -107,18 +120,15 @@ def tile(entries: Iterable[SliceEntry]) -> tuple[dict[str, dict[str, tuple[int, 
 
     [0, 4) and [4, 10) tile a parameter of 10 elements; [0, 4) and [5, 10) leave a gap at 4; [0, 5) and [4, 10) overlap.
     """
-    by_tensor: dict[tuple[str, str], list[SliceEntry]] = {}
-    for entry in entries:
-        by_tensor.setdefault((entry.state, entry.name), []).append(entry)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     problems: list[str] = []
-    for (state, name), parts in by_tensor.items():
+    for (state, name), parts in _by_tensor(entries).items():
         shapes.setdefault(state, {})[name] = parts[0].shape
         if any(part.shape != parts[0].shape for part in parts):
             problems.append(f"{state}/{name}: shards disagree about its shape")
             continue
         reached = 0
-        for part in sorted(parts, key=lambda part: part.offset):
+        for part in parts:
             if part.offset != reached:
                 word = "is missing" if part.offset > reached else "is there twice"
                 problems.append(f"{state}/{name}: element {min(part.offset, reached)} {word}")
@@ -126,3 +136,25 @@ def tile(entries: Iterable[SliceEntry]) -> tuple[dict[str, dict[str, tuple[int, 
         if reached != math.prod(parts[0].shape):
             problems.append(f"{state}/{name}: {reached} of {math.prod(parts[0].shape)} elements")
     return shapes, problems
+
+
+def gaps(tensors: Mapping[str, Mapping[str, tuple[int, ...]]], entries: Iterable[SliceEntry]) -> Iterator[Part]:
+    """What of `tensors` (whole shapes by state and name) is in none of the slices."""
+    by_tensor = _by_tensor(entries)
+    for state, shapes in tensors.items():
+        for name, shape in shapes.items():
+            reached = 0
+            for part in by_tensor.get((state, name), []):
+                if part.offset > reached:
+                    yield Part(state, name, reached, part.offset)
+                reached = max(reached, part.offset + part.length)
+            if reached < math.prod(shape):
+                yield Part(state, name, reached, math.prod(shape))
+
+
+def _by_tensor(entries: Iterable[SliceEntry]) -> dict[tuple[str, str], list[SliceEntry]]:
+    """The slices of each parameter's states, in the order of their offsets."""
+    found: dict[tuple[str, str], list[SliceEntry]] = {}
+    for entry in entries:
+        found.setdefault((entry.state, entry.name), []).append(entry)
+    return {key: sorted(parts, key=lambda part: part.offset) for key, parts in found.items()}

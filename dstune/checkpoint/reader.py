@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from dstune.checkpoint.layout import Manifest, load_manifest
-from dstune.checkpoint.shards import MappedShard, StoredSlice, read_header
+from dstune.checkpoint.shards import OpenShard, StoredSlice, read_header
 from dstune.errors import CheckpointError, Problem
 from dstune.paths import CheckpointPaths
 from dstune.protocols import Slice
 
 
 class Reader:
-    """One checkpoint, memory-mapped. Hashes are not looked at here: `resolve` verified them before it named this directory.
+    """One checkpoint, open. Hashes are not looked at here: `resolve` verified them before it named this directory.
 
     Raises CheckpointError where manifest and files do not fit together.
     """
@@ -26,7 +26,7 @@ class Reader:
         self.directory = directory
         self.manifest: Manifest = load_manifest(directory)
         self._paths = CheckpointPaths(directory)
-        self._maps: dict[Path, MappedShard] = {}
+        self._open: dict[Path, OpenShard] = {}
         self._index: dict[tuple[str, str], list[tuple[Path, StoredSlice]]] = {}
         for rank in range(self.manifest.world_size):
             self._index_shard(self._paths.shard(rank, self.manifest.world_size))
@@ -65,7 +65,7 @@ class Reader:
             last = min(stop, piece.entry.offset + piece.entry.length)
             if first != reached or first >= last:
                 continue
-            self._mapped(path).copy(piece, first - piece.entry.offset, out[first - start : last - start])
+            self._opened(path).copy(piece, first - piece.entry.offset, out[first - start : last - start])
             reached = last
         if reached != stop:
             raise self._missing(f"{state}/{name}", f"element {reached} is in no shard")
@@ -90,10 +90,10 @@ class Reader:
             raise self._missing(f"{state}/{name}", "is not there")
         return self._index[state, name]
 
-    def _mapped(self, path: Path) -> MappedShard:
-        if path not in self._maps:
-            self._maps[path] = MappedShard(path)
-        return self._maps[path]
+    def _opened(self, path: Path) -> OpenShard:
+        if path not in self._open:
+            self._open[path] = OpenShard(path)
+        return self._open[path]
 
     def _missing(self, what: str, came: str, expected: str = "") -> CheckpointError:
         return CheckpointError(Problem(f"{self.directory}: {what}", came, expected))

@@ -1,22 +1,16 @@
 """Which checkpoints exist, which are whole, and which is the newest whole one. No pointer file is ever read."""
 
-import hashlib
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.checkpoint.layout import FileRecord, Manifest, load_manifest, tile
-from dstune.checkpoint.shards import entries, read_header
+from dstune.checkpoint.audit import audit
+from dstune.checkpoint.keeping import BestMode, best_of
+from dstune.checkpoint.layout import load_manifest
 from dstune.errors import CheckpointError, Problem
 from dstune.loggers import get_logger
-from dstune.paths import CheckpointPaths, step_of
+from dstune.paths import step_of
 
 log = get_logger(__name__)
-
-_HASH_BLOCK_BYTES = 8 << 20
-_MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,13 @@ def committed(checkpoints: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def verify(checkpoint: Checkpoint) -> list[str]:
+def verify(checkpoint: Checkpoint, *, past_cache: bool = False) -> list[str]:
     """What is wrong with a checkpoint, each with the file's name; empty where every byte is as it was written.
 
-    Nothing is parsed before its hash was right, the manifest's own included.
+    Reads through the page cache, where whoever loads it next finds it; `past_cache`: what the disk holds.
     """
-    try:
-        manifest = load_manifest(checkpoint.directory)
-    except CheckpointError as error:
-        return [str(error)]
-    problems = _naming_problems(checkpoint, manifest)
-    problems += file_problems(checkpoint.directory, manifest, manifest.files)
-    return problems or _content_problems(checkpoint, manifest)
+    (audited,) = audit([checkpoint.directory], past_cache=past_cache)
+    return [str(finding) for finding in audited.findings]
 
 
 def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -64,87 +53,45 @@ def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
-def file_problems(directory: Path, manifest: Manifest, names: Iterable[str], from_disk: bool = False) -> list[str]:
-    """Files among `names` that are missing, cut or changed. `from_disk`: past the page cache, where the system can."""
-
-    def look(name: str) -> str | None:
-        try:
-            return _file_problem(directory / name, manifest.files[name], from_disk)
-        except OSError as error:
-            return f"{name}: {error.strerror or error}"
-
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        return [problem for problem in pool.map(look, sorted(names)) if problem]
-
-
-def _file_problem(path: Path, record: FileRecord, from_disk: bool) -> str | None:
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != record.bytes:
-            return f"{path.name}: {size} bytes instead of {record.bytes}"
-        if from_disk:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        digest = hashlib.sha256()
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return None if digest.hexdigest() == record.sha256 else f"{path.name}: its SHA-256 is not the manifest's"
-
-
-def _naming_problems(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
-    """The manifest belongs to this step, and names exactly the shards that there are."""
-    problems: list[str] = []
-    if manifest.step != checkpoint.step:
-        problems.append(f"manifest.json: is of step {manifest.step}")
-    paths = CheckpointPaths(checkpoint.directory)
-    expected = {paths.shard(rank, manifest.world_size).name for rank in range(manifest.world_size)}
-    expected.add(paths.state.name)
-    if expected != set(manifest.files):
-        problems.append(f"manifest.json: names {sorted(manifest.files)}")
-    foreign = {path.name for path in checkpoint.directory.glob("*.safetensors")} - expected
-    return problems + [f"{name}: does not belong to this checkpoint" for name in sorted(foreign)]
-
-
-def _content_problems(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
-    """The shards, now known to be the ones that were written, hold every element that the manifest promises."""
-    paths = CheckpointPaths(checkpoint.directory)
-    try:
-        headers = [read_header(paths.shard(rank, manifest.world_size)) for rank in range(manifest.world_size)]
-    except CheckpointError as error:
-        return [str(error)]
-    shapes, problems = tile(entries(headers))
-    if shapes != manifest.tensors:
-        problems.append("manifest.json: names other tensors than the shards hold")
-    return problems
-
-
-def choose(checkpoints: Path, wanted: str, metric: str | None) -> Checkpoint:
-    """The checkpoint that `wanted` names: a step, `newest` (whole), or `best` by `metric` (the lowest). It is whole.
+def choose(checkpoints: Path, wanted: str, metric: str | None, mode: BestMode = "min") -> Checkpoint:
+    """The checkpoint that `wanted` names: a step, `newest` (whole), or `best` by `metric`. It is whole.
 
     Raises CheckpointError where there is none such, or it is damaged.
     """
-    where = str(checkpoints)
     if wanted == "newest":
         newest, passed_over = newest_whole(checkpoints)
         if newest is None:
-            raise CheckpointError(Problem(where, "; ".join(passed_over) or "nothing is committed"))
+            raise CheckpointError(Problem(str(checkpoints), "; ".join(passed_over) or "nothing is committed"))
         for reason in passed_over:
             log.warning("%s; step %d is the newest whole one", reason, newest.step)
         return newest
-    found = committed(checkpoints)
-    if wanted == "best":
-        values = [(load_manifest(one.directory).metrics.get(metric or "loss"), one) for one in found]
-        known = [(value, -one.step, one) for value, one in values if value is not None]
-        if not known:
-            raise CheckpointError(
-                Problem(where, f"no checkpoint has a value of {metric or 'loss'!r}", "a validation set")
-            )
-        chosen = min(known)[2]
-    else:
-        steps = [one for one in found if str(one.step) == wanted]
-        if not steps:
-            known_steps = ", ".join(str(one.step) for one in found) or "none"
-            raise CheckpointError(Problem(where, f"no committed step {wanted!r}", f"one of: {known_steps}"))
-        chosen = steps[0]
+    chosen = _best(checkpoints, metric or "loss", mode) if wanted == "best" else numbered(checkpoints, wanted)
     if problems := verify(chosen):
         raise CheckpointError(Problem(str(chosen.directory), "; ".join(problems)))
     return chosen
+
+
+def numbered(checkpoints: Path, step: str | int) -> Checkpoint:
+    """The committed checkpoint of a step. Raises CheckpointError where there is none."""
+    found = committed(checkpoints)
+    for one in found:
+        if str(one.step) == str(step):
+            return one
+    known = ", ".join(str(one.step) for one in found) or "none"
+    raise CheckpointError(Problem(str(checkpoints), f"no committed step {str(step)!r}", f"one of: {known}"))
+
+
+def metric_of(checkpoint: Checkpoint, metric: str | None) -> float | None:
+    """The metric's value at this step; None where it has none, or a manifest that cannot be read."""
+    try:
+        return load_manifest(checkpoint.directory).metrics.get(metric or "")
+    except CheckpointError as error:
+        log.warning("%s: the value of %r at step %d is not known", error, metric, checkpoint.step)
+        return None
+
+
+def _best(checkpoints: Path, metric: str, mode: BestMode) -> Checkpoint:
+    step = best_of({one.step: metric_of(one, metric) for one in committed(checkpoints)}, mode)
+    if step is None:
+        raise CheckpointError(Problem(str(checkpoints), f"no checkpoint has a value of {metric!r}", "a validation set"))
+    return numbered(checkpoints, step)

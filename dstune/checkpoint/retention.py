@@ -1,12 +1,19 @@
-"""Which checkpoints stay: the newest ones and the best one. Nothing goes before a newer one was read back and found whole."""
+"""Letting old checkpoints go: nothing goes before a newer one was read back and found whole."""
 
-from collections.abc import Sequence
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from dstune.atomic import remove_directory
+from dstune.atomic import fsync_directory, remove_directory
+from dstune.checkpoint.audit import Audit, audit, file_findings, glance
+from dstune.checkpoint.hashing import OnBytes
+from dstune.checkpoint.keeping import Found, Rules, Verdict, decide, presumed, surplus
 from dstune.checkpoint.layout import load_manifest
-from dstune.checkpoint.resolve import committed, file_problems
+from dstune.checkpoint.leftovers import LeftOver, left_overs, tree_bytes
+from dstune.checkpoint.resolve import committed, metric_of
 from dstune.errors import CheckpointError
 from dstune.loggers import get_logger
 from dstune.paths import step_directory
@@ -15,31 +22,106 @@ from dstune.protocols import Control
 _log = get_logger(__name__)
 
 
-def prune(
-    checkpoints: Path, keep: int, control: Control, best: str | None = None, mode: Literal["min", "max"] = "min"
-) -> list[int]:
-    """Delete all but the newest `keep` checkpoints, and the one whose metric `best` is best; returns the deleted steps.
+def prune(checkpoints: Path, rules: Rules, control: Control) -> list[int]:
+    """Delete the committed steps that no rule keeps; returns them. A collective call.
 
-    A collective call. The workers first read the newest one back, each a part of its files, past the page cache;
-    where it is damaged, the newest whole one counts as the newest, and nothing newer than that is touched.
+    The workers first read the newest one back, each a part of its files, past the page cache; where it is damaged, the
+    newest whole one counts as the newest, and nothing newer than that is touched.
     """
-    if not control.broadcast(len(committed(checkpoints)) > keep):
+    facts = {one.step: one for one in _unread(checkpoints, rules)} if control.rank == 0 else {}
+    if not control.broadcast(_surplus_expected(facts, rules)):
         return []
     newest = _newest_read_back(checkpoints, control)
     deleted: list[int] = []
     if control.rank == 0 and newest is not None:
-        steps = [checkpoint.step for checkpoint in committed(checkpoints)]
-        deleted = surplus(steps, newest, keep, _best(checkpoints, best, mode))
-        for step in deleted:
-            remove_directory(step_directory(checkpoints, step))
-        _remove_damaged(checkpoints, newest)
+        read = [replace(one, whole=step == newest) if step >= newest else one for step, one in facts.items()]
+        deleted = [step for step in surplus(decide(read, rules)) if _removed(step_directory(checkpoints, step))]
+        for left_over in left_overs(checkpoints):
+            if left_over.kind == "damaged" and _may_go(left_over, newest):
+                _removed(left_over.path)
     return control.broadcast(deleted)
 
 
-def surplus(steps: Sequence[int], newest_whole: int, keep: int, best: int | None) -> list[int]:
-    """Of all committed `steps`, those that may go: older than the newest `keep` up to `newest_whole`, and not the best."""
-    settled = sorted(step for step in steps if step <= newest_whole)
-    return [step for step in settled[:-keep] if step != best]
+@dataclass(frozen=True)
+class Plan:
+    """What a pruning by hand comes to."""
+
+    verdicts: list[Verdict]
+    """Of every committed step, oldest first."""
+    newest_whole: int | None
+    """The step that was read back; None where none is whole, or where there was nothing to read it for."""
+    read: list[tuple[int, Audit]]
+    """What was read, newest first, with its step."""
+    left_overs: list[LeftOver]
+    """What of these may go once nobody runs."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Committed ones that go, oldest first."""
+        return surplus(self.verdicts)
+
+
+def plan(checkpoints: Path, rules: Rules, on_bytes: OnBytes | None = None) -> Plan:
+    """What the rules let go. Deletes nothing, but reads the newest ones back (past the page cache) until one is whole."""
+    facts = {one.step: one for one in _unread(checkpoints, rules)}
+    for step in facts:
+        if glance(step_directory(checkpoints, step)).findings:
+            facts[step] = Found(step, False)
+    found = left_overs(checkpoints)
+    read: list[tuple[int, Audit]] = []
+    newest: int | None = None
+    while newest is None and (_surplus_expected(facts, rules) or any(one.kind == "damaged" for one in found)):
+        candidates = [step for step, one in facts.items() if one.whole is None]
+        if not candidates:
+            break
+        step = max(candidates)
+        (look,) = audit([step_directory(checkpoints, step)], past_cache=True, on_bytes=on_bytes)
+        read.append((step, look))
+        newest = None if look.findings else step
+        facts[step] = Found(step, newest is not None, facts[step].value)
+    rest = [one for one in found if _may_go(one, newest)]
+    return Plan(decide(presumed(list(facts.values())), rules), newest, read, rest)
+
+
+def remove(checkpoints: Path, steps: Sequence[int], rest: Sequence[LeftOver]) -> tuple[list[int], list[LeftOver], int]:
+    """Delete these committed steps and left-overs; the steps, the left-overs and the bytes that went.
+
+    Safe beside workers that save and prune: each directory leaves its place by one rename, into a folder that they never look
+    into, and what they deleted meanwhile is left out of the answer.
+    """
+    doomed = checkpoints / f".prune-{os.getpid()}-{secrets.token_hex(4)}"
+    doomed.mkdir()
+    try:
+        gone_steps = [step for step in steps if _moved(step_directory(checkpoints, step), doomed)]
+        gone_rest = [one for one in rest if _moved(one.path, doomed)]
+        fsync_directory(checkpoints)
+        freed = tree_bytes(doomed)
+    finally:
+        shutil.rmtree(doomed)
+    return gone_steps, gone_rest, freed
+
+
+def _moved(path: Path, folder: Path) -> bool:
+    try:
+        path.rename(folder / path.name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _may_go(one: LeftOver, newest_whole: int | None) -> bool:
+    if one.kind == "damaged":
+        return newest_whole is not None and one.step is not None and one.step <= newest_whole
+    return one.kind in ("unfinished", "deleting")
+
+
+def _surplus_expected(facts: Mapping[int, Found], rules: Rules) -> bool:
+    """Whether anything would go if the newest one that may be whole is."""
+    return bool(surplus(decide(presumed(list(facts.values())), rules)))
+
+
+def _unread(checkpoints: Path, rules: Rules) -> list[Found]:
+    return [Found(one.step, None, metric_of(one, rules.best) if rules.best else None) for one in committed(checkpoints)]
 
 
 def _newest_read_back(checkpoints: Path, control: Control) -> int | None:
@@ -60,25 +142,17 @@ def _share_problems(checkpoints: Path, step: int, control: Control) -> list[str]
     except CheckpointError as error:
         return [str(error)]
     share = sorted(manifest.files)[control.rank :: control.world_size]
-    problems = file_problems(directory, manifest, share, from_disk=True)
+    problems = [str(found) for found in file_findings(directory, manifest, share, past_cache=True)]
     return problems + ([f"manifest.json: is of step {manifest.step}"] if manifest.step != step else [])
 
 
-def _best(checkpoints: Path, metric: str | None, mode: str) -> int | None:
-    """The step whose manifest has the best value of `metric`, the newer of two equal ones; None where none has it."""
-    values: list[tuple[float, int]] = []
-    for checkpoint in committed(checkpoints):
-        try:
-            value = load_manifest(checkpoint.directory).metrics.get(metric or "")
-        except CheckpointError:
-            continue
-        if value is not None:
-            values.append((-value if mode == "min" else value, checkpoint.step))
-    return max(values)[1] if values else None
-
-
-def _remove_damaged(checkpoints: Path, newest: int) -> None:
-    """Delete what a save had moved aside as damaged, now that this step or a newer one is whole."""
-    for directory in checkpoints.glob("step-*.damaged-*"):
-        if int(directory.name.split(".")[0].removeprefix("step-")) <= newest:
-            remove_directory(directory)
+def _removed(directory: Path) -> bool:
+    """Whether it was deleted. A directory that cannot be deleted is no reason to end a training."""
+    try:
+        remove_directory(directory)
+    except FileNotFoundError:  # `dstune checkpoint prune` came first
+        return False
+    except OSError as error:
+        _log.warning("%s cannot be deleted: %s", directory, error.strerror or error)
+        return False
+    return True

@@ -1,18 +1,16 @@
-"""One worker's shard: a safetensors file that is hashed while it is written, and read piece by piece through a memory map."""
+"""One worker's shard: a safetensors file of slices, what stands where in it, and reading it piece by piece through a memory map."""
 
-import hashlib
 import json
-import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from dstune.atomic import durable_file
-from dstune.checkpoint.layout import FileRecord, SliceEntry
+from dstune.checkpoint.host_memory import whole_pages
+from dstune.checkpoint.layout import SliceEntry
 from dstune.errors import CheckpointError, Problem
 from dstune.protocols import Slice
 
@@ -31,6 +29,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHUNK_ELEMENTS = 4 << 20
 _MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
+_LENGTH_BYTES = 8
+_LONGEST_STEP = "9" * 19
 
 
 @dataclass(frozen=True)
@@ -43,51 +43,73 @@ class StoredSlice:
     """From the beginning of the file."""
 
 
-def write_shard(path: Path, slices: Sequence[Slice], step: int) -> FileRecord:
-    """Write and flush one shard; size and SHA-256 are of what was handed to the file, not of what came back from it.
+class ShardLayout:
+    """What stands where in a worker's shard: the same in every save of a run. The tensors begin at a page."""
 
-    Raises CheckpointError where an element is not finite (such a state is never committed), OSError where the disk fails.
-    """
-    digest = hashlib.sha256()
-    size = 0
-    with durable_file(path) as file:
-        for block in _blocks(slices, step):
-            file.write(block)
-            digest.update(block)
-            size += len(block)
-    return FileRecord(size, digest.hexdigest())
+    def __init__(self, slices: Iterable[Slice]) -> None:
+        self._tensors: dict[str, Any] = {}
+        self._slices: dict[str, Any] = {}
+        self.ends: list[int] = []
+        """Where each slice ends in the file, in order; each begins where the one before it ends, the first at `data_start`."""
+        self.dtypes: list[torch.dtype] = []
+        end = 0
+        for piece in slices:
+            key = f"{piece.state}/{piece.name}"
+            assert key not in self._tensors, f"two slices of {key} in one worker"
+            begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
+            dtype = _DTYPE_NAMES[piece.tensor.dtype]
+            self._tensors[key] = {"dtype": dtype, "shape": [piece.tensor.numel()], "data_offsets": [begin, end]}
+            self._slices[key] = {
+                "state": piece.state,
+                "name": piece.name,
+                "shape": list(piece.shape),
+                "offset": piece.offset,
+            }
+            self.ends.append(end)
+            self.dtypes.append(piece.tensor.dtype)
+        self.data_start = whole_pages(_LENGTH_BYTES + len(self._header(_LONGEST_STEP)))
+        self.ends = [self.data_start + end for end in self.ends]
+
+    @property
+    def num_bytes(self) -> int:
+        """The whole file's size."""
+        return self.ends[-1] if self.ends else self.data_start
+
+    @property
+    def keys(self) -> list[str]:
+        """`state/parameter` of each slice, in order."""
+        return list(self._tensors)
+
+    def head(self, step: int) -> bytes:
+        """The file's first `data_start` bytes: the safetensors header, filled up by spaces."""
+        length = self.data_start - _LENGTH_BYTES
+        return length.to_bytes(_LENGTH_BYTES, "little") + self._header(str(step)).ljust(length)
+
+    def _header(self, step: str) -> bytes:
+        metadata = {"format": "dstune-shard-1", "step": step, "slices": json.dumps(self._slices)}
+        return json.dumps({"__metadata__": metadata} | self._tensors).encode("utf-8")
 
 
-def _blocks(slices: Sequence[Slice], step: int) -> Iterator[bytes | memoryview]:
-    header = _header(slices, step)
-    yield len(header).to_bytes(8, "little")
-    yield header
-    for piece in slices:
-        for chunk in piece.tensor.detach().split(_CHUNK_ELEMENTS):
-            if chunk.is_floating_point() and not torch.isfinite(chunk).all():
-                raise CheckpointError(Problem(f"{piece.state}/{piece.name}", "holds NaN or infinity", "finite numbers"))
-            yield memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy())
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard says of itself."""
 
-
-def _header(slices: Sequence[Slice], step: int) -> bytes:
-    """The safetensors header, padded by spaces to a multiple of 8 so that the tensors are aligned."""
-    tensors: dict[str, Any] = {}
-    layout: dict[str, Any] = {}
-    end = 0
-    for piece in slices:
-        key = f"{piece.state}/{piece.name}"
-        assert key not in tensors, f"two slices of {key} in one worker"
-        begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
-        dtype = _DTYPE_NAMES[piece.tensor.dtype]
-        tensors[key] = {"dtype": dtype, "shape": [piece.tensor.numel()], "data_offsets": [begin, end]}
-        layout[key] = {"state": piece.state, "name": piece.name, "shape": list(piece.shape), "offset": piece.offset}
-    metadata = {"format": "dstune-shard-1", "step": str(step), "slices": json.dumps(layout)}
-    text = json.dumps({"__metadata__": metadata} | tensors).encode("utf-8")
-    return text + b" " * (-len(text) % 8)
+    step: int
+    slices: list[StoredSlice]
+    num_bytes: int
+    """How long the file has to be for all of it."""
 
 
 def read_header(path: Path) -> list[StoredSlice]:
     """What a shard holds. Raises CheckpointError where the file is not what `write_shard` writes."""
+    header = parse_header(path)
+    if header.num_bytes != path.stat().st_size:
+        raise CheckpointError(Problem(str(path), "is no shard of a checkpoint: its tensors do not fill it"))
+    return header.slices
+
+
+def parse_header(path: Path) -> ShardHeader:
+    """The same of a file that may have been cut behind its header."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -98,11 +120,9 @@ def read_header(path: Path) -> list[StoredSlice]:
         metadata = header.pop("__metadata__")
         layout = json.loads(metadata["slices"])
         stored = [_stored(layout[key], record, 8 + length) for key, record in header.items()]
-        if 8 + length + sum(_bytes(piece) for piece in stored) != size:
-            raise ValueError("its tensors do not fill it")
+        return ShardHeader(int(metadata["step"]), stored, 8 + length + sum(_bytes(piece) for piece in stored))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(Problem(str(path), f"is no shard of a checkpoint: {error!r}")) from None
-    return stored
 
 
 def _stored(layout: Mapping[str, Any], record: Mapping[str, Any], data_start: int) -> StoredSlice:
@@ -119,23 +139,30 @@ def _bytes(piece: StoredSlice) -> int:
     return piece.entry.length * piece.dtype.itemsize
 
 
-class MappedShard:
-    """A shard open for reading: only the pages that are asked for come from the disk."""
+class OpenShard:
+    """A shard open for reading, by any number of threads: what is asked for goes from the disk straight to where it is wanted."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._path = path
+        self._file = path.open("rb", buffering=0)
 
     def copy(self, piece: StoredSlice, start: int, out: torch.Tensor) -> None:
         """Copy `out.numel()` elements, from element `start` of the stored slice on, into `out` (any dtype, any device)."""
-        for number, target in enumerate(out.split(_CHUNK_ELEMENTS)):
-            first = piece.first_byte + (start + number * _CHUNK_ELEMENTS) * piece.dtype.itemsize
-            source = torch.empty(target.numel(), dtype=piece.dtype)
-            content = np.frombuffer(
-                self._map, dtype=np.uint8, count=target.numel() * piece.dtype.itemsize, offset=first
-            )
-            source.view(torch.uint8).numpy()[:] = content
-            target.copy_(source)
+        first = piece.first_byte + start * piece.dtype.itemsize
+        direct = out.dtype is piece.dtype and out.device.type == "cpu" and out.is_contiguous()
+        for target in out.detach().split(_CHUNK_ELEMENTS):
+            source = target if direct else torch.empty(target.numel(), dtype=piece.dtype)
+            self._read(memoryview(source.view(torch.uint8).numpy()), first)
+            first += source.nbytes
+            if not direct:
+                target.copy_(source)
+
+    def _read(self, into: memoryview, first: int) -> None:
+        while into:
+            count = os.preadv(self._file.fileno(), [into], first)
+            if count == 0:
+                raise CheckpointError(Problem(str(self._path), "ends before its last tensor"))
+            into, first = into[count:], first + count
 
 
 def entries(headers: Iterable[Sequence[StoredSlice]]) -> list[SliceEntry]:

@@ -1,4 +1,4 @@
-"""A Hugging Face directory from a run's checkpoint: safetensors, tokenizer, template, model card."""
+"""A Hugging Face directory from a run's checkpoint: safetensors, tokenizer, template, model card. Or plain fp32 weights."""
 
 import argparse
 
@@ -15,11 +15,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merged", action="store_true", help="of a run with an adapter: the whole model, the adapter in it"
     )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of one safetensors file (default: 5GB)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="that read, cast and write at a time (default: up to 4)"
+    )
+    parser.add_argument(
+        "--to",
+        default="huggingface",
+        choices=("huggingface", "deepspeed-fp32", "deepspeed-fp32-bin"),
+        help="deepspeed-fp32: what DeepSpeed's zero_to_fp32.py gives, as safetensors; -bin: as pytorch_model.bin",
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="then upload it to the hub, privately; the token is HF_TOKEN"
+    )
+    parser.add_argument("--public", action="store_true", help="make the pushed repository for everybody to read")
 
 
 def run(args: argparse.Namespace) -> int:
     from dstune import api
 
-    out = api.export(args.run, args.out, step=args.step, dtype=args.dtype, merged=args.merged)
-    emit(args, {"export": str(out)}, [f"exported: {out}", f"next: dstune chat {out}"])
+    words = ("step", "dtype", "to", "max_shard_size", "threads", "push", "public", "merged")
+    out = api.export(args.run, args.out, **{word: getattr(args, word) for word in words})
+    lines = [f"exported: {out}"]
+    lines += [f"pushed: {args.push}"] if args.push else []
+    lines += [f"next: dstune chat {out}"] if args.to == "huggingface" else []
+    emit(args, {"export": str(out), "pushed": args.push}, lines)
     return 0

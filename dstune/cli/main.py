@@ -24,7 +24,7 @@ COMMANDS = {
     "logs": "what its driver and workers said",
     "stop": "stop at the end of the step, with a checkpoint",
     "resume": "go on from the newest committed step, on any number of workers",
-    "checkpoint": "list and verify what is committed",
+    "checkpoint": "list, verify and prune what is committed; import DeepSpeed's own",
     "export": "a Hugging Face directory from a checkpoint",
     "evaluate": "generate and score: exact match, F1, BLEU, ROUGE and others",
     "chat": "talk to a model",

@@ -1,6 +1,7 @@
 """Raw instruction files -> a prepared directory: packed Arrow shards with exact masks, a manifest, and every reject by line."""
 
 import argparse
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dstune import api
+    from dstune.data.pool import GC_THRESHOLDS
 
+    gc.set_threshold(*GC_THRESHOLDS)
     prepared = api.prepare(args.run, args.overrides, progress=not args.json)
     sources = prepared.manifest["sources"]
     held_out = prepared.validation()

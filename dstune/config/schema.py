@@ -300,10 +300,17 @@ class CheckpointSection(Section):
     """Steps, or a duration such as `30min`."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints that stay."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Steps that this divides stay for ever (`1000`)."""
     best: str | None = None
     """A metric of the validation (`loss`); its best checkpoint is kept too."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether the metric's smallest or largest value is the best."""
     dir: str | None = None
     """Where checkpoints go; default: the run directory's `checkpoints/`."""
+    background: Literal["auto"] | bool = "auto"
+    """Write behind the training, from a copy in host memory (12 bytes a parameter over all workers with AdamW); `auto`: where that
+    memory is free. Otherwise the training waits for the disk."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
 

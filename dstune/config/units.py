@@ -1,9 +1,21 @@
-"""Durations as a run file writes them."""
+"""Durations and sizes as a run file and the command line write them."""
 
 import re
 from typing import Any
 
 _SECONDS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)?")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 
 
@@ -28,3 +40,12 @@ def parse_every(value: Any) -> int | str:
         duration_seconds(value)
         return value
     raise ValueError("a number of steps, or a duration such as 30min")
+
+
+def size_bytes(value: str | int) -> int:
+    """`5GB`, `500MB`, `2GiB`, or a number of bytes. Raises ValueError for anything else, or for nothing at all."""
+    match = _SIZE.fullmatch(str(value).strip())
+    unit = (match.group(2) or "b").lower() if match else ""
+    if not match or unit not in _BYTES or float(match.group(1)) <= 0:
+        raise ValueError(f"{value!r} is no size; write 5GB, 500MB, 2GiB or a number of bytes")
+    return int(float(match.group(1)) * _BYTES[unit])

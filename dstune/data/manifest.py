@@ -13,7 +13,7 @@ from dstune.config.schema import RunConfig, Source
 from dstune.data.inputs import Input
 from dstune.data.shards import FORMAT_VERSION
 
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 """Raised when the same inputs and settings give other tokens, masks or rows than before: old directories are not taken then."""
 
 

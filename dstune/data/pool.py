@@ -6,6 +6,8 @@ outlives a parent that was killed.
 """
 
 import contextlib
+import gc
+import importlib
 import itertools
 import os
 import pickle
@@ -16,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -32,8 +34,27 @@ _IN_FLIGHT = 2
 """Chunks a process that are waiting or worked on: memory stays bounded however slow the reader of the results is."""
 _INLINE_CHUNKS = 8
 """So little work is done here, in less time than a process needs to start."""
-_CHILD = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from dstune.data.pool import serve; serve()"
+_CHILD = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from dstune.data.pool import serve; serve(sys.argv[2:])"
 """The parent's import path and no other: with `-c` the working directory would come first, and a `json.py` there be imported."""
+
+
+GC_THRESHOLDS = (100_000, 20, 20)
+"""For a process that does nothing but prepare: it makes few cycles, and looking for them costs a tenth of its start."""
+
+_spares: "list[_Child]" = []
+
+
+@contextlib.contextmanager
+def started(num_processes: int, modules: Sequence[str]) -> Iterator[None]:
+    """Inside, so many children are there and import `modules` before there is work; those that nobody takes are ended."""
+    try:
+        _spares.extend(_Child(modules) for _ in range(num_processes))
+        yield
+    finally:
+        while _spares:
+            child = _spares.pop()
+            child.kill()
+            child.release()
 
 
 def map_in_order(
@@ -152,18 +173,19 @@ class _Pool(Generic[T, R]):
         with self._guard:
             if self._closed:
                 raise RunFailed("the preparation was ended")
-            child = _Child(self._greeting)
+            child = _spares.pop() if _spares else _Child()
             self._children.append(child)
+        child.greet(self._greeting)
         return child
 
 
 class _Child:
     """One child process: pickled messages to its input and from its output, each behind its length."""
 
-    def __init__(self, greeting: bytes) -> None:
+    def __init__(self, modules: Sequence[str] = ()) -> None:
         imports = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, imports],
+            [sys.executable, "-c", _CHILD, imports, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -171,7 +193,11 @@ class _Child:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._to: Any = self._process.stdin
         self._from: Any = self._process.stdout
-        self._greeting: bytes | None = greeting
+        self._greeting: bytes | None = None
+
+    def greet(self, greeting: bytes) -> None:
+        """What the child is told before its first message."""
+        self._greeting = greeting
 
     def ask(self, message: Any) -> tuple[str, Any]:
         """Send a message and wait for the answer. Raises RunFailed where the child is gone."""
@@ -216,11 +242,14 @@ def _read(pipe: BinaryIO, count: int) -> bytes:
     return content
 
 
-def serve() -> None:
+def serve(modules: Sequence[str]) -> None:
     """A child's whole life. What the work prints goes to stderr: stdout is the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.set_threshold(*GC_THRESHOLDS)
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    for name in modules:
+        importlib.import_module(name)
     with contextlib.suppress(EOFError, BrokenPipeError):
         worker = Worker(*pickle.loads(_receive(incoming)))
         while True:

@@ -54,6 +54,9 @@ from dstune.paths import PreparedPaths, cache_directory
 log = get_logger(__name__)
 
 _HASH_DIGITS = 16
+_LARGE_BYTES = 64 << 20
+"""Sources from which on the preparing processes are started before everything else: they import while this one looks at the model."""
+_WORKERS_IMPORTS = ("dstune.data.work", "transformers.tokenization_utils_tokenizers", "gigatoken")
 _PARTS = ("examples", "validation")
 
 
@@ -93,7 +96,13 @@ def prepare(
     done. Raises ConfigError, DataError, and RunFailed where the disk is full (then nothing is left behind) or a process dies (then
     the next call goes on from there).
     """
-    require_files(config.data, base)  # before a hub is asked for the model: this takes no time
+    num_bytes = require_files(config.data, base)  # before a hub is asked for the model: this takes no time
+    early = _processes(config) if num_bytes >= _LARGE_BYTES and mapper is pool.map_in_order else 1
+    with pool.started(early if early > 1 else 0, _WORKERS_IMPORTS):
+        return _prepared(config, base, progress, mapper)
+
+
+def _prepared(config: RunConfig, base: Path, progress: Report | None, mapper: Mapper) -> Prepared:
     seq2seq = is_seq2seq(config.model, base)
     packing = packs(config.model, base) if config.data.packing == "auto" else config.data.packing
     encoder = make_encoder(config.model, config.data, base, seq2seq, config.train.seed)
@@ -108,13 +117,15 @@ def prepare(
     return Prepared.open(build.final)
 
 
-def require_files(data: DataSection, base: Path) -> None:
-    """Raises DataError or ConfigError where a source names nothing."""
+def require_files(data: DataSection, base: Path) -> int:
+    """Raises DataError or ConfigError where a source names nothing; bytes of the files that are here."""
+    num_bytes = 0
     held_out = data.validation if isinstance(data.validation, list) else []
     for source in (*data.sources, *held_out):
         if "://" not in source.path:
             with suppress(OSError):  # what may not be read is named where it is read
-                expand(source, base)
+                num_bytes += sum(file.stamp().size for file in expand(source, base) if file.place is not None)
+    return num_bytes
 
 
 def _ignore(progress: Progress) -> None:

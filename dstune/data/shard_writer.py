@@ -117,8 +117,13 @@ def write_hashed(path: Path, content: bytes) -> WrittenFile:
     return file.written()
 
 
+def _column(values: npt.NDArray[Any]) -> pa.Array:
+    """`values` as they are; `pa.array` would import pandas to find out that they are none of its columns."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
 def _list_column(offsets: npt.NDArray[Any], values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
+    return pa.ListArray.from_arrays(_column(offsets.astype(np.int32)), values)
 
 
 def _packed_bits(mask: npt.NDArray[np.bool_]) -> pa.Array:
@@ -135,12 +140,12 @@ def _example_batch(block: Block) -> pa.RecordBatch:
     offsets = _offsets(block.lengths)
     assert len(block.ids) == len(block.mask) == offsets[-1], "ids and mask of an example differ in length"
     columns = [
-        _list_column(offsets, pa.array(block.ids)),
+        _list_column(offsets, _column(block.ids)),
         _list_column(offsets, _packed_bits(block.mask)),
-        pa.array(block.lengths),
-        pa.array(block.files),
-        pa.array(block.lines),
-        pa.array(block.parts),
+        _column(block.lengths),
+        _column(block.files),
+        _column(block.lines),
+        _column(block.parts),
     ]
     return pa.record_batch(columns, schema=EXAMPLE_SCHEMA)
 
@@ -237,9 +242,9 @@ def write_rows(
             last = min(first + _ROWS_PER_BATCH, num_rows)
             here = offsets[first : last + 1]
             columns = [
-                _list_column(here - here[0], pa.array(items[here[0] : here[-1]].astype(np.int32))),
-                pa.array(np.asarray(tokens[first:last], dtype=np.int32)),
-                pa.array(np.asarray(supervised[first:last], dtype=np.int32)),
+                _list_column(here - here[0], _column(items[here[0] : here[-1]].astype(np.int32))),
+                _column(np.asarray(tokens[first:last], dtype=np.int32)),
+                _column(np.asarray(supervised[first:last], dtype=np.int32)),
             ]
             stream.write_batch(pa.record_batch(columns, schema=ROW_SCHEMA))
     return file.written(rows=num_rows)

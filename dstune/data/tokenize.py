@@ -30,7 +30,7 @@ from dstune.errors import ConfigError, Problem, RunFailed
 __all__ = ["Encoder", "Template", "load_tokenizer", "resolve_template"]
 
 _ALL_COMPARED = 64
-_EVERY = 128
+_EVERY = 256
 """Of a process's conversations the first ones, and then each so-manieth, take the long way beside the shortcut."""
 
 

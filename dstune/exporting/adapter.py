@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dstune.config.schema import ModelSection, RunConfig
 from dstune.engine.construction import DTYPES
 from dstune.errors import CheckpointError, Problem, UsageError
 from dstune.exporting.initial import commit_initial
+from dstune.exporting.tensors import Masters
 from dstune.model import adapters, names
 from dstune.model.adapter_files import CONFIG_FILE, REFERENCE_KEY, WEIGHTS_FILE
 from dstune.model.build import adapted_skeleton, skeleton
@@ -94,8 +96,14 @@ def _require_whole(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 
 @contextlib.contextmanager
-def merged(reader: Reader, config: RunConfig, base: Path) -> Iterator["Merged"]:
-    """The whole model's masters. Raises as `write`, but for random base models, which are made again for the while."""
+def whole(reader: Reader, config: RunConfig, base: Path) -> Iterator[Masters]:
+    """The masters of the whole model: the checkpoint's own, or with an adapter those of the base model with it added.
+
+    Raises as `write`, but for random base models, which are made again for the while.
+    """
+    if config.model.adapter is None:
+        yield reader
+        return
     _checked_reference(reader, config, base)
     plain = config.model.model_copy(update={"adapter": None})
     outline = skeleton(load_config(plain, base), plain)
@@ -109,7 +117,7 @@ def merged(reader: Reader, config: RunConfig, base: Path) -> Iterator["Merged"]:
 
 
 class Merged:
-    """Reads like a `Reader` of the whole model's checkpoint: base weights with the adapter added in fp32, one tensor at a time."""
+    """`tensors.Masters`: base weights with the adapter added in fp32. A thread holds one matrix that an adapter changes at a time."""
 
     def __init__(self, reader: Reader, outline: PreTrainedModel, adapted: PreTrainedModel, weights: Any) -> None:
         """`outline` and `adapted`: the model without and with its adapter, without storage; `weights` reads the base model."""
@@ -117,6 +125,8 @@ class Merged:
         _require_whole(reader, shapes)
         self.directory, self.step, self.state = reader.directory, reader.step, reader.state
         self._reader, self._weights = reader, weights
+        self._in_pieces: frozenset[str] = weights.in_pieces if isinstance(weights, _Files) else frozenset()
+        self._last = _Last()
         stored = _stored_names(outline)
         parameters = dict(outline.named_parameters())
         self._shapes = {stored[name]: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -141,8 +151,30 @@ class Merged:
             return weight
         return self._layers[name].merged(weight.view(self._shapes[name]), self._matrix).reshape(-1)
 
+    def read_into(self, state: str, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D tensor `out` from element `start` of the flattened parameter on."""
+        if name in self._replaced:
+            self._reader.read_into("fp32", self._replaced[name], start, out)
+        elif name in self._in_pieces and name not in self._layers:
+            self._weights.read_into("fp32", name, start, out)
+        else:
+            out.copy_(self._last.of(name, self)[start : start + out.numel()])
+
     def _matrix(self, name: str) -> torch.Tensor:
         return self._reader.read("fp32", name).view(self._reader.tensors("fp32")[name])
+
+
+class _Last(local):
+    """The tensor that a thread is writing piece by piece."""
+
+    name: str = ""
+    tensor: torch.Tensor
+
+    def of(self, name: str, merged: Merged) -> torch.Tensor:
+        if name != self.name:
+            self.name, self.tensor = "", torch.empty(0)  # the one before it goes first
+            self.name, self.tensor = name, merged.read("fp32", name)
+        return self.tensor
 
 
 class _Layer:
@@ -166,7 +198,10 @@ class _Layer:
 
 
 class _Files:
-    """Reads like a `Reader` of a model that was never trained here: its files' tensors under their checkpoint names, in fp32."""
+    """Reads like a `Reader` of a model that was never trained here: its files' tensors under their checkpoint names, in fp32.
+
+    `in_pieces`: the names of those that a file holds as they are.
+    """
 
     def __init__(self, outline: PreTrainedModel, files: WeightFiles) -> None:
         self._outline, self._files = outline, files
@@ -176,12 +211,18 @@ class _Files:
             for target in _targets(conversion, files, outline):
                 if target in stored and (stored[target] not in self._made or canonical[target] == target):
                     self._made[stored[target]] = conversion, target
+        self.in_pieces = frozenset(name for name, (conversion, _) in self._made.items() if conversion.is_renaming)
 
     def read(self, state: str, name: str) -> torch.Tensor:
         if name not in self._made:
             raise CheckpointError(Problem(str(self._files.directory), f"has no weights for {name}"))
         conversion, target = self._made[name]
         return conversion.run(self._files.read, self._outline)[target].float().reshape(-1)
+
+    def read_into(self, state: str, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` from element `start` of a flattened tensor of `in_pieces` on."""
+        conversion, _ = self._made[name]
+        out.copy_(self._files.read_range(conversion.sources[0], start, start + out.numel()))
 
 
 def _targets(conversion: Conversion, files: WeightFiles, outline: PreTrainedModel) -> list[str]:

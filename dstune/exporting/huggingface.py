@@ -1,7 +1,6 @@
 """A committed checkpoint as a Hugging Face directory: config, safetensors, tokenizer with its template, model card."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +9,17 @@ from typing import Any
 import jinja2
 from transformers import PretrainedConfig
 
-from dstune.atomic import commit_directory, dump_json, write_text
+from dstune.atomic import dump_json, write_text
 from dstune.checkpoint.reader import Reader
 from dstune.config.schema import ModelSection, RunConfig
 from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
-from dstune.errors import ConfigError, Problem, RunFailed, UsageError
-from dstune.exporting import adapter, tensors
+from dstune.errors import ConfigError, Problem, UsageError
+from dstune.exporting import adapter, files
 from dstune.exporting.card import CardFacts, model_card
+from dstune.exporting.directory import new_directory
+from dstune.exporting.tensors import Masters, Weights
 from dstune.loggers import get_logger
 from dstune.model.build import skeleton
 from dstune.model.config import is_builtin, load_config, model_directory
@@ -41,6 +42,7 @@ def export(
     *,
     dtype: str = "bf16",
     max_file_bytes: int = MAX_FILE_BYTES,
+    threads: int = 1,
     prepared: Path | None = None,
     merged: bool = False,
 ) -> None:
@@ -48,55 +50,43 @@ def export(
 
     `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
     A run with an adapter gives the adapter alone, in peft's layout; `merged`: the whole model with the adapter in it.
+    `threads` write at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, a layer's) in memory.
     `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
-    if out.exists():
-        raise UsageError(Problem(str(out), "exists already", do="Name another directory, or remove this one."))
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UsageError(Problem("dtype", repr(dtype), "bf16, fp16 or fp32"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
+    with new_directory(out) as directory:
         reader = Reader(checkpoint)
         if config.model.adapter is not None and not merged:
-            _write_adapter(temporary, reader, config, base, dtype, prepared)
-        elif config.model.adapter is not None:
-            with adapter.merged(reader, config, base) as whole:
-                _write(temporary, whole, config, base, dtype, max_file_bytes, prepared)
+            _write_adapter(directory, reader, config, base, dtype, prepared)
         else:
-            _write(temporary, reader, config, base, dtype, max_file_bytes, prepared)
-        _flush(temporary)
-        commit_directory(temporary, out)
-    except FileExistsError:
-        raise UsageError(Problem(str(out), "was made by someone else meanwhile")) from None
-    except OSError as error:
-        raise RunFailed(Problem(str(out), f"could not be written: {error.strerror or error}")) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            with adapter.whole(reader, config, base) as masters:
+                _write(directory, masters, config, base, dtype, max_file_bytes, threads, prepared)
 
 
 def _write(
     directory: Path,
-    reader: tensors.Masters,
+    reader: Masters,
     config: RunConfig,
     base: Path,
     dtype: str,
     max_file_bytes: int,
+    threads: int,
     prepared: Path | None,
 ) -> None:
     section = config.model.model_copy(update={"dtype": dtype})
     model_config = load_config(section, base)
     outline = skeleton(model_config, section)
-    weights = tensors.Weights(outline, reader, _pretrained(config.model, base))
-    tensors.write(weights, directory, max_file_bytes)
+    weights = Weights(outline, reader, pretrained_files(config.model, base))
+    facts = {"total_parameters": weights.num_parameters}
+    files.write(weights.as_saved(), directory, max_file_bytes, facts=facts, threads=threads)
     _write_config(directory, model_config, type(outline).__name__, outline.dtype)
     source = model_directory(config.model, base, weights=False)
     _copy_code(source, directory, section, model_config)
     tokenizer = _write_tokenizer(directory, config, base, model_config)
     write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
-    facts = _facts(reader, weights.num_parameters, dtype, model_config.is_encoder_decoder, prepared)
-    write_text(directory / "README.md", model_card(config, facts))
+    card = _facts(reader, weights.num_parameters, dtype, model_config.is_encoder_decoder, prepared)
+    write_text(directory / "README.md", model_card(config, card))
 
 
 def _write_adapter(
@@ -109,7 +99,7 @@ def _write_adapter(
     write_text(directory / "README.md", model_card(config, replace(facts, is_adapter=True)))
 
 
-def _pretrained(model: ModelSection, base: Path) -> WeightFiles | None:
+def pretrained_files(model: ModelSection, base: Path) -> WeightFiles | None:
     """The files that the run began with, for what training does not touch."""
     if is_builtin(model) or model.init == "random":
         return None
@@ -180,7 +170,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return special[max(found, key=len)] if found else None
 
 
-def _facts(reader: tensors.Masters, num_parameters: int, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
+def _facts(reader: Masters, num_parameters: int, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
     losses = reader.state.get("losses") or [None]
     manifest: dict[str, Any] = {}
     if prepared is not None and prepared.is_dir():
@@ -194,11 +184,3 @@ def _facts(reader: tensors.Masters, num_parameters: int, dtype: str, seq2seq: bo
         counts=manifest.get("counts", {}),
         sources=manifest.get("sources", ()),
     )
-
-
-def _flush(directory: Path) -> None:
-    """Make every file durable before the directory gets its name."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -1,12 +1,10 @@
-"""Which checkpoint is exported; among them the model of a run before its first step, what a tuned one is compared with."""
+"""The model of a run before its first step, as a checkpoint: what a tuned one is compared with."""
 
-import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dstune.checkpoint import commit, resolve
+from dstune.checkpoint import commit
 from dstune.config.schema import RunConfig
 from dstune.engine.world import World
 from dstune.model.build import build, checkpoint_names
@@ -30,16 +28,6 @@ class _Alone:
 
     def broadcast(self, value: Any) -> Any:
         return value
-
-
-@contextlib.contextmanager
-def chosen(checkpoints: Path, step: str, config: RunConfig, base: Path) -> Iterator[Path]:
-    """The directory of a committed step, `newest` or `best`; of step 0 one that is made for the while. Raises CheckpointError."""
-    if step != "0":
-        yield resolve.choose(checkpoints, step, config.checkpoint.best).directory
-        return
-    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        yield commit_initial(Path(scratch), config, base)
 
 
 def commit_initial(checkpoints: Path, config: RunConfig, base: Path) -> Path:

@@ -1,33 +1,22 @@
-"""An export's weights: from a checkpoint's fp32 masters straight into safetensors files, one tensor (or joined group) at a time."""
+"""An export's weights: from a checkpoint's fp32 masters, cast piece by piece; joined tensors group by group."""
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from threading import Lock, local
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from dstune.atomic import dump_json, durable_file
 from dstune.errors import CheckpointError, Problem
 from dstune.model import names
 from dstune.model.names import Conversion
-from dstune.model.weights import INDEX_FILE, SINGLE_FILE, WeightFiles
+from dstune.model.weights import WeightFiles
 
-_DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_PIECE_ELEMENTS = 8 << 20
+"""32 MB of fp32 at a time."""
 
 
 class Masters(Protocol):
@@ -47,17 +36,9 @@ class Masters(Protocol):
         """A whole parameter, flattened."""
         ...
 
-
-@dataclass(frozen=True)
-class _Step:
-    """One conversion, and what it will write (tensors without storage)."""
-
-    conversion: Conversion
-    outlines: Mapping[str, torch.Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return sum(_bytes(tensor) for tensor in self.outlines.values())
+    def read_into(self, state: str, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D tensor `out` from element `start` of the flattened parameter on. From several threads."""
+        ...
 
 
 class Weights:
@@ -68,10 +49,12 @@ class Weights:
 
         Raises CheckpointError where the checkpoint is not of this model, ConfigError where transformers cannot save it.
         """
-        self._outline = outline
+        self.outline = outline
         self._reader = reader
+        self._buffers = _Buffers()
+        self._initialising = Lock()
         self._pretrained = pretrained
-        self._tensors = names.all_tensors(outline)
+        self.tensors = names.all_tensors(outline)
         self._canonical = names.canonical_names(outline)
         self._stored = names.saved_names(outline)
         self._file_names: dict[str, str] = {}
@@ -82,27 +65,49 @@ class Weights:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._outline.parameters())
+        return sum(parameter.numel() for parameter in self.outline.parameters())
 
-    def steps(self) -> list[_Step]:
-        """Everything to write, in order, with shapes and types."""
+    def as_saved(self) -> list["Converted"]:
+        """Everything that `save_pretrained` would write, under its names."""
         return [
-            _Step(conversion, names.saved_outlines(conversion, self._tensors, self._outline))
-            for conversion in names.saving_plan(self._outline)
+            Converted(self, conversion, names.saved_outlines(conversion, self.tensors, self.outline))
+            for conversion in names.saving_plan(self.outline)
         ]
 
-    def make(self, step: _Step) -> dict[str, torch.Tensor]:
-        """The tensors of one step, cast."""
-        return step.conversion.run(self._read, self._outline)
+    def as_state_dict(self) -> list["Converted"]:
+        """Everything that the module's `state_dict` has, under its names; a tied tensor once, under its first."""
+        kept = [name for name, first in self._canonical.items() if name == first]
+        return [Converted(self, Conversion((name,), name), {name: self.tensors[name]}) for name in kept]
 
-    def _read(self, name: str) -> torch.Tensor:
-        wanted = self._tensors[name]
-        stored = self._stored_name(name)
-        if stored in self._reader.tensors("fp32"):
-            return self._reader.read("fp32", stored).view(wanted.shape).to(wanted.dtype)
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """The other names of tied tensors, each with the first."""
+        return {name: first for name, first in self._canonical.items() if name != first}
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the model, whole, cast."""
+        wanted = self.tensors[name]
+        if self._is_stored(name):
+            return self._reader.read("fp32", self._stored_name(name)).view(wanted.shape).to(wanted.dtype)
         if self._pretrained is not None and name in self._file_names:
             return self._pretrained.read(self._file_names[name]).to(wanted.dtype)
-        return _initial(self._outline, name).to(wanted.dtype)
+        with self._initialising:
+            return _initial(self.outline, name).to(wanted.dtype)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The same, flattened, in consecutive pieces. Of what the checkpoint holds only one is in memory at a time: use it up."""
+        if not self._is_stored(name):
+            yield self.read(name).flatten()
+            return
+        wanted, stored = self.tensors[name], self._stored_name(name)
+        for start in range(0, wanted.numel(), _PIECE_ELEMENTS):
+            length = min(_PIECE_ELEMENTS, wanted.numel() - start)
+            master = self._buffers.of(torch.float32)[:length]
+            self._reader.read_into("fp32", stored, start, master)
+            yield master if wanted.dtype is torch.float32 else self._buffers.of(wanted.dtype)[:length].copy_(master)
+
+    def _is_stored(self, name: str) -> bool:
+        return self._stored_name(name) in self._reader.tensors("fp32")
 
     def _stored_name(self, name: str) -> str:
         canonical = self._canonical[name]
@@ -110,7 +115,7 @@ class Weights:
 
     def _check(self) -> None:
         found = dict(self._reader.tensors("fp32"))
-        for name, parameter in self._outline.named_parameters():
+        for name, parameter in self.outline.named_parameters():
             shape = found.pop(self._stored_name(name), None)
             if shape is None and (not parameter.requires_grad or name in self._file_names):
                 continue
@@ -124,61 +129,40 @@ class Weights:
         return CheckpointError(Problem(str(self._reader.directory), came, expected))
 
 
-def write(weights: Weights, directory: Path, max_file_bytes: int) -> None:
-    """Write the safetensors files, and their index where they are several. At most `max_file_bytes` each, a larger tensor alone."""
-    files = list(_divided(weights.steps(), max_file_bytes))
-    file_of: dict[str, str] = {}
-    for number, steps in enumerate(files, 1):
-        file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _write_file(directory / file, steps, weights)
-        file_of |= {name: file for step in steps for name in step.outlines}
-    if len(files) > 1:
-        total = sum(step.bytes for steps in files for step in steps)
-        index = {
-            "metadata": {"total_size": total, "total_parameters": weights.num_parameters},
-            "weight_map": dict(sorted(file_of.items())),
-        }
-        with durable_file(directory / INDEX_FILE) as out:
-            out.write(dump_json(index).encode("utf-8"))
+class _Buffers(local):
+    """One piece of each type for each thread, used again and again: fresh memory is slower than the disk."""
+
+    def __init__(self) -> None:
+        self._of: dict[torch.dtype, torch.Tensor] = {}
+
+    def of(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._of:
+            self._of[dtype] = torch.empty(_PIECE_ELEMENTS, dtype=dtype)
+        return self._of[dtype]
 
 
-def _divided(steps: list[_Step], max_bytes: int) -> Iterator[list[_Step]]:
-    """Steps in runs of at most `max_bytes`; a larger step alone."""
-    run: list[_Step] = []
-    size = 0
-    for step in steps:
-        if run and size + step.bytes > max_bytes:
-            yield run
-            run, size = [], 0
-        run.append(step)
-        size += step.bytes
-    if run:
-        yield run
+@dataclass(frozen=True)
+class Converted:
+    """`files.Part`: what one conversion makes of the model's tensors."""
 
+    weights: Weights
+    conversion: Conversion
+    outlines: Mapping[str, torch.Tensor]
 
-def _write_file(path: Path, steps: list[_Step], weights: Weights) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for step in steps:
-        for name, tensor in step.outlines.items():
-            begin, end = end, end + _bytes(tensor)
-            entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-            header[name] = entry
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with durable_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for step in steps:
-            made = weights.make(step)
-            for name, outline in step.outlines.items():
-                tensor = made[name]
-                assert (tensor.shape, tensor.dtype) == (outline.shape, outline.dtype), name
-                data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-                file.write(memoryview(data))
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        if self.conversion.is_renaming:
+            yield from self.weights.pieces(self.conversion.sources[0])
+            return
+        tensor = self._made[name]
+        assert tensor.shape == self.outlines[name].shape, name
+        yield tensor
+        if name == next(reversed(self.outlines)):
+            del self.__dict__["_made"]
 
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return math.prod(tensor.shape) * tensor.element_size()
+    @cached_property
+    def _made(self) -> dict[str, torch.Tensor]:
+        """Joined or cut tensors, whole: their parts cannot be had piece by piece."""
+        return self.conversion.run(self.weights.read, self.weights.outline)
 
 
 def _initial(outline: PreTrainedModel, name: str) -> torch.Tensor:

@@ -117,6 +117,18 @@ def driver_lock(paths: RunPaths) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def deserted(paths: RunPaths) -> Iterator[bool]:
+    """Whether neither a driver nor a worker of the run lives; where so, none begins to work before the block ends."""
+    with contextlib.ExitStack() as stack:
+        nobody = True
+        try:
+            stack.enter_context(driver_lock(paths))
+        except UsageError:
+            nobody = False
+        yield nobody and stack.enter_context(fence.empty(paths))
+
+
 def last_attempt(paths: RunPaths) -> int:
     """The newest attempt's number; 0 before the first."""
     return max((int(p.name) for p in paths.attempts.glob("*") if p.name.isdigit()), default=0)

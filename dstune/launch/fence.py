@@ -5,6 +5,7 @@ or commit a checkpoint. So every worker holds a lock on a file of the run for as
 whatever ends it, and the driver waits until nobody holds it.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,13 @@ def clear(paths: RunPaths, attempt: int, seconds: float = 90.0) -> None:
                 do = f"{paths.workers(attempt)} says where: end them, then `dstune resume`"
                 raise RunFailed(Problem(str(paths.root), came, do=do))
             pause.wait(_LOOK_SECONDS)
+
+
+@contextlib.contextmanager
+def empty(paths: RunPaths) -> Iterator[bool]:
+    """Whether no worker lives; where so, a new one waits at its beginning until the block ends."""
+    with paths.workers_lock.open("a+b") as file:
+        yield _lock(file)
 
 
 def started(pid: int) -> int | None:

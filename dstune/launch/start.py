@@ -117,6 +117,15 @@ def require_vocabulary(run: LoadedRun, prepared: Prepared) -> None:
         raise ConfigError(Problem("model.tokenizer", came, "the tokenizer that the model was trained with"))
 
 
+def create(run: LoadedRun, prepared: Prepared) -> RunPaths:
+    """The directory of a new run with its data, once the two are known to fit. Raises ConfigError, UsageError."""
+    require_vocabulary(run, prepared)
+    warn_of_few_rows(run, prepared)
+    paths = rundir.create(run)
+    rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
+    return paths
+
+
 def open_prepared(run: LoadedRun, paths: RunPaths) -> Prepared:
     """The data of a run that exists, every hash checked; prepared again where its directory is gone (the same, byte for byte)."""
     noted = rundir.environment(paths).get("prepared")

@@ -1,12 +1,22 @@
 """What a person sees while a run goes on: one live line in a terminal, a line per step elsewhere."""
 
 import sys
+import threading
 import time
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class StepProgress:
@@ -99,3 +109,45 @@ class PreparationProgress:
     def __call__(self, now: Preparing) -> None:
         where = f" {escape(now.file)}" if now.file else ""
         self._status.update(f"{now.stage}{where}: {now.records:,} records, {now.examples:,} examples")
+
+
+class ReadingProgress:
+    """Bytes read so far, of `total` where that is known, with speed and time left: a live line in a terminal where `shown`.
+
+    It counts whether or not anything is shown. `more` may be called from any thread.
+    """
+
+    def __init__(self, total: int | None = None, stream: TextIO | None = None, shown: bool = True) -> None:
+        console = Console(file=stream or sys.stderr, highlight=False)
+        columns = (TextColumn("reading"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn())
+        self._progress = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
+            transient=True,
+        )
+        self._task = self._progress.add_task("read", total=total)
+        self._lock = threading.Lock()
+        self._started = self._ended = time.monotonic()
+        self.bytes = 0
+
+    @property
+    def seconds(self) -> float:
+        """From entering to leaving the block."""
+        return self._ended - self._started
+
+    def more(self, count: int) -> None:
+        """So many more bytes were read."""
+        with self._lock:
+            self.bytes += count
+        self._progress.advance(self._task, count)
+
+    def __enter__(self) -> "ReadingProgress":
+        self._started = time.monotonic()
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = time.monotonic()
+        self._progress.stop()

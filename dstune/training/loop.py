@@ -42,8 +42,20 @@ class Books(Protocol):
         ...
 
 
-Save = Callable[[TrainState, Mapping[str, float]], None]
-"""`save(state, metrics)`: commit a checkpoint, on all workers together. Raises CheckpointError on all where it failed."""
+class Saver(Protocol):
+    """Commits checkpoints, behind the training where it can. Raises CheckpointError on all workers where a save failed."""
+
+    def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Begin to commit `state`, on all workers together; the one before is settled first."""
+        ...
+
+    def failed(self) -> bool:
+        """Whether a save behind the training failed here and was not settled yet."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, on all workers together."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,14 +82,14 @@ class Loop:
         validator: Validator | None,
         control: Control,
         state: TrainState,
-        save: Save,
+        saver: Saver,
         books: Books,
         device: torch.device,
         pad_id: int,
     ) -> None:
         self.config, self.plan, self.engine, self.loss = config, plan, engine, loss
         self.prepared, self.validator, self.control = prepared, validator, control
-        self.state, self.save, self.books = state, save, books
+        self.state, self.saver, self.books = state, saver, books
         self.device, self.pad_id = device, pad_id
         self._cadence = SaveCadence(config.checkpoint.every)
         self._saved_step = state.step
@@ -85,7 +97,16 @@ class Loop:
         self._metrics: dict[str, float] = {}
 
     def run(self) -> LoopEnd:
-        """Take every step that is left. Raises Diverged after too many non-finite steps in a row."""
+        """Take every step that is left. Raises Diverged after too many non-finite steps in a row, and what the saver raises."""
+        try:
+            end = self._train()
+        except Diverged:
+            self.saver.settle()
+            raise
+        self.saver.settle()
+        return end
+
+    def _train(self) -> LoopEnd:
         if self.validator and self.state.step == 0:
             self._validate()
         while self.state.step < self.plan.total_steps:
@@ -129,6 +150,7 @@ class Loop:
             "memory": _peak_memory_bytes(self.device),
             "stop": self.books.stop_reason() if self.control.rank == 0 else None,
             "due": self._cadence.due(step + 1),
+            "unsaved": self.saver.failed(),
         }
         everyone = self.control.gather(mine)
         loss = _mean_loss(everyone, supervised)
@@ -139,6 +161,8 @@ class Loop:
             self.books.step(record)
         if skipped:
             self._report_skip(sorted({row for one in everyone for row in one["nonfinite"]}) or [int(r) for r in rows])
+        if any(one["unsaved"] for one in everyone):
+            self.saver.settle()
         return everyone[0]["stop"], bool(everyone[0]["due"])
 
     def _record(
@@ -208,7 +232,7 @@ class Loop:
         if self._saved_step == self.state.step:
             return
         started = time.perf_counter()
-        self.save(self.state, dict(self._metrics))
+        self.saver.save(self.state, dict(self._metrics))
         self._saved_step = self.state.step
         self._checkpoint_seconds += time.perf_counter() - started
         self._cadence.saved()

@@ -10,6 +10,7 @@ import torch
 from dstune.checkpoint.commit import CommitRecord, save
 from dstune.checkpoint.resolve import Checkpoint, committed
 from dstune.protocols import Control, Slice
+from tools.rungs import pretend
 
 T = TypeVar("T")
 SHAPES = {"embed.weight": (50, 8), "norm.weight": (7,), "scalar.bias": (1,)}
@@ -33,21 +34,12 @@ class Alone:
 
 def whole(state: str, name: str, seed: int) -> torch.Tensor:
     """The flattened parameter in a state."""
-    generator = torch.Generator().manual_seed(seed * 1000 + len(state) * 10 + len(name))
-    return torch.randn(SHAPES[name], generator=generator).flatten()
+    return pretend.whole(state, name, seed, SHAPES)
 
 
 def slices(seed: int, rank: int = 0, world_size: int = 1) -> list[Slice]:
-    """One worker's pieces, cut as ZeRO-3 cuts; a worker beyond a parameter's end has none of it."""
-    pieces: list[Slice] = []
-    for state in ("fp32", "exp_avg"):
-        for name, shape in SHAPES.items():
-            values = whole(state, name, seed)
-            size = -(-values.numel() // world_size)
-            piece = values[rank * size : (rank + 1) * size]
-            if piece.numel():
-                pieces.append(Slice(state, name, shape, rank * size, piece))
-    return pieces
+    """One worker's pieces, cut as ZeRO-3 cuts."""
+    return pretend.slices(seed, rank, world_size, SHAPES, ("fp32", "exp_avg"))
 
 
 def commit(checkpoints: Path, step: int, control: Control | None = None, **more: Any) -> CommitRecord:

@@ -3,43 +3,17 @@
 import json
 import random
 import shutil
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dstune.checkpoint.reader import Reader
-from dstune.checkpoint.resolve import committed, newest_whole, verify
-from dstune.engine.control import ControlGroup
+from dstune.checkpoint.resolve import choose, committed, newest_whole, verify
 from dstune.errors import CheckpointError
 from dstune.paths import step_directory
 from dstune.protocols import Slice
 from tests.checkpoint.sample import SHAPES, at, commit, steps, whole
-from tests.spawn import run_workers
-
-
-def _commit_steps(checkpoints: Path, numbers: list[int]) -> None:
-    dist.init_process_group("gloo")
-    control = ControlGroup(timedelta(seconds=60))
-    for number in numbers:
-        commit(checkpoints, number, control)
-    control.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def of_three_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 1 and 2, each in three shards."""
-    checkpoints = tmp_path_factory.mktemp("checkpoints")
-    run_workers(_commit_steps, 3, checkpoints, [1, 2])
-    return checkpoints
-
-
-@pytest.fixture
-def checkpoints(of_three_workers: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(of_three_workers, tmp_path / "checkpoints"))
 
 
 def test_whole_checkpoints_are_whole(checkpoints: Path) -> None:
@@ -78,6 +52,28 @@ def test_missing_and_cut_files_are_found(checkpoints: Path, kind: str, damage: s
         path.unlink()
     assert path.name in verify(at(checkpoints, 2))[0]
     assert newest_whole(checkpoints)[0] == at(checkpoints, 1)
+
+
+@pytest.mark.parametrize("past_cache", [True, False])
+def test_both_ways_of_reading_find_the_same(checkpoints: Path, past_cache: bool) -> None:
+    assert verify(at(checkpoints, 2), past_cache=past_cache) == []
+    path = step_directory(checkpoints, 2) / "state.json"
+    path.write_bytes(path.read_bytes().replace(b"2", b"3"))
+    assert verify(at(checkpoints, 2), past_cache=past_cache) == ["state.json: its SHA-256 is not the manifest's"]
+
+
+def test_the_best_is_chosen_by_its_metric(tmp_path: Path) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        commit(tmp_path, step, metrics={"loss": loss})
+    assert choose(tmp_path, "best", "loss").step == 2
+    assert choose(tmp_path, "best", "loss", "max").step == 1
+    assert choose(tmp_path, "3", None).step == 3
+    (step_directory(tmp_path, 2) / "manifest.json").unlink()
+    assert choose(tmp_path, "best", "loss").step == 3, "one whose metrics are not known cannot be the best"
+    with pytest.raises(CheckpointError, match=r"no committed step '7'; expected one of: 1, 2, 3"):
+        choose(tmp_path, "7", None)
+    with pytest.raises(CheckpointError, match="no checkpoint has a value of 'accuracy'"):
+        choose(tmp_path, "best", "accuracy")
 
 
 def test_a_shard_of_another_generation_is_refused(checkpoints: Path) -> None:

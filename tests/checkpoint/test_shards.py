@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 
 from dstune.checkpoint.layout import SliceEntry, tile
-from dstune.checkpoint.shards import MappedShard, read_header, write_shard
+from dstune.checkpoint.shard_writer import write_shard
+from dstune.checkpoint.shards import OpenShard, read_header
 from dstune.errors import CheckpointError
 from dstune.protocols import Slice
 from tests.checkpoint.sample import slices
@@ -37,7 +38,7 @@ def test_header_says_where_each_slice_belongs(tmp_path: Path) -> None:
     ]
     assert (stored[0].first_byte) % 8 == 0
     out = torch.empty(3, dtype=torch.float64)
-    MappedShard(path).copy(stored[0], 2, out)
+    OpenShard(path).copy(stored[0], 2, out)
     assert torch.equal(out, pieces[0].tensor[2:5].double())
 
 

@@ -244,10 +244,29 @@ def test_a_full_disk_leaves_nothing_behind(committed, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dstune.exporting.tensors._write_file", full)
+    monkeypatch.setattr("dstune.exporting.files._fill", full)
     with pytest.raises(RunFailed, match="No space left"):
         export(checkpoint, tmp_path / "out", config_of(path), Path())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.dist
+def test_a_tensor_is_read_piece_by_piece_by_any_number_of_threads(committed, tmp_path, monkeypatch):
+    path, checkpoint = committed("builtin:tiny-llama")
+    export(checkpoint, tmp_path / "whole", config_of(path), Path())
+    asked: list[int] = []
+    read_into = Reader.read_into
+
+    def counting(self, state, name, start, out):
+        asked.append(out.numel())
+        read_into(self, state, name, start, out)
+
+    monkeypatch.setattr(Reader, "read_into", counting)
+    monkeypatch.setattr("dstune.exporting.tensors._PIECE_ELEMENTS", 1000)
+    export(checkpoint, tmp_path / "pieces", config_of(path), Path(), threads=3)
+    assert max(asked) == 1000 < sum(asked)
+    pieces, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("pieces", "whole"))
+    assert pieces == whole
 
 
 @pytest.mark.dist

@@ -4,7 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ def write_run(folder: Path, name: str = "tiny", **sections: Mapping[str, Any]) -
 class ProcessExecutor:
     """`protocols.Executor` with one plain process a worker, for tests of everything but Ray."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, entry: Callable[..., object] = worker.main) -> None:
+        self.workers, self.entry = workers, entry
         self.processes: list[BaseProcess] = []
 
     def available_workers(self) -> int:
@@ -70,7 +70,7 @@ class ProcessExecutor:
         port = free_port()
         self.processes = [
             start_worker(
-                worker.main,
+                self.entry,
                 run_directory,
                 attempt,
                 environment=worker_environment(rank, world_size, port) | dict(environment),
@@ -92,9 +92,15 @@ class ProcessExecutor:
 
 
 def drive(
-    run: str | Path, workers: int, *, new: bool, max_failures: int = 0, observe: Observer | None = None
+    run: str | Path,
+    workers: int,
+    *,
+    new: bool,
+    max_failures: int = 0,
+    observe: Observer | None = None,
+    entry: Callable[..., object] = worker.main,
 ) -> DriveEnd:
-    """Start (or go on with) a run on plain processes."""
+    """Start (or go on with) a run on plain processes, each of which calls `entry(run_directory, attempt)`."""
     if new:
         loaded = load_run(run)
         paths = rundir.create(loaded)
@@ -103,7 +109,7 @@ def drive(
         loaded = rundir.load(paths)
     prepared = start.open_prepared(loaded, paths)
     limits = DriveLimits(workers_wanted=workers, workers_min=1, max_failures=max_failures)
-    return start.drive_with(loaded, paths, prepared, ProcessExecutor(workers), limits, observe or Observer())
+    return start.drive_with(loaded, paths, prepared, ProcessExecutor(workers, entry), limits, observe or Observer())
 
 
 def finished(run: Path, workers: int = 2) -> RunPaths:
@@ -122,11 +128,16 @@ def metrics(paths: RunPaths, name: str) -> list[Any]:
 
 def weights_hash(paths: RunPaths, step: int) -> str:
     """SHA-256 over the fp32 masters of a checkpoint, by name, whatever the number of workers that wrote it."""
-    reader = Reader(step_directory(paths.checkpoints, step))
+    return state_hash(step_directory(paths.checkpoints, step), "fp32")
+
+
+def state_hash(checkpoint: Path, state: str) -> str:
+    """SHA-256 over one state (`fp32`, `exp_avg`, …) of a checkpoint."""
+    reader = Reader(checkpoint)
     digest = hashlib.sha256()
-    for name in sorted(reader.tensors("fp32")):
+    for name in sorted(reader.tensors(state)):
         digest.update(name.encode())
-        digest.update(reader.read("fp32", name).numpy().tobytes())
+        digest.update(reader.read(state, name).numpy().tobytes())
     return digest.hexdigest()
 
 

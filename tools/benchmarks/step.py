@@ -8,14 +8,14 @@ The physical limit of the ratio is 1: dstune's loop does the bare loop's work, a
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tools.benchmarks import planned
 
 
 def main() -> int:
@@ -30,88 +30,17 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run_directory = _make_run(Path(folder), args)
-        _spawn(run_directory, args)
-        print(json.dumps(json.loads((Path(folder) / "result.json").read_text()), indent=2))
-    return 0
-
-
-def _make_run(folder: Path, args: argparse.Namespace) -> Path:
-    """A planned attempt, as the launcher would write it."""
-    from ruamel.yaml import YAML
-
-    from dstune import api
-    from dstune.config.load import load_run
-    from dstune.launch import rundir, start
-
-    heads = args.hidden // 64
-    document = {
-        "name": "bench",
-        "model": {
-            "path": "builtin:tiny-llama",
-            "overrides": {
-                "hidden_size": args.hidden,
-                "intermediate_size": args.hidden * 8 // 3 // 16 * 16,
-                "num_hidden_layers": args.layers,
-                "num_attention_heads": heads,
-                "num_key_value_heads": heads,
-                "head_dim": 64,
-            },
-        },
-        "data": {"sources": [{"path": "builtin:instructions"}], "max_length": args.max_length, "num_processes": 2},
-        "train": {
+        train = {
             "global_batch_size": args.workers * args.micro_batch_size * args.micro_batches,
             "micro_batch_size": args.micro_batch_size,
             "max_steps": args.steps + args.warmup,
-        },
-        "cluster": {"workers": args.workers},
-    }
-    path = folder / "bench.yaml"
-    with path.open("w", encoding="utf-8") as file:
-        YAML().dump(document, file)
-    os.environ["DSTUNE_CACHE"] = str(folder / "cache")
-    run = load_run(path)
-    prepared = api.prepare(run)
-    paths = rundir.create(run)
-    start.Planner(run, paths, start.data_facts(run.config, prepared))(1, args.workers, None, 0)
-    return paths.root
-
-
-def _spawn(run_directory: Path, args: argparse.Namespace) -> None:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    root = str(Path(__file__).parents[2])
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tools.benchmarks.step_worker",
-                str(run_directory),
-                str(args.steps),
-                str(args.warmup),
-            ],
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(args.workers),
-                "LOCAL_WORLD_SIZE": str(args.workers),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": root,
-            },
-            cwd=root,
-        )
-        for rank in range(args.workers)
-    ]
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        raise SystemExit(f"workers ended with {codes}")
+        }
+        shape = planned.llama(args.hidden, args.layers)
+        run_directory = planned.make_run(Path(folder), shape, train, args.workers, args.max_length)
+        words = [str(run_directory), str(args.steps), str(args.warmup)]
+        planned.spawn("tools.benchmarks.step_worker", args.workers, words)
+        print(json.dumps(json.loads((Path(folder) / "result.json").read_text()), indent=2))
+    return 0
 
 
 def summary(

@@ -61,7 +61,7 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
             global_batch_size=train.global_batch_size,
             total_steps=plan.total_steps,
         ),
-        save=lambda state, metrics: None,
+        saver=_NoSaver(),
         books=RunBooks(paths),
         device=world.device,
         pad_id=0,
@@ -99,6 +99,19 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
         }
         write_json(paths.root.parent.parent / "result.json", summary(ours, theirs, (our_losses, their_losses), facts))
     world.close()
+
+
+class _NoSaver:
+    """`loop.Saver` of a loop that saves nothing."""
+
+    def save(self, state: TrainState, metrics: Any) -> None:
+        """Nothing."""
+
+    def failed(self) -> bool:
+        return False
+
+    def settle(self) -> None:
+        """Nothing is under way."""
 
 
 def _batches(prepared: Prepared, plan: Plan, seed: int, step: int, world: World) -> tuple[list[Any], int]:

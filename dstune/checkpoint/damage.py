@@ -1,0 +1,101 @@
+"""What a damaged shard still tells: which parameters lie in the bytes that are gone, and signs of where it was changed.
+
+The manifest has one hash for a whole shard, so that a changed byte proves the shard wrong but does not say where. What can be
+told nevertheless: a header that disagrees with the manifest, a header of another step, numbers that are not finite (such
+are never committed). Headers are believed only where they agree with the manifest, whose own hash was right.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dstune.checkpoint.layout import Manifest, Part, SliceEntry, gaps
+from dstune.checkpoint.shards import OpenShard, ShardHeader, StoredSlice, parse_header
+from dstune.errors import CheckpointError
+from dstune.paths import CheckpointPaths
+
+_CHUNK_ELEMENTS = 4 << 20
+
+
+def nowhere_else(directory: Path, manifest: Manifest, name: str) -> tuple[Part, ...]:
+    """What only the shard `name` can have held: what is in none of the others that can be read."""
+    paths = CheckpointPaths(directory)
+    others = (paths.shard(rank, manifest.world_size).name for rank in range(manifest.world_size))
+    headers = [_header(directory, manifest, other) for other in others if other != name]
+    entries = [piece.entry for header in headers if header is not None for piece in header.slices]
+    return tuple(gaps(manifest.tensors, entries))
+
+
+def between(directory: Path, manifest: Manifest, name: str, first: int, last: int) -> tuple[Part, ...]:
+    """What stands in the bytes `first` up to `last` of the shard `name`."""
+    header = _header(directory, manifest, name)
+    if header is None:
+        return nowhere_else(directory, manifest, name)
+    parts: list[Part] = []
+    for piece in header.slices:
+        size = piece.dtype.itemsize
+        begin = max(0, (first - piece.first_byte) // size)
+        end = min(piece.entry.length, -((piece.first_byte - last) // size))
+        if begin < end:
+            parts.append(_part(piece.entry, begin, end))
+    return tuple(parts)
+
+
+def signs(directory: Path, manifest: Manifest, name: str) -> tuple[str, tuple[Part, ...]]:
+    """Of a shard of the right size and the wrong hash: what there is to say, and what is known to be lost."""
+    header = _header(directory, manifest, name)
+    if header is None:
+        return "its header is damaged too", nowhere_else(directory, manifest, name)
+    if header.step != manifest.step:
+        said = f"its header says step {header.step}: it is a shard of another checkpoint"
+        return said, tuple(_part(piece.entry, 0, piece.entry.length) for piece in header.slices)
+    found = tuple(_not_finite(OpenShard(directory / name), header))
+    if found:
+        return "it holds numbers that are not finite, which are never committed, and maybe more damage", found
+    return f"which of its {len(header.slices)} pieces was changed cannot be told", ()
+
+
+def _header(directory: Path, manifest: Manifest, name: str) -> ShardHeader | None:
+    """The header where it agrees with the manifest; None where there is none to believe."""
+    try:
+        header = parse_header(directory / name)
+    except CheckpointError:
+        return None
+    size = manifest.files[name].bytes
+    return header if header.num_bytes == size and all(_fits(piece, manifest, size) for piece in header.slices) else None
+
+
+def _fits(piece: StoredSlice, manifest: Manifest, size: int) -> bool:
+    """The slice is one of a parameter that the manifest has, and lies within the file."""
+    entry = piece.entry
+    known = manifest.tensors.get(entry.state, {}).get(entry.name) == entry.shape
+    return (
+        known
+        and 0 <= entry.offset <= math.prod(entry.shape) - entry.length
+        and 0 < piece.first_byte <= size - entry.length * piece.dtype.itemsize
+    )
+
+
+def _not_finite(shard: OpenShard, header: ShardHeader) -> Iterator[Part]:
+    """Of each piece, the elements from the first to the last that is not finite."""
+    for piece in header.slices:
+        if not piece.dtype.is_floating_point:
+            continue
+        bad = [index for start in range(0, piece.entry.length, _CHUNK_ELEMENTS) for index in _ends(shard, piece, start)]
+        if bad:
+            yield _part(piece.entry, bad[0], bad[-1] + 1)
+
+
+def _ends(shard: OpenShard, piece: StoredSlice, start: int) -> list[int]:
+    """The first and the last element of a chunk that is not finite; nothing where all are."""
+    chunk = torch.empty(min(_CHUNK_ELEMENTS, piece.entry.length - start), dtype=piece.dtype)
+    shard.copy(piece, start, chunk)
+    indices = (~torch.isfinite(chunk)).nonzero().flatten()
+    return [start + int(indices[0]), start + int(indices[-1])] if len(indices) else []
+
+
+def _part(entry: SliceEntry, first: int, last: int) -> Part:
+    """Elements `first` up to `last` of a slice, as elements of the parameter."""
+    return Part(entry.state, entry.name, entry.offset + first, entry.offset + last)

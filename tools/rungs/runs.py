@@ -1,0 +1,293 @@
+"""Rungs 1, 2, 4, 6 and 10 on whole runs: two gloo workers train a tiny model, are stopped, killed, starved of space, moved."""
+
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dstune.checkpoint.resolve import committed, newest_whole
+from dstune.data.shards import Prepared
+from dstune.launch import control, rundir
+from dstune.launch.driver import Observer
+from dstune.paths import RunPaths, step_directory
+from tests.runs.tiny import drive, finished, metrics, state_hash, weights_hash
+from tests.spawn import read_lines
+from tools.rungs import faults, loaded
+from tools.rungs.board import EVERY, Board, StopFrom, expect_column, expect_exact
+from tools.rungs.commits import mounted, remount
+from tools.rungs.processes import OUT_SECONDS
+from tools.rungs.tally import Tally, expect
+
+_LIMIT = 1e-3
+"""Relative difference of losses that another world may bring in bf16."""
+
+
+def begun(run: Path) -> RunPaths:
+    """Where a run that is not started yet will be."""
+    return rundir.run_paths(rundir.load_run(run))
+
+
+# --- 1: stopped at every step --------------------------------------------------------------------------------------
+
+
+class _StopSoon(Observer):
+    """Ask for a stop as soon as the workers are there: they take one step."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self.paths = paths
+
+    def on_event(self, record: dict[str, Any]) -> None:
+        if record["event"] == "workers":
+            control.request_stop(self.paths, control.USER)
+
+
+def stopped_at_every_step(tally: Tally, board: Board) -> None:
+    """One run, stopped and resumed at each of its steps (as many as `points`): the weights at each stop, and in the end all, are exact."""
+    run = board.write_run(board.fresh("stops"))
+    paths = begun(run)
+    target, state, stops = board.points or 12, "stopped", 0
+    while state == "stopped" and stops < target:
+        with tally.trial(0, stop=stops + 1):
+            end = drive(run if not stops else paths.root, 2, new=not stops, observe=_StopSoon(paths))
+            stops, state = stops + 1, end.state
+            expect(end.state in ("stopped", "succeeded"), f"the run ended as {end}")
+            expect(end.step == stops, f"it was to take one step, and stopped at {end.step} after stop {stops}")
+            same = weights_hash(paths, end.step) == weights_hash(board.reference, end.step)
+            expect(same, f"other weights after step {end.step}")
+    with tally.trial(0, whole_run=True):
+        if state == "stopped":
+            drive(paths.root, 2, new=False)
+        expect_exact(paths, board.reference)
+
+
+# --- 2: killed at random moments -----------------------------------------------------------------------------------
+
+
+class _Disturb(Observer):
+    """Do something to the workers some time after a step was seen (0: after they started), in the first attempt only."""
+
+    def __init__(self, step: int, delay: float, act: Callable[[list[int]], None]) -> None:
+        self.step, self.delay, self.act = step, delay, act
+        self.begun, self.done = False, threading.Event()
+        self.pids: list[int] = []
+
+    def on_event(self, record: dict[str, Any]) -> None:
+        if record["event"] == "workers" and not self.pids:
+            self.pids = [seat["pid"] for seat in record["workers"]]
+            self._look(0)
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        self._look(record["step"])
+
+    def _look(self, step: int) -> None:
+        if step >= self.step and not self.begun:
+            self.begun = True
+            threading.Timer(self.delay, self._disturb).start()
+
+    def _disturb(self) -> None:
+        self.act(self.pids)
+        self.done.set()
+
+
+class _KillOne(_Disturb):
+    """kill -9 of one worker; counts what had been done, and what was being saved, when the attempt had failed of it."""
+
+    def __init__(self, paths: RunPaths, draw: random.Random) -> None:
+        super().__init__(draw.randrange(12), draw.random() * 1.5, self._kill)
+        self.paths, self.rank = paths, draw.randrange(2)
+        self.steps = self.saving = 0
+
+    def _kill(self, pids: list[int]) -> None:
+        try:
+            os.kill(pids[self.rank], signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it was done before: a moment too late is a moment too
+
+    def on_event(self, record: dict[str, Any]) -> None:
+        super().on_event(record)
+        if record["event"] == "failure":
+            self.steps = len(read_lines(self.paths.metrics)) if self.paths.metrics.exists() else 0
+            half = [int(path.name[5:13]) for path in self.paths.checkpoints.glob("step-*.tmp-*")]
+            self.saving = max(half, default=0)
+
+
+def killed_at_random_moments(tally: Tally, board: Board) -> None:
+    """kill -9 of a random worker at a random moment: exact; what is taken again is at most one interval, behind the save in flight."""
+    for seed in board.seeds:
+        with tally.trial(seed):
+            run = board.write_run(board.fresh("kill"))
+            paths = begun(run)
+            killer = _KillOne(paths, random.Random(seed))
+            end = drive(run, 2, new=True, max_failures=3, observe=killer)
+            expect(end.state == "succeeded", f"the run ended as {end}")
+            expect_exact(paths, board.reference)
+            starts = [event["from_step"] for event in read_lines(paths.events) if event["event"] == "attempt_started"]
+            tally.count("killed", len(starts) - 1)
+            if len(starts) > 1:
+                lost = killer.steps - starts[1]
+                tally.largest("most_steps_lost", lost)
+                behind = max(0, killer.steps - killer.saving) if killer.saving else 0
+                expect(lost - behind <= EVERY, f"{lost} steps lost, {behind} of them behind a save in flight")
+
+
+# --- 4: a late worker ----------------------------------------------------------------------------------------------
+
+
+class _AtCommit(_Disturb):
+    """Disturb them after the first commit from a step on."""
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        """A step is no commit."""
+
+    def on_commit(self, record: dict[str, Any]) -> None:
+        self._look(record["step"])
+
+
+def a_late_worker_in_a_run(tally: Tally, board: Board) -> None:
+    """One worker's fsync delayed by strace, then all killed in that save: the previous checkpoint is taken, and the run is exact."""
+    if faults.by() != "strace":
+        tally.facts["whole_run"] = "left out: it wants strace"
+        return
+    for seed in board.seeds:
+        with tally.trial(seed, run=True):
+            folder, draw = board.fresh("late"), random.Random(seed)
+            run = board.write_run(folder)
+            paths = begun(run)
+            rank, caught = draw.randrange(2), list[int]()
+
+            def delay_and_kill(
+                pids: list[int], paths: RunPaths = paths, rank: int = rank, caught: list[int] = caught
+            ) -> None:
+                option = "inject=fsync,fdatasync:delay_enter=60000000"
+                tracer = faults.attach(pids[rank], paths.root / "calls", "-e", "trace=fsync,fdatasync", "-e", option)
+                caught.append(_step_in_save(paths, 1 - rank))
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                tracer.kill()  # or it would hold the dead until the delay is over
+                tracer.communicate()
+
+            end = drive(run, 2, new=True, max_failures=1, observe=_AtCommit(EVERY, 0.0, delay_and_kill))
+            expect(end.state == "succeeded", f"the run ended as {end}")
+            starts = [event["from_step"] for event in read_lines(paths.events) if event["event"] == "attempt_started"]
+            expect(caught and caught[0], "no save was seen")
+            expect(len(starts) == 2 and starts[1] == caught[0] - EVERY, f"killed in save {caught}, started at {starts}")
+            expect_exact(paths, board.reference)
+
+
+def _step_in_save(paths: RunPaths, rank: int) -> int:
+    """Wait until that worker's shard of an unfinished save is there; its step, 0 where none came."""
+    pause = threading.Event()
+    for _ in range(3000):
+        for shard in paths.checkpoints.glob(f"step-*.tmp-*/shard-{rank:05d}-of-*"):
+            pause.wait(0.3)  # it writes what it can
+            return int(shard.parent.name[5:13])
+        pause.wait(0.01)
+    return 0
+
+
+# --- 6: a full disk ------------------------------------------------------------------------------------------------
+
+
+def full_disk_in_a_run(tally: Tally, board: Board) -> None:
+    """Checkpoints on a tmpfs that fills up: the run ends in time with the reason, and goes on once there is room, exactly."""
+    size = sum(path.stat().st_size for path in step_directory(board.reference.checkpoints, 12).iterdir())
+    for seed in board.seeds[:1]:
+        disk = board.fresh("disk")
+        with mounted(disk, round(2.5 * size)) as may_mount:
+            if not may_mount:
+                tally.facts["whole_run"] = "left out: mounting is not allowed here"
+                return
+            with tally.trial(seed, run=True):
+                run = board.write_run(board.fresh("full"), checkpoint={"dir": str(disk)})
+                paths = begun(run)
+                end = drive(run, 2, new=True)
+                expect(end.state == "failed" and "No space left on device" in end.message, f"the run ended as {end}")
+                events = {event["event"]: event for event in read_lines(paths.events)}
+                seconds = events["attempt_ended"]["time"] - events["commit_failed"]["time"]
+                tally.largest("seconds_until_all_are_out", seconds)
+                expect(seconds < OUT_SECONDS, f"the workers took {seconds:.0f} s to leave")
+                found, passed_over = newest_whole(disk / "tiny")
+                expect(found and found.step == events["commit"]["step"], f"{found} is left: {passed_over}")
+                remount(disk, 20 * size)
+                end = drive(paths.root, 2, new=False)
+                expect(end.state == "succeeded", f"with room again, the run ended as {end}")
+                for name in ("loss", "batch_digest"):
+                    expect_column(name, metrics(paths, name), metrics(board.reference, name))
+                same = state_hash(step_directory(disk / "tiny", 12), "fp32") == weights_hash(board.reference, 12)
+                expect(same, "other weights in the end")
+
+
+# --- 10: other worlds ----------------------------------------------------------------------------------------------
+
+_PLACES = (
+    (2, "zero3"),
+    (1, "zero1"),
+    (3, "zero3-offload-optimizer"),
+    (2, "zero2"),
+)
+
+
+def over_other_worlds(tally: Tally, board: Board) -> None:
+    """World 2, 1, 3, 2 over ZeRO 3, 1, 3 with an offload, 2: the data, what was loaded at each switch, and the losses behind it."""
+    for seed in board.seeds:
+        with tally.trial(seed):
+            sections = {
+                "train": {"epochs": 2, "max_steps": None, "seed": seed},
+                "checkpoint": {"every": 1000, "keep": 99},
+            }
+            whole = finished(board.write_run(board.fresh("undisturbed"), **sections))
+            steps = len(metrics(whole, "loss"))
+            run = board.write_run(board.fresh("worlds"), **sections)
+            paths = begun(run)
+            _move_about(run, paths, steps, random.Random(seed))
+            expect_column("batch_digest", metrics(paths, "batch_digest"), metrics(whole, "batch_digest"))
+            _expect_each_once_per_epoch(paths, seed)
+            ours, theirs = metrics(paths, "loss"), metrics(whole, "loss")
+            apart = max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
+            tally.largest("steps", steps)
+            tally.facts["largest_relative_loss_difference"] = max(
+                apart, tally.facts.get("largest_relative_loss_difference", 0.0)
+            )
+            expect(apart < _LIMIT, f"losses are {apart:.2e} apart")
+            expect(set(metrics(paths, "world")) == {1, 2, 3}, "not every world was met")
+
+
+def _move_about(run: Path, paths: RunPaths, steps: int, draw: random.Random) -> None:
+    for number, (world, preset) in enumerate(_PLACES):
+        if number:
+            rundir.change(paths, [f"deepspeed.preset={preset}", f"cluster.workers={world}"])
+        last = number == len(_PLACES) - 1
+        stop = steps + 1 if last else round(steps * (number + 0.5 + draw.random() / 2) / len(_PLACES))
+        end = drive(
+            paths.root if number else run, world, new=not number, observe=StopFrom(paths, stop), entry=loaded.main
+        )
+        expect(end.state == ("succeeded" if last else "stopped"), f"on {world} workers with {preset}: {end}")
+    switches = committed(paths.root / loaded.FOLDER)
+    expect(len(switches) == len(_PLACES) - 1, f"{len(switches)} switches instead of {len(_PLACES) - 1}")
+    for switch in switches:
+        saved = step_directory(paths.checkpoints, switch.step)
+        for state in ("fp32", "exp_avg", "exp_avg_sq"):
+            same = state_hash(saved, state) == state_hash(switch.directory, state)
+            expect(same, f"at step {switch.step} another {state} was loaded than was saved")
+
+
+def _expect_each_once_per_epoch(paths: RunPaths, seed: int) -> None:
+    """The digests are those of the order's rows, and two epochs of the order are each row twice."""
+    from dstune.data import order
+
+    prepared = Prepared.open(rundir.environment(paths)["prepared"]["directory"])
+    positions, batch = 2 * prepared.num_rows, 4
+    taken: Counter[int] = Counter()
+    for step, digest in enumerate(metrics(paths, "batch_digest")):
+        examples = [
+            prepared.row(int(row)) for row in order.rows_of_step(prepared.num_rows, seed, batch, positions, step)
+        ]
+        numbers = [int(number) for row in examples for number in row]
+        expect(order.digest(numbers) == digest, f"step {step + 1} took other examples than the order says")
+        taken.update(numbers)
+    wrong = {number: times for number, times in taken.items() if times != 2}
+    expect(not wrong and len(taken) == prepared.num_examples, f"examples not taken once per epoch: {wrong}")
