@@ -371,6 +371,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
 
     rundir.refuse_existing(loaded)
     start.check(loaded)
+    start.reached_store(loaded.config, new=True)
     return start.create(loaded, prepare(loaded, progress=progress))
 
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 def checkpoints(run: str | Path, *, verify: bool = False, progress: bool = False) -> dict[str, Any]:
     """What is committed, oldest first, with time, size, world, metrics and why it is kept; and what was left over.
 
+    Where checkpoints go to a store, those that are there are listed too, with their address as `directory`.
     `loss` is the held-out rows' as of this checkpoint, `train_loss` that of the step's own batch. `verify` reads every byte,
     past the page cache.
     """
     from dstune.atomic import read_json_lines
     from dstune.checkpoint import listing
     from dstune.checkpoint.keeping import Rules
+    from dstune.checkpoint.remote import Store
     from dstune.launch import rundir
     from dstune.launch.status import driver_lives
     from dstune.records.console import ReadingProgress
@@ -30,7 +32,12 @@ def checkpoints(run: str | Path, *, verify: bool = False, progress: bool = False
     loaded = rundir.load(paths)
     where = rundir.checkpoints_of(loaded.config, loaded.base, paths)
     with ReadingProgress(shown=progress and verify) as show:
-        found = listing.described(where, Rules.of(loaded.config.checkpoint), verify, show.more)
+        rules = Rules.of(loaded.config.checkpoint)
+        found = listing.described(where, rules, verify, show.more)
+        if address := rundir.store_of(loaded.config):
+            rows = listing.stored(Store(address), verify, show.more)
+            listing.add_reasons(rows, rules)
+            found["checkpoints"] = sorted(found["checkpoints"] + rows, key=lambda row: row["step"])
     trained = {record["step"]: record["loss"] for record in read_json_lines(paths.metrics)}
     for row in found["checkpoints"]:
         row |= {"loss": row["metrics"].get("loss"), "train_loss": trained.get(row["step"])}
@@ -38,22 +45,28 @@ def checkpoints(run: str | Path, *, verify: bool = False, progress: bool = False
 
 
 def verify_checkpoints(run: str | Path, *, step: int | None = None, progress: bool = False) -> dict[str, Any]:
-    """Read every byte of what is committed (or of one step), past the page cache: what is wrong with which file, and the speed.
+    """Read every byte of what is committed (or of one step), past the page cache, in the store too: what is wrong, and the speed.
 
     Raises CheckpointError where `step` is not committed.
     """
     from dstune.checkpoint import listing, resolve
     from dstune.checkpoint.audit import audit
     from dstune.checkpoint.leftovers import tree_bytes
+    from dstune.checkpoint.remote import Store
     from dstune.launch import rundir
     from dstune.records.console import ReadingProgress
 
-    where = rundir.find_checkpoints(run)
-    found = resolve.committed(where) if step is None else [resolve.numbered(where, step)]
+    where, address = rundir.find_checkpoints(run)
+    found = [one for one in resolve.committed(where) if step in (None, one.step)]
     directories = [one.directory for one in found]
-    with ReadingProgress(sum(map(tree_bytes, directories)), shown=progress) as show:
+    with ReadingProgress(None if address else sum(map(tree_bytes, directories)), shown=progress) as show:
         audits = list(audit(directories, past_cache=True, on_bytes=show.more))
-    rows = [listing.row(one, look, read=True) for one, look in zip(found, audits, strict=True)]
+        rows = [listing.row(one, look, read=True) for one, look in zip(found, audits, strict=True)]
+        if address:
+            rows += listing.stored(Store(address), True, show.more, step)
+    if step is not None and not rows:
+        resolve.numbered(where, step)
+    rows.sort(key=lambda row: row["step"])
     return {
         "directory": str(where),
         "checkpoints": rows,
@@ -108,8 +121,9 @@ def prune_checkpoints(
         "directory": str(where),
         "dry_run": dry_run,
         "newest_whole": planned.newest_whole,
-        "read": [
-            {"step": step, "problems": [str(finding) for finding in look.findings]} for step, look in planned.read
+        "none_whole": planned.none_whole,
+        "looked_at": [
+            {"step": step, "problems": [str(finding) for finding in look.findings]} for step, look in planned.looks
         ],
         "kept": [{"step": one.step, "because": list(one.reasons)} for one in planned.verdicts if one.reasons],
         "deleted": [{"step": step, "bytes": sizes[step]} for step in steps],

@@ -181,6 +181,11 @@ class PreparedPaths:
         return self.root / "validation"
 
 
+def is_address(written: str) -> bool:
+    """Whether a run file names a place by an address (`s3://…`) rather than a path."""
+    return "://" in written
+
+
 def cache_directory() -> Path:
     """`$DSTUNE_CACHE`, or `~/.cache/dstune` (`$XDG_CACHE_HOME` respected)."""
     if chosen := os.environ.get("DSTUNE_CACHE"):

@@ -70,7 +70,10 @@ class Engine(Protocol):
         ...
 
     def slices(self) -> Iterator[Slice]:
-        """Every piece of training state that this worker holds, in a fixed order; group by group where states are offloaded."""
+        """Every piece of training state that this worker holds, in a fixed order.
+
+        A slice's tensor holds only until the next slice is asked for: states on NVMe are in memory group by group.
+        """
         ...
 
     def load(self, fill: Callable[[Slice], None], optimizer_steps: int) -> None:

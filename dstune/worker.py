@@ -18,6 +18,7 @@ import torch
 from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
+from dstune.checkpoint.home import Home
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
@@ -26,11 +27,12 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, isolation
+from dstune.model import attention, freezing, isolation
 from dstune.model.build import build, checkpoint_names
-from dstune.model.config import load_config
+from dstune.model.config import load_config, model_directory
 from dstune.model.loss import summed_token_loss
 from dstune.model.reference import base_reference, require_same
+from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
 from dstune.protocols import Control
@@ -131,7 +133,8 @@ def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> Loop
     torch.set_num_threads(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
     _say_where(paths, plan, control)
-    end = _train(config, plan, paths, world, control)
+    home = Home.find(Path(plan.checkpoints), plan.store, control)
+    end = _train(config, plan, paths, home, world, control)
     if world.rank == 0:
         write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})
     control.barrier()
@@ -145,7 +148,7 @@ def _say_where(paths: RunPaths, plan: Plan, control: Control) -> None:
         RunBooks(paths).events.event("workers", attempt=plan.attempt, workers=workers)
 
 
-def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control: Control) -> LoopEnd:
+def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: World, control: Control) -> LoopEnd:
     base = Path(plan.base)
     ds_config = json.loads(paths.ds_config(plan.attempt).read_text(encoding="utf-8"))
     prepared = Prepared.open(plan.prepared)
@@ -156,11 +159,17 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         isolation.prove(model_config, kernel)
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
+    freezing.freeze(module, config.train.freeze)
+    frozen = ""
+    if config.train.freeze:
+        frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
     engine = ZeroEngine(
         module,
         lr=config.train.lr,
+        optimizer=config.train.optimizer,
         betas=config.train.betas,
         eps=config.train.eps,
+        momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
         ds_config=ds_config,
         world=world,
@@ -169,6 +178,10 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
+    saver = _saver(config, plan, paths, home, engine, control, world, reference)
+    state = _initial_state(config, plan, engine, frozen, reference, home, control)
+    if plan.resume_from is not None:
+        saver.catch_up(plan.start_step)
     loop = Loop(
         config=config,
         plan=plan,
@@ -177,22 +190,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, world: World, control
         prepared=prepared,
         validator=validator,
         control=control,
-        state=_initial_state(config, plan, engine, reference),
-        saver=CheckpointSaver(
-            config.checkpoint,
-            Path(plan.checkpoints),
-            engine,
-            control,
-            behind=world.control(),
-            fingerprints={
-                "run": config.name,
-                "model": config.model.path,
-                "prepared": plan.prepared_fingerprint,
-                **({} if reference is None else {"base": reference}),
-            },
-            events=RunBooks(paths).events,
-            pinned=world.device.type == "cuda",
-        ),
+        state=state,
+        saver=saver,
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
@@ -236,8 +235,41 @@ def _reference(config: RunConfig, base: Path, control: Control) -> Mapping[str, 
     return control.broadcast(base_reference(config.model, base, config.train.seed) if control.rank == 0 else {})
 
 
+def _saver(
+    config: RunConfig,
+    plan: Plan,
+    paths: RunPaths,
+    home: Home,
+    engine: ZeroEngine,
+    control: Control,
+    world: World,
+    reference: Mapping[str, Any] | None,
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        config.checkpoint,
+        home,
+        engine,
+        control,
+        behind=world.control(),
+        fingerprints={
+            "run": config.name,
+            "model": config.model.path,
+            "prepared": plan.prepared_fingerprint,
+            **({} if reference is None else {"base": reference}),
+        },
+        events=RunBooks(paths).events,
+        pinned=world.device.type == "cuda",
+    )
+
+
 def _initial_state(
-    config: RunConfig, plan: Plan, engine: ZeroEngine, reference: Mapping[str, Any] | None
+    config: RunConfig,
+    plan: Plan,
+    engine: ZeroEngine,
+    frozen: str,
+    reference: Mapping[str, Any] | None,
+    home: Home,
+    control: Control,
 ) -> TrainState:
     """Step 0, or the checkpoint that the plan names, loaded into the engine."""
     state = TrainState(
@@ -245,14 +277,15 @@ def _initial_state(
         seed=config.train.seed,
         global_batch_size=config.train.global_batch_size,
         total_steps=plan.total_steps,
+        frozen=frozen,
     )
     if plan.resume_from is None:
         return state
-    reader = Reader(Path(plan.resume_from))
+    reader = Reader(home.bring(Path(plan.resume_from), control))
     if reference is not None:
-        require_same(reader.manifest.fingerprints.get("base"), reference, plan.resume_from)
-    state = state.resumed(reader.state, str(CheckpointPaths(Path(plan.resume_from)).state))
-    engine.load(reader.fill, state.optimizer_steps)
+        require_same(reader.manifest.fingerprints.get("base"), reference, str(reader.directory))
+    state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load_extra_state(state.engine)
-    log.info("loaded %s (written by %d workers)", plan.resume_from, reader.manifest.world_size)
+    engine.load(reader.fill, state.optimizer_steps)
+    log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state

@@ -1,12 +1,16 @@
-"""Fixtures for every room: the developers' shared data (skipped by name where it is not there), a cache of its own."""
+"""Fixtures for every room: the developers' shared data (skipped by name where it is not there), a cache of its own, an S3 server."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs
 from xdist.scheduler import LoadScopeScheduling
 
+BUCKET = "bucket"
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
@@ -32,3 +36,36 @@ def shared_data() -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared data goes to a directory of this test session, never to the user's cache."""
     os.environ["DSTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[str]:
+    """The address of moto's server, which forgets everything when it stops."""
+    server_module = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture()
+def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> fs.S3FileSystem:
+    """A filesystem to write with, holding an empty bucket; the environment tells dstune where it is."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    system = fs.S3FileSystem(
+        access_key="key",
+        secret_key="secret",
+        region="us-east-1",
+        scheme="http",
+        endpoint_override=_s3_server.removeprefix("http://"),
+        allow_bucket_creation=True,
+    )
+    system.create_dir(BUCKET)
+    system.delete_dir_contents(BUCKET)
+    return system

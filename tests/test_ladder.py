@@ -70,7 +70,7 @@ def test_a_save_that_removes_before_it_renames_falls_through(board: Board, monke
 
     monkeypatch.setattr(commit, "save", careless)
     failures = climbed(commits.killed_at_every_call, board).failures
-    assert "a resume would start from step 0: nothing is committed" in {failure["why"] for failure in failures}
+    assert any(failure["why"].startswith("a resume would start from step 0: ") for failure in failures)
     assert {failure["seed"] for failure in failures} == {7} and all(failure["killed_at"] for failure in failures)
 
 

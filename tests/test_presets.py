@@ -8,10 +8,14 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dstune.config.schema import RunConfig
+from dstune.errors import ConfigError
 from dstune.paths import shared_files
 from dstune.planning import deepspeed as planning
 
 NAMES = planning.preset_names()
+
+
+_WITH_A_DISK = {"zero_optimization": {"offload_optimizer": {"nvme_path": "/local_nvme"}}}
 
 
 def config(preset: str) -> RunConfig:
@@ -20,7 +24,7 @@ def config(preset: str) -> RunConfig:
             "name": "x",
             "model": {"path": "builtin:tiny-llama"},
             "data": {"sources": [{"path": "builtin:instructions"}]},
-            "deepspeed": {"preset": preset},
+            "deepspeed": {"preset": preset, "overrides": _WITH_A_DISK if preset == "zero3-nvme" else {}},
         }
     )
 
@@ -33,7 +37,7 @@ def values(node: Any) -> Iterator[Any]:
 
 
 def test_the_presets_are_all_there() -> None:
-    assert set(NAMES) == {"zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all"}
+    assert set(NAMES) == {"zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all", "zero3-nvme"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,7 +46,7 @@ def test_a_preset_is_policy_only(name: str) -> None:
     assert set(preset) == {"zero_optimization"}
     assert "auto" not in list(values(preset))
     assert preset["zero_optimization"]["stage"] == int(name[4])
-    assert ("offload_optimizer" in preset["zero_optimization"]) == ("offload" in name)
+    assert ("offload_optimizer" in preset["zero_optimization"]) == (name not in ("zero1", "zero2", "zero3"))
     assert ("offload_param" in preset["zero_optimization"]) == name.endswith("-all")
 
 
@@ -62,3 +66,13 @@ def test_a_preset_makes_a_whole_config(name: str) -> None:
     made = planning.make(config(name), shared_files("ds_configs"))
     assert made["zero_optimization"]["stage"] == int(name[4])
     assert made["bf16"] == {"enabled": True}
+
+
+def test_nvme_wants_to_be_told_which_disk() -> None:
+    told = config("zero3-nvme")
+    offload = planning.make(told, shared_files("ds_configs"))["zero_optimization"]["offload_optimizer"]
+    assert (offload["device"], offload["nvme_path"]) == ("nvme", "/local_nvme")
+    for overrides in ({}, {"zero_optimization": {"offload_optimizer": {"nvme_path": "swap"}}}):
+        section = told.deepspeed.model_copy(update={"overrides": overrides})
+        with pytest.raises(ConfigError, match=r"nvme_path=/local_nvme: a directory"):
+            planning.make(told.model_copy(update={"deepspeed": section}), shared_files("ds_configs"))

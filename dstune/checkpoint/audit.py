@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dstune.checkpoint import damage
 from dstune.checkpoint.hashing import OnBytes, Unreadable, hashed
+from dstune.checkpoint.header import read_whole
 from dstune.checkpoint.layout import FileRecord, Manifest, Part, load_manifest, tile
 from dstune.errors import CheckpointError
 from dstune.paths import CheckpointPaths, step_of
@@ -125,18 +127,18 @@ def _naming(directory: Path, manifest: Manifest, shards: Mapping[str, int]) -> l
 
 
 def _size(directory: Path, manifest: Manifest, name: str, worker: int | None) -> list[Finding]:
-    from dstune.checkpoint import damage  # imports torch, which a look at names and sizes does without
-
     expected = manifest.files[name].bytes
     try:
         size = (directory / name).stat().st_size
     except FileNotFoundError:
-        lost = () if worker is None else damage.nowhere_else(directory, manifest, name)
-        return [Finding(name, "missing", "is missing", worker, lost)]
+        size = None
     except OSError as error:
         return [Finding(name, "unreadable", error.strerror or str(error), worker)]
     if size == expected:
         return []
+    if size is None:
+        lost = () if worker is None else damage.nowhere_else(directory, manifest, name)
+        return [Finding(name, "missing", "is missing", worker, lost)]
     lost = () if worker is None or size > expected else damage.between(directory, manifest, name, size, expected)
     return [Finding(name, "size", f"{size} bytes instead of {expected}", worker, lost)]
 
@@ -144,14 +146,12 @@ def _size(directory: Path, manifest: Manifest, name: str, worker: int | None) ->
 def _content(
     directory: Path, manifest: Manifest, name: str, worker: int | None, content: FileRecord | Unreadable
 ) -> list[Finding]:
-    from dstune.checkpoint import damage
-
+    if content == manifest.files[name]:
+        return []
     if isinstance(content, Unreadable):
         lost = () if worker is None else damage.between(directory, manifest, name, content.first, content.last)
         message = f"cannot be read from byte {content.first} to {content.last}: {content.reason}"
         return [Finding(name, "unreadable", message, worker, lost)]
-    if content == manifest.files[name]:
-        return []
     message = "its SHA-256 is not the manifest's"
     if worker is None:
         return [Finding(name, "changed", message)]
@@ -161,15 +161,13 @@ def _content(
 
 def _tiling(directory: Path, manifest: Manifest) -> list[Finding]:
     """The shards, now known to be the ones that were written, hold every element that the manifest promises."""
-    from dstune.checkpoint.shards import entries, read_header
-
     paths = CheckpointPaths(directory)
     try:
-        headers = [read_header(paths.shard(rank, manifest.world_size)) for rank in range(manifest.world_size)]
+        headers = [read_whole(paths.shard(rank, manifest.world_size)) for rank in range(manifest.world_size)]
     except CheckpointError as error:
         problem = error.problems[0]
         return [Finding(Path(problem.where).name, "inconsistent", problem.came)]
-    shapes, problems = tile(entries(headers))
+    shapes, problems = tile(piece.entry for header in headers for piece in header.slices)
     found = [Finding(paths.manifest.name, "inconsistent", problem) for problem in problems]
     if shapes != manifest.tensors:
         said = "names other tensors than the shards hold"

@@ -3,25 +3,22 @@
 import hashlib
 import secrets
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from dstune.atomic import commit_directory, dump_json, durable_file
-from dstune.checkpoint.layout import FileRecord, Manifest, tile
+from dstune.checkpoint.agreement import agreed
+from dstune.checkpoint.layout import FileRecord, Manifest, SliceEntry, tile
 from dstune.checkpoint.resolve import Checkpoint, verify
 from dstune.checkpoint.shard_writer import write_shard
-from dstune.checkpoint.shards import StoredSlice, entries, read_header
-from dstune.errors import CheckpointError, DstuneError, Problem
-from dstune.loggers import get_logger
+from dstune.checkpoint.shards import entries, read_header
+from dstune.errors import CheckpointError, Problem
 from dstune.paths import CheckpointPaths, step_directory
 from dstune.protocols import Control, Slice
-
-_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,45 +67,18 @@ def commit(checkpoints: Path, intent: Intent, write: WriteShard, control: Contro
     began = time.monotonic()
     step = intent.step
     final = step_directory(checkpoints, step)
-    temporary = checkpoints / _agreed(control, "prepare", lambda: _prepare(checkpoints, step), only_first=True)[0]
+    temporary = checkpoints / agreed(control, "prepare", lambda: _prepare(checkpoints, step), only_first=True)[0]
     shard = CheckpointPaths(temporary).shard(control.rank, control.world_size)
     try:
-        records = _agreed(control, "write", lambda: asdict(write(shard, step)))
+        records = agreed(control, "write", lambda: asdict(write(shard, step)))
         written = [FileRecord(**record) for record in records]
-        sizes = _agreed(control, "commit", lambda: _commit(temporary, final, intent, written), only_first=True)
+        sizes = agreed(control, "commit", lambda: _commit(temporary, final, intent, written), only_first=True)
     except CheckpointError:
         # Every worker has left the directory: the error was agreed by all.
         if control.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return CommitRecord(step, final, sizes[0], time.monotonic() - began)
-
-
-def _agreed(control: Control, act: str, work: Callable[[], Any], only_first: bool = False) -> list[Any]:
-    """Each worker's (or only worker 0's) result of `work`, on all; CheckpointError on all where one raised.
-
-    NOTE: nobody may leave alone between two collectives, or the others would wait for it: hence every exception is caught.
-    """
-    answer: dict[str, Any] = {}
-    if control.rank == 0 or not only_first:
-        try:
-            answer = {"value": work()}
-        except Exception as error:  # noqa: BLE001
-            _log.error("checkpoint: cannot %s", act, exc_info=not isinstance(error, (OSError, DstuneError)))
-            answer = {"error": _words(error), "time": time.time(), "rank": control.rank, "node": socket.gethostname()}
-    answers = [control.broadcast(answer)] if only_first else control.gather(answer)
-    failures = sorted((answer for answer in answers if "error" in answer), key=lambda answer: answer["time"])
-    if failures:
-        first = failures[0]
-        where = f"checkpoint: {act}, worker {first['rank']} on {first['node']}"
-        raise CheckpointError(Problem(where, first["error"], do="The checkpoints committed before are untouched."))
-    return [answer["value"] for answer in answers]
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return str(error) if isinstance(error, DstuneError) else repr(error)
 
 
 def _prepare(checkpoints: Path, step: int) -> str:
@@ -131,24 +101,33 @@ def _prepare(checkpoints: Path, step: int) -> str:
 def _commit(directory: Path, final: Path, intent: Intent, records: list[FileRecord]) -> int:
     """Worker 0's part: look at every shard, write state and manifest, rename. Returns the checkpoint's size in bytes."""
     paths = CheckpointPaths(directory)
-    files: dict[str, FileRecord] = {}
-    headers: list[list[StoredSlice]] = []
+    held: list[SliceEntry] = []
     for rank, record in enumerate(records):
         shard = paths.shard(rank, len(records))
         if not shard.is_file() or shard.stat().st_size != record.bytes:
             came = f"worker {rank} wrote it, worker 0 does not see it"
             raise CheckpointError(Problem(str(shard), came, "a directory that all workers share"))
-        files[shard.name] = record
-        headers.append(read_header(shard))
-    tensors, problems = tile(entries(headers))
+        held += entries([read_header(shard)])
+    manifest = seal(directory, intent, records, held)
+    commit_directory(directory, final)
+    return manifest.total_bytes
+
+
+def seal(directory: Path, intent: Intent, records: Sequence[FileRecord], held: Iterable[SliceEntry]) -> Manifest:
+    """Write state and manifest beside the shards, whose `records` come by rank and which hold the slices `held`.
+
+    Raises CheckpointError where the slices leave gaps or overlap.
+    """
+    paths = CheckpointPaths(directory)
+    tensors, problems = tile(held)
     if problems:
         raise CheckpointError("the workers' slices do not make whole parameters: " + "; ".join(problems[:5]))
+    files = {paths.shard(rank, len(records)).name: record for rank, record in enumerate(records)}
     files[paths.state.name] = _write(paths.state, dump_json(dict(intent.state)))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest = Manifest(intent.step, len(records), now, files, tensors, intent.fingerprints, intent.metrics)
     _write(paths.manifest, manifest.dump())
-    commit_directory(directory, final)
-    return manifest.total_bytes
+    return manifest
 
 
 def _write(path: Path, text: str) -> FileRecord:

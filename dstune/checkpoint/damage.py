@@ -9,14 +9,16 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import numpy as np
 
+from dstune.checkpoint.header import ITEM_BYTES, HeaderSlice, ShardHeader, parse
 from dstune.checkpoint.layout import Manifest, Part, SliceEntry, gaps
-from dstune.checkpoint.shards import OpenShard, ShardHeader, StoredSlice, parse_header
 from dstune.errors import CheckpointError
 from dstune.paths import CheckpointPaths
 
 _CHUNK_ELEMENTS = 4 << 20
+_EXPONENTS = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
+"""The bits of which all are set in a number that is not finite."""
 
 
 def nowhere_else(directory: Path, manifest: Manifest, name: str) -> tuple[Part, ...]:
@@ -35,7 +37,7 @@ def between(directory: Path, manifest: Manifest, name: str, first: int, last: in
         return nowhere_else(directory, manifest, name)
     parts: list[Part] = []
     for piece in header.slices:
-        size = piece.dtype.itemsize
+        size = ITEM_BYTES[piece.dtype]
         begin = max(0, (first - piece.first_byte) // size)
         end = min(piece.entry.length, -((piece.first_byte - last) // size))
         if begin < end:
@@ -51,7 +53,7 @@ def signs(directory: Path, manifest: Manifest, name: str) -> tuple[str, tuple[Pa
     if header.step != manifest.step:
         said = f"its header says step {header.step}: it is a shard of another checkpoint"
         return said, tuple(_part(piece.entry, 0, piece.entry.length) for piece in header.slices)
-    found = tuple(_not_finite(OpenShard(directory / name), header))
+    found = tuple(_not_finite(directory / name, header))
     if found:
         return "it holds numbers that are not finite, which are never committed, and maybe more damage", found
     return f"which of its {len(header.slices)} pieces was changed cannot be told", ()
@@ -60,40 +62,42 @@ def signs(directory: Path, manifest: Manifest, name: str) -> tuple[str, tuple[Pa
 def _header(directory: Path, manifest: Manifest, name: str) -> ShardHeader | None:
     """The header where it agrees with the manifest; None where there is none to believe."""
     try:
-        header = parse_header(directory / name)
+        header = parse(directory / name)
     except CheckpointError:
         return None
     size = manifest.files[name].bytes
     return header if header.num_bytes == size and all(_fits(piece, manifest, size) for piece in header.slices) else None
 
 
-def _fits(piece: StoredSlice, manifest: Manifest, size: int) -> bool:
+def _fits(piece: HeaderSlice, manifest: Manifest, size: int) -> bool:
     """The slice is one of a parameter that the manifest has, and lies within the file."""
     entry = piece.entry
     known = manifest.tensors.get(entry.state, {}).get(entry.name) == entry.shape
     return (
         known
         and 0 <= entry.offset <= math.prod(entry.shape) - entry.length
-        and 0 < piece.first_byte <= size - entry.length * piece.dtype.itemsize
+        and 0 < piece.first_byte <= size - piece.num_bytes
     )
 
 
-def _not_finite(shard: OpenShard, header: ShardHeader) -> Iterator[Part]:
+def _not_finite(path: Path, header: ShardHeader) -> Iterator[Part]:
     """Of each piece, the elements from the first to the last that is not finite."""
     for piece in header.slices:
-        if not piece.dtype.is_floating_point:
+        if piece.dtype not in _EXPONENTS:
             continue
-        bad = [index for start in range(0, piece.entry.length, _CHUNK_ELEMENTS) for index in _ends(shard, piece, start)]
+        starts = range(0, piece.entry.length, _CHUNK_ELEMENTS)
+        bad = [start + int(index) for start in starts for index in _not_finite_of(path, piece, start)]
         if bad:
             yield _part(piece.entry, bad[0], bad[-1] + 1)
 
 
-def _ends(shard: OpenShard, piece: StoredSlice, start: int) -> list[int]:
-    """The first and the last element of a chunk that is not finite; nothing where all are."""
-    chunk = torch.empty(min(_CHUNK_ELEMENTS, piece.entry.length - start), dtype=piece.dtype)
-    shard.copy(piece, start, chunk)
-    indices = (~torch.isfinite(chunk)).nonzero().flatten()
-    return [start + int(indices[0]), start + int(indices[-1])] if len(indices) else []
+def _not_finite_of(path: Path, piece: HeaderSlice, start: int) -> np.ndarray:
+    """Where in a chunk the numbers are not finite: the first and the last place."""
+    size, exponent = ITEM_BYTES[piece.dtype], _EXPONENTS[piece.dtype]
+    count = min(_CHUNK_ELEMENTS, piece.entry.length - start)
+    bits = np.fromfile(path, f"<u{size}", count, offset=piece.first_byte + start * size)
+    places = np.flatnonzero((bits & exponent) == exponent)
+    return places[[0, -1]] if len(places) else places
 
 
 def _part(entry: SliceEntry, first: int, last: int) -> Part:

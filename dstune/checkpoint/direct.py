@@ -1,22 +1,34 @@
-"""A file written past the page cache and hashed while it is written: one thread hashes what another hands to the disk."""
+"""Files written past the page cache, in order; what a checkpoint holds is hashed while it is written."""
 
 import errno
 import fcntl
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
-from dstune.checkpoint.host_memory import whole_pages
+import torch
+
+from dstune.checkpoint.host_memory import HostMemory, whole_pages
 from dstune.checkpoint.layout import FileRecord
 
 BLOCK_BYTES = 32 << 20
 """Written at once: long enough for a disk's full speed, short enough to hash and write by turns."""
 
 
-class HashedFile:
-    """Takes a file's bytes in order. Where the file system has no O_DIRECT it writes through the page cache."""
+class Sink(Protocol):
+    """What takes a file's bytes in order."""
+
+    def write(self, memory: memoryview, length: int) -> None:
+        """Append the first `length` bytes. `memory` begins at a page and reaches to the end of the last one; all calls but the
+        last have whole pages."""
+        ...
+
+
+class DirectFile:
+    """A `Sink`. Where the file system has no O_DIRECT it writes through the page cache."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -27,25 +39,16 @@ class HashedFile:
                 raise
             self._descriptor = os.open(path, flags, 0o644)
         self._path = path
-        self._digest = hashlib.sha256()
-        self._size = 0
-        self._writer = ThreadPoolExecutor(1, "shard-writer")
+        self.size = 0
 
     def write(self, memory: memoryview, length: int) -> None:
-        """Append the first `length` bytes. `memory` begins at a page and reaches to the end of the last one; all calls but the
-        last have whole pages."""
-        for first in range(0, length, BLOCK_BYTES):
-            last = min(first + BLOCK_BYTES, length)
-            written = self._writer.submit(self._put, memory[first : whole_pages(last)], self._size)
-            self._digest.update(memory[first:last])
-            self._size += last - first
-            written.result()
+        self._put(memory[: whole_pages(length)], self.size)
+        self.size += length
 
-    def finish(self) -> FileRecord:
+    def finish(self) -> None:
         """Cut off what the last page had too much, and flush to the disk."""
-        os.ftruncate(self._descriptor, self._size)
+        os.ftruncate(self._descriptor, self.size)
         os.fsync(self._descriptor)
-        return FileRecord(self._size, self._digest.hexdigest())
 
     def _put(self, block: memoryview, offset: int) -> None:
         done = 0
@@ -66,6 +69,35 @@ class HashedFile:
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         return bool(flags & os.O_DIRECT)
 
+    def __enter__(self) -> "DirectFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+class HashedFile:
+    """A `Sink` over a direct file: one thread hashes what another hands to the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = DirectFile(path)
+        self._digest = hashlib.sha256()
+        self._writer = ThreadPoolExecutor(1, "shard-writer")
+
+    def write(self, memory: memoryview, length: int) -> None:
+        for first in range(0, length, BLOCK_BYTES):
+            last = min(first + BLOCK_BYTES, length)
+            written = self._writer.submit(self._file.write, memory[first : whole_pages(last)], last - first)
+            self._digest.update(memory[first:last])
+            written.result()
+
+    def finish(self) -> FileRecord:
+        """Flush to the disk."""
+        self._file.finish()
+        return FileRecord(self._file.size, self._digest.hexdigest())
+
     def __enter__(self) -> "HashedFile":
         return self
 
@@ -73,4 +105,47 @@ class HashedFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.shutdown()
-        os.close(self._descriptor)
+        self._file.__exit__(kind, error, trace)
+
+
+class Staging:
+    """Two blocks by turns: one is filled while the other is written (and hashed)."""
+
+    def __init__(self, file: Sink) -> None:
+        self._file = file
+        self._blocks = [HostMemory(BLOCK_BYTES), HostMemory(BLOCK_BYTES)]
+        self._filled = 0
+        self._writing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "shard-staging")
+
+    def put(self, part: torch.Tensor) -> None:
+        """Append uint8 `part`, at most a block."""
+        room = BLOCK_BYTES - self._filled
+        for piece in (part[:room], part[room:]):
+            if len(piece):
+                self._blocks[0].tensor[self._filled : self._filled + len(piece)].copy_(piece)
+                self._filled += len(piece)
+            if self._filled == BLOCK_BYTES:
+                self.flush_block()
+
+    def flush_block(self) -> None:
+        """Begin to write what was filled, once the block before it is written."""
+        self._wait()
+        self._writing = self._thread.submit(self._file.write, self._blocks[0].view, self._filled)
+        self._blocks.reverse()
+        self._filled = 0
+
+    def flush(self) -> None:
+        """Write all that was put."""
+        self.flush_block()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()

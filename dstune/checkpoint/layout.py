@@ -84,19 +84,27 @@ def load_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or of another version."""
     path = CheckpointPaths(directory).manifest
     try:
-        text = path.read_bytes().decode("utf-8")
-        content = json.loads(text)
+        return read_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise CheckpointError(Problem(str(path), "is missing")) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from None
+
+
+def read_manifest(written: bytes, where: str) -> Manifest:
+    """The manifest whose file, at `where`, holds `written`. Raises CheckpointError where it is damaged or of another version."""
+    try:
+        text = written.decode("utf-8")
+        content = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(Problem(where, f"cannot be read: {error}")) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(Problem(str(path), "is no manifest of a dstune checkpoint"))
+        raise CheckpointError(Problem(where, "is no manifest of a dstune checkpoint"))
     if content.get("version") != VERSION:
-        raise CheckpointError(Problem(str(path), f"version {content.get('version')!r}", f"version {VERSION}"))
+        raise CheckpointError(Problem(where, f"version {content.get('version')!r}", f"version {VERSION}"))
     stated = content.pop("sha256", None)
     if stated != _digest(content) or text != dump_json(content | {"sha256": stated}):
-        raise CheckpointError(Problem(str(path), "its content does not match its own hash: it is damaged"))
+        raise CheckpointError(Problem(where, "its content does not match its own hash: it is damaged"))
     return _parse(content)
 
 

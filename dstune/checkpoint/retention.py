@@ -50,10 +50,13 @@ class Plan:
     """Of every committed step, oldest first."""
     newest_whole: int | None
     """The step that was read back; None where none is whole, or where there was nothing to read it for."""
-    read: list[tuple[int, Audit]]
-    """What was read, newest first, with its step."""
+    looks: list[tuple[int, Audit]]
+    """What was read back, and what is damaged at a glance: with its step, newest first."""
     left_overs: list[LeftOver]
     """What of these may go once nobody runs."""
+
+    none_whole: bool
+    """Every committed one is damaged: nothing goes."""
 
     @property
     def steps(self) -> list[int]:
@@ -64,23 +67,24 @@ class Plan:
 def plan(checkpoints: Path, rules: Rules, on_bytes: OnBytes | None = None) -> Plan:
     """What the rules let go. Deletes nothing, but reads the newest ones back (past the page cache) until one is whole."""
     facts = {one.step: one for one in _unread(checkpoints, rules)}
-    for step in facts:
-        if glance(step_directory(checkpoints, step)).findings:
-            facts[step] = Found(step, False)
+    looks = {step: glance(step_directory(checkpoints, step)) for step in facts}
+    looks = {step: look for step, look in looks.items() if look.findings}
+    facts |= {step: Found(step, False) for step in looks}
     found = left_overs(checkpoints)
-    read: list[tuple[int, Audit]] = []
+    needed = _surplus_expected(facts, rules) or any(one.kind == "damaged" for one in found)
     newest: int | None = None
-    while newest is None and (_surplus_expected(facts, rules) or any(one.kind == "damaged" for one in found)):
+    while needed and newest is None:
         candidates = [step for step, one in facts.items() if one.whole is None]
         if not candidates:
             break
         step = max(candidates)
-        (look,) = audit([step_directory(checkpoints, step)], past_cache=True, on_bytes=on_bytes)
-        read.append((step, look))
-        newest = None if look.findings else step
-        facts[step] = Found(step, newest is not None, facts[step].value)
+        (looks[step],) = audit([step_directory(checkpoints, step)], past_cache=True, on_bytes=on_bytes)
+        newest = None if looks[step].findings else step
+        facts[step] = replace(facts[step], whole=newest is not None)
+    verdicts = decide(presumed(list(facts.values())), rules)
     rest = [one for one in found if _may_go(one, newest)]
-    return Plan(decide(presumed(list(facts.values())), rules), newest, read, rest)
+    none_whole = bool(facts) and all(one.whole is False for one in facts.values())
+    return Plan(verdicts, newest, sorted(looks.items(), reverse=True), rest, none_whole)
 
 
 def remove(checkpoints: Path, steps: Sequence[int], rest: Sequence[LeftOver]) -> tuple[list[int], list[LeftOver], int]:

@@ -1,12 +1,11 @@
 """Writing one worker's shard, again and again over a run: from a copy in host memory, or piece by piece from the engine itself."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from dstune.checkpoint.direct import BLOCK_BYTES, HashedFile
+from dstune.checkpoint.direct import BLOCK_BYTES, HashedFile, Staging
 from dstune.checkpoint.host_memory import HostMemory
 from dstune.checkpoint.layout import FileRecord
 from dstune.checkpoint.shards import ShardLayout
@@ -63,7 +62,7 @@ class ShardWriter:
 
     def stream(self, path: Path, step: int) -> FileRecord:
         """The slices as they are now as the shard of `step`, flushed: takes no memory to speak of, and the training waits."""
-        with HashedFile(path) as file, _Staging(file) as staging:
+        with HashedFile(path) as file, Staging(file) as staging:
             staging.put(torch.frombuffer(bytearray(self._layout.head(step)), dtype=torch.uint8))
             for key, piece in zip(self._layout.keys, self._slices(), strict=True):
                 _require_finite(key, piece.tensor.detach())
@@ -71,49 +70,6 @@ class ShardWriter:
                     staging.put(part)
             staging.flush()
             return file.finish()
-
-
-class _Staging:
-    """Two blocks by turns: one is filled while the other is hashed and written."""
-
-    def __init__(self, file: HashedFile) -> None:
-        self._file = file
-        self._blocks = [HostMemory(BLOCK_BYTES), HostMemory(BLOCK_BYTES)]
-        self._filled = 0
-        self._writing: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "shard-staging")
-
-    def put(self, part: torch.Tensor) -> None:
-        """Append uint8 `part`, at most a block."""
-        room = BLOCK_BYTES - self._filled
-        for piece in (part[:room], part[room:]):
-            if len(piece):
-                self._blocks[0].tensor[self._filled : self._filled + len(piece)].copy_(piece)
-                self._filled += len(piece)
-            if self._filled == BLOCK_BYTES:
-                self.flush_block()
-
-    def flush_block(self) -> None:
-        """Begin to write what was filled, once the block before it is written."""
-        self._wait()
-        self._writing = self._thread.submit(self._file.write, self._blocks[0].view, self._filled)
-        self._blocks.reverse()
-        self._filled = 0
-
-    def flush(self) -> None:
-        """Write all that was put."""
-        self.flush_block()
-        self._wait()
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-
-    def __enter__(self) -> "_Staging":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
 
 
 def write_shard(path: Path, slices: Iterable[Slice], step: int) -> FileRecord:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dstune.checkpoint import header
 from dstune.checkpoint.host_memory import whole_pages
 from dstune.checkpoint.layout import SliceEntry
 from dstune.errors import CheckpointError, Problem
@@ -27,8 +28,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHUNK_ELEMENTS = 4 << 20
-_MAX_HEADER_BYTES = 100_000_000
-"""The safetensors format's own limit."""
 _LENGTH_BYTES = 8
 _LONGEST_STEP = "9" * 19
 
@@ -90,53 +89,14 @@ class ShardLayout:
         return json.dumps({"__metadata__": metadata} | self._tensors).encode("utf-8")
 
 
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says of itself."""
-
-    step: int
-    slices: list[StoredSlice]
-    num_bytes: int
-    """How long the file has to be for all of it."""
-
-
 def read_header(path: Path) -> list[StoredSlice]:
-    """What a shard holds. Raises CheckpointError where the file is not what `write_shard` writes."""
-    header = parse_header(path)
-    if header.num_bytes != path.stat().st_size:
-        raise CheckpointError(Problem(str(path), "is no shard of a checkpoint: its tensors do not fill it"))
-    return header.slices
+    """What a shard holds. Raises CheckpointError where the file is not one that dstune wrote."""
+    return [stored(piece) for piece in header.read_whole(path).slices]
 
 
-def parse_header(path: Path) -> ShardHeader:
-    """The same of a file that may have been cut behind its header."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
-        layout = json.loads(metadata["slices"])
-        stored = [_stored(layout[key], record, 8 + length) for key, record in header.items()]
-        return ShardHeader(int(metadata["step"]), stored, 8 + length + sum(_bytes(piece) for piece in stored))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(Problem(str(path), f"is no shard of a checkpoint: {error!r}")) from None
-
-
-def _stored(layout: Mapping[str, Any], record: Mapping[str, Any], data_start: int) -> StoredSlice:
-    begin, end = record["data_offsets"]
-    (length,) = record["shape"]
-    entry = SliceEntry(layout["state"], layout["name"], tuple(layout["shape"]), layout["offset"], length)
-    piece = StoredSlice(entry, _DTYPES[record["dtype"]], data_start + begin)
-    if end - begin != _bytes(piece):
-        raise ValueError(f"{layout['name']}: {length} elements in {end - begin} bytes")
-    return piece
-
-
-def _bytes(piece: StoredSlice) -> int:
-    return piece.entry.length * piece.dtype.itemsize
+def stored(piece: header.HeaderSlice) -> StoredSlice:
+    """A header's slice with torch's dtype."""
+    return StoredSlice(piece.entry, _DTYPES[piece.dtype], piece.first_byte)
 
 
 class OpenShard:

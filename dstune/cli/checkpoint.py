@@ -7,6 +7,7 @@ from typing import Any
 
 from dstune.cli.output import add_run, emit
 from dstune.errors import UsageError
+from dstune.paths import is_address
 
 _OPTIONS = {
     "list": ("verify",),
@@ -81,8 +82,8 @@ def _prune(args: argparse.Namespace) -> int:
     rules = {name: getattr(args, name) for name in ("keep", "keep_every", "best", "best_mode")}
     done = api.prune_checkpoints(args.run, **rules, dry_run=args.dry_run, progress=not args.json)
     emit(args, done, _account(done))
-    if done["read"] and done["newest_whole"] is None:
-        print("dstune: nothing was found whole, and so nothing is deleted", file=sys.stderr)
+    if done["none_whole"]:
+        print("dstune: no checkpoint is whole: none is deleted", file=sys.stderr)
         return 1
     return 0
 
@@ -119,13 +120,14 @@ def _cells(one: dict[str, Any]) -> tuple[str, ...]:
     loss, train_loss = one["loss"], one["train_loss"]
     shown = f"{loss:.4f}" if loss is not None else f"{train_loss:.4f} (train)" if train_loss is not None else "-"
     verified = {True: "yes", False: "no: " + ", ".join(_short(problem) for problem in one["problems"])}
+    where = " (in the store)" if is_address(one["directory"]) else ""
     return (
         str(one["step"]),
         (one["time"] or "-").replace("T", " ").replace("+00:00", "Z"),
         size(one["bytes"]),
         str(one["world_size"] or "-"),
         shown,
-        verified.get(one["verified"], "not looked at"),
+        verified.get(one["verified"], "not looked at") + where,
         ", ".join(one["kept_because"]) or "nothing: goes with the next save or prune",
     )
 
@@ -137,7 +139,8 @@ def _short(problem: dict[str, Any]) -> str:
 
 def _verdicts(found: dict[str, Any]) -> Iterator[str]:
     for one in found["checkpoints"]:
-        yield f"step {one['step']:>8}  {size(one['bytes']):>9}  {'whole' if one['verified'] else 'DAMAGED'}"
+        where = "  in the store" if is_address(one["directory"]) else ""
+        yield f"step {one['step']:>8}  {size(one['bytes']):>9}  {'whole' if one['verified'] else 'DAMAGED'}{where}"
         yield from (f"    {problem['text']}" for problem in one["problems"])
     if not found["checkpoints"]:
         yield "nothing is committed"
@@ -149,8 +152,9 @@ def _verdicts(found: dict[str, Any]) -> Iterator[str]:
 
 def _account(done: dict[str, Any]) -> Iterator[str]:
     would = "would be " if done["dry_run"] else ""
-    for one in done["read"]:
-        yield f"step {one['step']} was read back: {'; '.join(one['problems']) or 'whole'}"
+    for one in done["looked_at"]:
+        damaged = f"is damaged: {'; '.join(one['problems'])}"
+        yield f"step {one['step']} {damaged if one['problems'] else 'was read back and is whole'}"
     for one in done["kept"]:
         yield f"kept     step {one['step']}: {', '.join(one['because'])}"
     for one in done["deleted"]:

@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merged", action="store_true", help="of a run with an adapter: the whole model, the adapter in it"
     )
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of one safetensors file (default: 5GB)")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="that read, cast and write at a time (default: up to 4)"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help="output files written at a time (default: up to 4)")
     parser.add_argument(
         "--to",
         default="huggingface",

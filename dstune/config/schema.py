@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dstune.config.units import parse_every
+from dstune.paths import is_address
+
+_FILE = "file://"
 
 
 class Section(BaseModel):
@@ -206,6 +209,15 @@ class DataSection(Section):
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+_OPTIMIZER_SETTINGS: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "sgd": {"momentum": 0.9},
+    "lion": {"betas": (0.9, 0.99)},
+    "adagrad": {"eps": 1e-10},
+    "muon": {"momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8},
+}
+"""The settings that each optimizer knows, with its defaults; the others' do not belong to it."""
+
 
 class TrainSection(Section):
     """How it is tuned."""
@@ -226,16 +238,20 @@ class TrainSection(Section):
     """Share of all steps that warm up linearly; 0 when `warmup_steps` is not given either."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps that warm up, in place of `warmup_ratio`."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The update rule."""
+    optimizer: Literal["adamw", "sgd", "lion", "adagrad", "muon"] = "adamw"
+    """The update rule; Muon's is for hidden matrices, the others (embeddings, head, vectors) take AdamW's."""
     states: Literal["fp32"] = "fp32"
     """Precision of masters and moments."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Decoupled; on matrices only, never on biases and norms."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's decay rates."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
+    """On matrices only, never on biases and norms; decoupled, but for SGD and Adagrad, which add it to the gradient."""
+    betas: tuple[Beta, Beta] | None = None
+    """Decay rates of AdamW and Muon's part of it (0.9, 0.999), and of Lion (0.9, 0.99)."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of AdamW and Muon's part of it (1e-8), and of Adagrad (1e-10)."""
+    momentum: Beta | None = None
+    """SGD's (0.9), Muon's (0.95)."""
+    freeze: list[str] = []
+    """Parameters that stay as they are: patterns on their names (`model.embed_tokens.*`, `model.layers.[0-3].*`)."""
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Clip the global gradient norm; 0: never."""
     seed: int = Field(default=42, ge=0, lt=2**63)
@@ -244,6 +260,19 @@ class TrainSection(Section):
     """Deterministic kernels on GPUs (slower); on a CPU training is deterministic anyway."""
     nonfinite_limit: int = Field(default=5, ge=1)
     """Stop after so many steps in a row whose loss or gradient is not finite; each is skipped and named."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_the_optimizer(cls, values: Any) -> Any:
+        known = _OPTIMIZER_SETTINGS.get(str(values.get("optimizer", "adamw"))) if isinstance(values, dict) else None
+        if known is None:
+            return values
+        for key in ("betas", "eps", "momentum"):
+            if values.get(key) is not None and key not in known:
+                *others, last = (name for name, settings in _OPTIMIZER_SETTINGS.items() if key in settings)
+                owners = f"{', '.join(others)} and {last}"
+                raise ValueError(f"`{key}` belongs to {owners}, not to {values.get('optimizer', 'adamw')}")
+        return values | {key: default for key, default in known.items() if values.get(key) is None}
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
@@ -301,18 +330,44 @@ class CheckpointSection(Section):
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints that stay."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Steps that this divides stay for ever (`1000`)."""
+    """Saves at steps that this divides stay for ever (`1000`, with `every: 200`)."""
     best: str | None = None
     """A metric of the validation (`loss`); its best checkpoint is kept too."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the metric's smallest or largest value is the best."""
     dir: str | None = None
-    """Where checkpoints go; default: the run directory's `checkpoints/`."""
+    """Where checkpoints go: a directory that all nodes share, or an address (s3, gs, … with credentials from the environment), below
+    which they are uploaded behind the training. Default: the run directory's `checkpoints/`."""
+    staging: str | None = None
+    """Where checkpoints are written before they are uploaded to the address in `dir`; may be a disk of each node's own. Default: the
+    run directory's `checkpoints/`."""
     background: Literal["auto"] | bool = "auto"
     """Write behind the training, from a copy in host memory (12 bytes a parameter over all workers with AdamW); `auto`: where that
     memory is free. Otherwise the training waits for the disk."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
+
+    @model_validator(mode="after")
+    def _steps_that_are_saved(self) -> "CheckpointSection":
+        if self.keep_every is not None and isinstance(self.every, str):
+            raise ValueError("`keep_every` counts steps: give `every` in steps too, or hardly a save falls on one")
+        return self
+
+    @property
+    def address(self) -> str | None:
+        """`dir` where it is an address; a `file://` one is a directory like any other."""
+        return self.dir if self.dir and is_address(self.dir) and not self.dir.startswith(_FILE) else None
+
+    @property
+    def directory(self) -> str | None:
+        """The directory on a disk that is written to, as the run file names it; None: the run directory's own."""
+        return self.staging if self.address else self.dir and self.dir.removeprefix(_FILE)
+
+    @model_validator(mode="after")
+    def _staging_is_on_the_way(self) -> "CheckpointSection":
+        if self.staging is not None and self.address is None:
+            raise ValueError("`staging` goes with an address in `dir`, such as s3://bucket/runs")
+        return self
 
 
 class ValidateSection(Section):
@@ -350,6 +405,16 @@ class RunConfig(Section):
     """Where run directories go; relative to the run file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _frozen_weights_are_kept_somewhere(self) -> "RunConfig":
+        if self.train.freeze and self.model.adapter is not None:
+            raise ValueError("give either `train.freeze` or `model.adapter`: an adapter leaves all else frozen")
+        if self.train.freeze and (self.model.init == "random" or self.model.path.startswith("builtin:")):
+            raise ValueError(
+                "`train.freeze` wants a pretrained model: frozen weights are in no checkpoint but in its files"
+            )
+        return self
 
 
 class SlurmSite(Section):

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from dstune import atomic, paths
+from dstune import atomic, paths, places
 from dstune.config.schema import Source
-from dstune.data import hub, places, registry, tables
+from dstune.data import hub, registry, tables
 from dstune.data.conversation import Refused
 from dstune.data.json_stream import Lines, Record, parse_lines, read_json
-from dstune.data.places import LocalFile, Place, RemoteFile, Stamp, plain_suffix
 from dstune.errors import ConfigError, DataError, DstuneError, Problem
+from dstune.places import LocalFile, Place, RemoteFile, Stamp, plain_suffix
 
 __all__ = ["Record", "SourceFile", "Stamp", "digest", "expand", "read", "read_pieces"]
 
@@ -91,7 +91,7 @@ def expand(source: Source, base: Path, max_record_bytes: int = DEFAULT_RECORD_BY
         return [make(None, written)]
     if urllib.parse.urlsplit(written).scheme in ("http", "https"):
         return [make(LocalFile(_download(written)), written)]
-    if places.is_address(written):
+    if paths.is_address(written):
         return [make(RemoteFile(address), address) for address in _addresses(source)]
     root = base / Path(written).expanduser()
     if entry := registry.file_of(source, root):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dstune.engine.swapping import nvme_problems, require_async_io, uses_nvme
 from dstune.errors import ConfigError, Problem
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,9 +31,11 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What the engine adds where the DeepSpeed config is silent."""
 
+_NO_CHECKPOINT = "no checkpoint could be made"
+_ELSEWHERE = "Some of the states are then kept by another optimizer"
+
 _UNREACHABLE: Mapping[str, str] = {
     "zenflow": "keeps its states in another process",
-    "super_offload": "keeps its states in another process",
     "zero_hpz_partition_size": "partitions parameters over a part of the workers",
     "mics_shard_size": "partitions parameters over a part of the workers",
 }
@@ -64,6 +67,7 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
         if key in config
     ]
     problems += _unreachable(config.get("zero_optimization", {}))
+    problems += nvme_problems(config)
     _fill(config, required, problems)
     _fill(config, DEFAULTS, None)
     if problems:
@@ -75,14 +79,23 @@ def _unreachable(zero: Mapping[str, Any]) -> list[Problem]:
     """Settings under which the training state could not be checkpointed."""
     where = "deepspeed: zero_optimization."
     problems = [
-        Problem(where + key, f"{zero[key]!r}", "off", f"It {why}: no checkpoint could be made.")
+        Problem(where + key, f"{zero[key]!r}", "off", f"It {why}: {_NO_CHECKPOINT}.")
         for key, why in _UNREACHABLE.items()
         if zero.get(key) and not (key == "zero_hpz_partition_size" and zero[key] == 1) and zero[key] != -1
     ]
-    for key in ("offload_optimizer", "offload_param"):
+    for key, devices in (("offload_optimizer", ("none", "cpu", "nvme")), ("offload_param", ("none", "cpu"))):
         device = (zero.get(key) or {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            problems.append(Problem(f"{where}{key}.device", f"{device!r}", "cpu or none"))
+        if device not in devices:
+            problems.append(Problem(f"{where}{key}.device", f"{device!r}", " or ".join(devices)))
+    offload = zero.get("offload_optimizer") or {}
+    elsewhere = {"ratio": 1.0, "super_offload": False}
+    problems += [
+        Problem(
+            f"{where}offload_optimizer.{key}", f"{offload[key]!r}", f"{plain!r}", f"{_ELSEWHERE}: {_NO_CHECKPOINT}."
+        )
+        for key, plain in elsewhere.items()
+        if offload.get(key, plain) != plain
+    ]
     return problems
 
 
@@ -109,6 +122,8 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
     importlib.import_module("torch._dynamo")
 
     config = complete(ds_config, dtype)
+    if uses_nvme(config):
+        require_async_io()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,6 +1,7 @@
 """Where DeepSpeed keeps this worker's fp32 masters and moments, parameter by parameter, on ZeRO-3 and on ZeRO-1 and 2."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,8 +33,20 @@ class Partitions(Protocol):
         """The fp32 tensors that the optimizer updates, in its order."""
         ...
 
+    def group(self, flat: torch.Tensor) -> int:
+        """The number of the optimizer's parameter group that `flat` belongs to."""
+        ...
+
+    def parameters(self, flat: torch.Tensor) -> list[torch.nn.Parameter]:
+        """Whose elements `flat` holds, on this worker or on another: the same ones in the same order everywhere."""
+        ...
+
     def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
         """This worker's elements of `parameter`, padding left out; None where it has none."""
+        ...
+
+    def resident(self, flat: torch.Tensor, changed: bool = False) -> AbstractContextManager[None]:
+        """Inside, `flat` and the optimizer's states of it are in memory; what is written there stays where `changed` says so."""
         ...
 
     def refresh(self) -> None:
@@ -58,6 +71,12 @@ class Stage3Partitions:
     def flats(self) -> list[torch.Tensor]:
         return list(self._optimizer.fp32_partitioned_groups_flat)
 
+    def group(self, flat: torch.Tensor) -> int:
+        return self._optimizer.sub_group_to_group_id[_number(flat, self.flats())]
+
+    def parameters(self, flat: torch.Tensor) -> list[torch.nn.Parameter]:
+        return list(self._optimizer.fp16_groups[_number(flat, self.flats())])
+
     def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
         optimizer: Any = self._optimizer
         partitioned: Any = parameter
@@ -69,6 +88,22 @@ class Stage3Partitions:
         flat = optimizer.fp32_partitioned_groups_flat[group]
         return Piece(parameter, full_shape(parameter), offset, length, flat, start)
 
+    @contextmanager
+    def resident(self, flat: torch.Tensor, changed: bool = False) -> Iterator[None]:
+        optimizer = self._optimizer
+        group = _number(flat, self.flats())
+        if not optimizer._swappable_optimizer_subgroup(group):  # Small groups stay in memory.
+            yield
+            return
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+        try:
+            yield
+        finally:
+            if changed:
+                optimizer._optimizer_states_and_gradient_swap_out(group)
+            else:
+                optimizer._release_swap_buffers(group)
+
     def refresh(self) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -76,10 +111,9 @@ class Stage3Partitions:
         # NOTE: a parameter gathered by a forward pass (the small ones stay so) would keep its old value, without a word.
         parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
         assert all(parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE for parameter in parameters), "engine not fresh"
-        pairs = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
-        for group, (forward, master) in enumerate(pairs):
-            forward.data.copy_(master.data)
-            optimizer._unflatten_partitioned_parameters(group)
+        for group, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            with self.resident(master):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def drop_gradients(self) -> None:
         """Nothing to do: the next step's first micro-batch overwrites them."""
@@ -99,6 +133,13 @@ class FlatGroupPartitions:
     def flats(self) -> list[torch.Tensor]:
         return list(self._flats)
 
+    def group(self, flat: torch.Tensor) -> int:
+        return _number(flat, self._flats)
+
+    def parameters(self, flat: torch.Tensor) -> list[torch.nn.Parameter]:
+        groups = self._optimizer.bf16_groups if self._is_bf16_class else self._optimizer.bit16_groups
+        return list(groups[_number(flat, self._flats)])
+
     def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
         linked: Any = parameter
         mapping = linked._hp_mapping
@@ -109,6 +150,9 @@ class FlatGroupPartitions:
         offset = mapping.lp_fragment_address.start
         return Piece(parameter, tuple(parameter.shape), offset, address.numel, flat, address.start)
 
+    def resident(self, flat: torch.Tensor, changed: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def refresh(self) -> None:
         self._optimizer.update_lp_params()
 
@@ -117,6 +161,10 @@ class FlatGroupPartitions:
         # every later step would be skipped as well.
         if not self._is_bf16_class:
             self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
+
+
+def _number(flat: torch.Tensor, flats: list[torch.Tensor]) -> int:
+    return next(number for number, one in enumerate(flats) if one is flat)
 
 
 def pieces(partitions: Partitions, module: torch.nn.Module) -> Iterator[tuple[str, Piece]]:

@@ -1,25 +1,26 @@
-"""`protocols.Engine` on DeepSpeed ZeRO 1, 2 and 3, with torch's fused AdamW: nothing is compiled, on any device."""
+"""`protocols.Engine` on DeepSpeed ZeRO 1, 2 and 3, with the optimizers of `optimizers.py`: nothing is compiled, on any device."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstune.engine.construction import complete, stage_of
+from dstune.engine.muon import Muon, Share
+from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import full_shape
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
+from dstune.engine.swapping import SwapFolder, uses_nvme
 from dstune.engine.world import World
-from dstune.errors import ConfigError, Problem
+from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.protocols import Slice, StepResult
-
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
-"""The training states of AdamW: masters, first and second moments."""
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class ZeroEngine:
-    """The partitioned model and AdamW of one worker.
+    """The partitioned model and optimizer of one worker.
 
     `names` maps a run-time parameter name to the one that `save_pretrained` writes; names not in it stay.
     `ds_config` may leave out what `construction.complete` adds; gradients are clipped to its `gradient_clipping`.
@@ -32,11 +33,13 @@ class ZeroEngine:
         module: torch.nn.Module,
         *,
         lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
         ds_config: Mapping[str, Any],
         world: World,
+        optimizer: str = "adamw",
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        momentum: float | None = None,
+        weight_decay: float = 0.0,
         names: Mapping[str, str] | None = None,
     ) -> None:
         import deepspeed
@@ -45,14 +48,17 @@ class ZeroEngine:
         if not trainable:
             raise ConfigError(Problem("model", "has no trainable parameter"))
         config = complete(ds_config, trainable[0].dtype)
-        groups = _decay_groups(trainable, weight_decay)
-        adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        if uses_nvme(config):
+            self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
+            self._swap.put_into(config)
+        self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
+        self._optimizer = self._rule.build(self._rule.groups(module, weight_decay), lr)
         engine, zero, _, _ = deepspeed.initialize(
-            model=module, optimizer=adamw, config=config, dist_init_required=False
+            model=module, optimizer=self._optimizer, config=config, dist_init_required=False
         )
         self._engine: Any = engine
         self._zero: Any = zero
-        self._adamw = adamw
+        self._optimizer_name = optimizer
         self._names = dict(names or {})
         self._partitions: Partitions = (
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
@@ -60,7 +66,11 @@ class ZeroEngine:
         self._optimizer_steps = 0
         self._used = False
         self._pieces = list(pieces(self._partitions, module))
-        self._set_moments(steps=0)
+        for flat in self._partitions.flats():
+            with self._partitions.resident(flat, changed=True):
+                self._rule.prepare(self._optimizer, flat, self._group_of(flat))
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.place({flat: self._shares(flat) for flat in self._partitions.flats()}, world.device)
 
     @property
     def module(self) -> Any:
@@ -78,7 +88,7 @@ class ZeroEngine:
 
         `grad_norm` is infinite where the update was skipped.
         """
-        for group in self._adamw.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         skipped = not self._engine.was_step_applied()
@@ -93,14 +103,13 @@ class ZeroEngine:
         return self._optimizer_steps
 
     def slices(self) -> Iterator[Slice]:
-        """Views of this worker's fp32 masters and moments: for each flat tensor, state by state, parameter by parameter."""
+        """Views of this worker's masters and states: for each flat tensor, state by state, parameter by parameter.
+
+        NOTE: where states are on NVMe a view holds only until the next one is asked for: copy each as it comes.
+        """
         for flat in self._partitions.flats():
-            for state in STATES:
-                values = self._state(state, flat)
-                for name, piece in self._pieces:
-                    if piece.flat is flat:
-                        tensor = values.narrow(0, piece.start, piece.length)
-                        yield Slice(state, self._names.get(name, name), piece.shape, piece.offset, tensor)
+            with self._partitions.resident(flat):
+                yield from self._slices_of(flat)
 
     def load(self, fill: Callable[[Slice], None], optimizer_steps: int) -> None:
         """Have `fill` write every slice, then refresh the forward weights. Only before the first forward pass.
@@ -109,19 +118,51 @@ class ZeroEngine:
         """
         assert not self._used and self._optimizer_steps == 0, "only a fresh engine can be loaded"
         with torch.no_grad():
-            for piece in self.slices():
-                fill(piece)
-            self._set_moments(optimizer_steps)
+            for flat in self._partitions.flats():
+                with self._partitions.resident(flat, changed=True):
+                    for piece in self._slices_of(flat):
+                        fill(piece)
+                self._rule.set_steps(self._optimizer, flat, optimizer_steps)
             self._partitions.refresh()
         self._optimizer_steps = optimizer_steps
 
+    def _slices_of(self, flat: torch.Tensor) -> Iterator[Slice]:
+        for state in ("fp32", *self._rule.states_of(self._group_of(flat))):
+            values = flat.detach() if state == "fp32" else self._optimizer.state[flat][state]
+            for name, piece in self._pieces:
+                if piece.flat is flat:
+                    tensor = values.narrow(0, piece.start, piece.length)
+                    yield Slice(state, self._names.get(name, name), piece.shape, piece.offset, tensor)
+
+    def _group_of(self, flat: torch.Tensor) -> dict[str, Any]:
+        return self._optimizer.param_groups[self._partitions.group(flat)]
+
+    def _shares(self, flat: torch.Tensor) -> list[Share]:
+        shares: list[Share] = []
+        for parameter in self._partitions.parameters(flat):
+            piece = self._partitions.piece(parameter)
+            start, offset, length = (piece.start, piece.offset, piece.length) if piece else (0, 0, 0)
+            shares.append(Share(full_shape(parameter), offset, start, length))
+        return shares
+
     def extra_state(self) -> dict[str, Any]:
-        """fp16's loss scaler; empty for the other types."""
+        """The optimizer's name, and fp16's loss scaler."""
+        state: dict[str, Any] = {"optimizer": self._optimizer_name}
         scaler = self._loss_scaler()
-        return {} if scaler is None else {"loss_scaler": {key: getattr(scaler, key) for key in _LOSS_SCALER_FIELDS}}
+        if scaler is not None:
+            state["loss_scaler"] = {key: getattr(scaler, key) for key in _LOSS_SCALER_FIELDS}
+        return state
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take what `extra_state` gave; a scaler's state is ignored where this engine has none (another dtype)."""
+        """Take what `extra_state` gave; a scaler's state is ignored where this engine has none (another dtype).
+
+        Raises CheckpointError where another optimizer wrote it.
+        """
+        written = state.get("optimizer", "adamw")
+        if written != self._optimizer_name:
+            came = f"the checkpoint has the states of {written}, and the run wants {self._optimizer_name}"
+            do = f"Resume with {written}; for another optimizer export the weights and start a new run from them."
+            raise CheckpointError(Problem("train.optimizer", came, written, do))
         scaler = self._loss_scaler()
         if scaler is not None and "loss_scaler" in state:
             for key in _LOSS_SCALER_FIELDS:
@@ -132,24 +173,3 @@ class ZeroEngine:
             return None
         scaler = self._zero.loss_scaler
         return scaler if scaler.dynamic else None
-
-    def _state(self, state: str, flat: torch.Tensor) -> torch.Tensor:
-        return flat.detach() if state == "fp32" else self._adamw.state[flat][state]
-
-    def _set_moments(self, steps: int) -> None:
-        """Create the moments that AdamW would create in its first step (zeros), and set its count of steps."""
-        for flat in self._partitions.flats():
-            state = self._adamw.state[flat]
-            for key in STATES[1:]:
-                if key not in state:
-                    state[key] = torch.zeros_like(flat, requires_grad=False)
-            # fused AdamW counts in a float tensor beside the parameter.
-            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
-
-
-def _decay_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices with decay, vectors (biases, norms) without. A group without members is left out."""
-    matrices = [parameter for parameter in parameters if len(full_shape(parameter)) >= 2]
-    vectors = [parameter for parameter in parameters if len(full_shape(parameter)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

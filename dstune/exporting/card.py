@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, TrainSection
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _USE = """\
@@ -120,13 +120,22 @@ def _training(config: RunConfig, facts: CardFacts) -> dict[str, Any]:
         "rows per step": train.global_batch_size,
         "longest row": f"{config.data.max_length:,} tokens",
         "learning rate": f"{train.lr:g}, {train.schedule}",
-        "optimizer": f"{train.optimizer}, betas {train.betas[0]:g} and {train.betas[1]:g}, weight decay {train.weight_decay:g}",
+        "optimizer": _optimizer(train),
         "precision": f"{config.model.dtype}, fp32 masters",
         "adapter": None if adapter is None else f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha}",
         "seed": train.seed,
         "trained on": config.data.train_on,
         "template": config.data.template,
     }
+
+
+def _optimizer(train: TrainSection) -> str:
+    parts = [train.optimizer]
+    if train.betas is not None:
+        parts.append(f"betas {train.betas[0]:g} and {train.betas[1]:g}")
+    if train.momentum is not None:
+        parts.append(f"momentum {train.momentum:g}")
+    return ", ".join([*parts, f"weight decay {train.weight_decay:g}"])
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

@@ -1,18 +1,19 @@
-"""Safetensors files of known content: every tensor's place is settled first, then threads fill the places, piece by piece."""
+"""Safetensors files of known content, several at a time: each is a stream of pieces, one read and cast while another is written."""
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from dstune.atomic import dump_json, durable_file
+from dstune.checkpoint.direct import BLOCK_BYTES, DirectFile, Staging
+from dstune.checkpoint.host_memory import whole_pages
+
+_LENGTH_BYTES = 8
 
 _DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
@@ -41,15 +42,6 @@ class Part(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A part in a file: where its first tensor's first byte stands."""
-
-    file: int
-    first_byte: int
-    part: Part
-
-
 def write(
     parts: Sequence[Part],
     directory: Path,
@@ -61,18 +53,13 @@ def write(
 ) -> list[Path]:
     """Write the parts as safetensors, at most `max_file_bytes` a file (a larger part alone), with an index where they are several.
 
-    Each of `threads` holds one piece at a time. `facts` goes into the index. Returns the files; their bytes are not flushed.
+    `threads` files are written at a time; each takes two blocks of memory and a part's piece. `facts` goes into the index.
     """
     groups = list(_divided(parts, max_file_bytes))
     names = [f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     paths = [directory / name for name in (names if len(groups) > 1 else [f"{stem}.safetensors"])]
-    with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb", buffering=0)) for path in paths]
-        places = [
-            place for number, group in enumerate(groups) for place in _laid_out(files[number].fileno(), number, group)
-        ]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda place: _fill(files[place.file].fileno(), place), places))
+    with ThreadPoolExecutor(min(threads, max(1, len(groups)))) as pool:
+        list(pool.map(_write_file, paths, groups))
     if len(groups) > 1:
         file_of = {
             name: path.name
@@ -100,41 +87,34 @@ def _divided(parts: Sequence[Part], max_bytes: int) -> Iterator[list[Part]]:
         yield run
 
 
-def _laid_out(descriptor: int, number: int, parts: list[Part]) -> list[_Place]:
-    """Write a file's header; the places of its parts."""
+def _write_file(path: Path, parts: list[Part]) -> None:
+    with DirectFile(path) as file, Staging(file) as staging:
+        staging.put(torch.frombuffer(bytearray(_head(parts)), dtype=torch.uint8))
+        for part in parts:
+            for name, outline in part.outlines.items():
+                left = _bytes(outline)
+                for piece in part.pieces(name):
+                    assert piece.dtype is outline.dtype, name
+                    left -= piece.nbytes
+                    for block in piece.contiguous().reshape(-1).view(torch.uint8).split(BLOCK_BYTES):
+                        staging.put(block)
+                assert left == 0, name
+        staging.flush()
+        file.finish()
+
+
+def _head(parts: list[Part]) -> bytes:
+    """A file's length word and header, padded by spaces so that the tensors begin at a page."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places: list[tuple[int, Part]] = []
     end = 0
     for part in parts:
-        places.append((end, part))
         for name, tensor in part.outlines.items():
             begin, end = end, end + _bytes(tensor)
             entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
             header[name] = entry
     text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    _write(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
-    os.truncate(descriptor, start + end)
-    return [_Place(number, start + first, part) for first, part in places]
-
-
-def _fill(descriptor: int, place: _Place) -> None:
-    at = place.first_byte
-    for name, outline in place.part.outlines.items():
-        end = at + _bytes(outline)
-        for piece in place.part.pieces(name):
-            assert piece.dtype is outline.dtype, name
-            at = _write(descriptor, memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()), at)
-        assert at == end, name
-
-
-def _write(descriptor: int, content: memoryview, at: int) -> int:
-    """Write all of `content` at byte `at`; the byte behind it."""
-    while content:
-        count = os.pwrite(descriptor, content, at)
-        content, at = content[count:], at + count
-    return at
+    length = whole_pages(_LENGTH_BYTES + len(text)) - _LENGTH_BYTES
+    return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
 
 
 def _part_bytes(part: Part) -> int:

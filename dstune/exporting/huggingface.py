@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.atomic import dump_json, write_text
 from dstune.checkpoint.reader import Reader
@@ -15,12 +15,13 @@ from dstune.config.schema import ModelSection, RunConfig
 from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
-from dstune.errors import ConfigError, Problem, UsageError
+from dstune.errors import CheckpointError, ConfigError, Problem, UsageError
 from dstune.exporting import adapter, files
 from dstune.exporting.card import CardFacts, model_card
 from dstune.exporting.directory import new_directory
 from dstune.exporting.tensors import Masters, Weights
 from dstune.loggers import get_logger
+from dstune.model import freezing
 from dstune.model.build import skeleton
 from dstune.model.config import is_builtin, load_config, model_directory
 from dstune.model.weights import WeightFiles
@@ -50,7 +51,7 @@ def export(
 
     `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
     A run with an adapter gives the adapter alone, in peft's layout; `merged`: the whole model with the adapter in it.
-    `threads` write at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, a layer's) in memory.
+    `threads` files are written at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, all) in memory.
     `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
     if dtype not in ("bf16", "fp16", "fp32"):
@@ -77,7 +78,7 @@ def _write(
     section = config.model.model_copy(update={"dtype": dtype})
     model_config = load_config(section, base)
     outline = skeleton(model_config, section)
-    weights = Weights(outline, reader, pretrained_files(config.model, base))
+    weights = Weights(outline, reader, untrained(outline, reader, config, base))
     facts = {"total_parameters": weights.num_parameters}
     files.write(weights.as_saved(), directory, max_file_bytes, facts=facts, threads=threads)
     _write_config(directory, model_config, type(outline).__name__, outline.dtype)
@@ -99,11 +100,20 @@ def _write_adapter(
     write_text(directory / "README.md", model_card(config, replace(facts, is_adapter=True)))
 
 
-def pretrained_files(model: ModelSection, base: Path) -> WeightFiles | None:
-    """The files that the run began with, for what training does not touch."""
-    if is_builtin(model) or model.init == "random":
+def untrained(outline: PreTrainedModel, reader: Masters, config: RunConfig, base: Path) -> WeightFiles | None:
+    """The files that the run began with, for what it did not train; `outline` is told what that is (`requires_grad`).
+
+    Raises CheckpointError where they are not those that the run left frozen.
+    """
+    if is_builtin(config.model) or config.model.init == "random":
         return None
-    return WeightFiles(model_directory(model, base))
+    freezing.freeze(outline, config.train.freeze)
+    files = WeightFiles(model_directory(config.model, base))
+    frozen = reader.state.get("frozen")
+    if frozen and freezing.frozen_digest(outline, files) != frozen:
+        came = "its weights are not the ones that the run left frozen"
+        raise CheckpointError(Problem(str(files.directory), came, "the files that the run began with"))
+    return files
 
 
 def _write_config(directory: Path, config: PretrainedConfig, architecture: str, dtype: Any) -> None:

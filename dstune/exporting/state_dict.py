@@ -10,7 +10,7 @@ from dstune.checkpoint.reader import Reader
 from dstune.config.schema import RunConfig
 from dstune.exporting import adapter, files
 from dstune.exporting.directory import new_directory
-from dstune.exporting.huggingface import MAX_FILE_BYTES, pretrained_files
+from dstune.exporting.huggingface import MAX_FILE_BYTES, untrained
 from dstune.exporting.tensors import Weights
 from dstune.model.build import skeleton
 from dstune.model.config import load_config
@@ -37,7 +37,7 @@ def export(
         section = config.model.model_copy(update={"dtype": "fp32"})
         outline = skeleton(load_config(section, base), section)
         with adapter.whole(Reader(checkpoint), config, base) as masters:
-            weights = Weights(outline, masters, pretrained_files(config.model, base))
+            weights = Weights(outline, masters, untrained(outline, masters, config, base))
             facts = {"total_parameters": weights.num_parameters}
             written = files.write(weights.as_state_dict(), directory, max_file_bytes, facts=facts, threads=threads)
         if pickled:

@@ -57,10 +57,10 @@ class Weights:
         self.tensors = names.all_tensors(outline)
         self._canonical = names.canonical_names(outline)
         self._stored = names.saved_names(outline)
-        self._file_names: dict[str, str] = {}
+        self._in_files: dict[str, Conversion] = {}
         if pretrained is not None:
             plan = names.loading_plan(outline, pretrained.names())
-            self._file_names = {one.target: one.sources[0] for one in plan if one.is_renaming}
+            self._in_files = {self._canonical.get(one.target, one.target): one for one in plan}
         self._check()
 
     @property
@@ -89,8 +89,10 @@ class Weights:
         wanted = self.tensors[name]
         if self._is_stored(name):
             return self._reader.read("fp32", self._stored_name(name)).view(wanted.shape).to(wanted.dtype)
-        if self._pretrained is not None and name in self._file_names:
-            return self._pretrained.read(self._file_names[name]).to(wanted.dtype)
+        conversion = self._in_files.get(self._canonical[name])
+        if self._pretrained is not None and conversion is not None:
+            made = conversion.run(self._pretrained.read, self.outline)
+            return made[conversion.target].to(wanted.dtype)
         with self._initialising:
             return _initial(self.outline, name).to(wanted.dtype)
 
@@ -117,7 +119,7 @@ class Weights:
         found = dict(self._reader.tensors("fp32"))
         for name, parameter in self.outline.named_parameters():
             shape = found.pop(self._stored_name(name), None)
-            if shape is None and (not parameter.requires_grad or name in self._file_names):
+            if shape is None and not parameter.requires_grad:
                 continue
             if shape != tuple(parameter.shape):
                 came = f"has no {name}" if shape is None else f"has {name} of shape {list(shape)}"

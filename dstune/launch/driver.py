@@ -4,7 +4,7 @@ The driver decides (through `attempts.decide`) and keeps the books (status.json,
 places them. Nothing here knows Ray.
 
 Who writes what: worker 0 appends to metrics.jsonl, evaluations.jsonl and events.jsonl (`{"event": "commit", "step": N, ...}`)
-and writes outcome.json; the driver appends attempt_started, attempt_ended, failure, resize, stop_requested, passed_over,
+and writes outcome.json; the driver appends attempt_started, attempt_ended, failure, resize, stop_requested, passed_over, fetched,
 drive_ended to events.jsonl. A record of step N is of the N-th update: a checkpoint of step N holds the updates 1 to N, and
 going on from it keeps the records up to and including N.
 """
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dstune.atomic import read_json_lines
-from dstune.checkpoint.resolve import newest_whole
+from dstune.checkpoint import origin
+from dstune.checkpoint.remote import Store
 from dstune.errors import EXIT_FAILED, CheckpointError, DstuneError, Problem, UsageError
 from dstune.launch import control, fence
 from dstune.launch.attempts import RESIZE, Again, DriveLimits, Ended, Facts, Stop, Wait, can_grow, decide
@@ -81,12 +82,14 @@ def drive(
     observe: Observer | None = None,
     *,
     checkpoints: Path | None = None,
+    store: Store | None = None,
     environment: Mapping[str, str] | None = None,
     handle_signals: bool = True,
 ) -> DriveEnd:
     """Start or continue the run until it succeeds, fails for good or is stopped. Returns; does not raise for a failed run.
 
-    `checkpoints`: where commits are (default: the run directory's). `environment`: variables for the workers.
+    `checkpoints`: where commits are (default: the run directory's); `store`: where they are uploaded.
+    `environment`: variables for the workers.
     `handle_signals`: SIGINT, SIGTERM, SIGUSR1 ask for a stop at the end of a step; a second SIGINT kills (main thread only).
     Raises UsageError where another driver holds the run, CheckpointError where the run committed before and nothing is whole.
     """
@@ -97,6 +100,7 @@ def drive(
         signals = stack.enter_context(StopSignals(handle_signals))
         run = _Drive(paths, executor, make_plan, limits, observe or Observer(), signals)
         run.checkpoints = checkpoints or paths.checkpoints
+        run.store = store
         run.environment = dict(environment or {})
         return run.to_the_end()
 
@@ -157,6 +161,7 @@ class _Drive:
         self.paths, self.executor, self.make_plan, self.limits = paths, executor, make_plan, limits
         self.observe, self.signals = observe, signals
         self.checkpoints = paths.checkpoints
+        self.store: Store | None = None
         self.environment: dict[str, str] = {}
         self.events = EventLog(paths.events)
         self.status = StatusFile(paths)
@@ -232,16 +237,18 @@ class _Drive:
 
     def _starting_point(self) -> tuple[Path | None, int]:
         """The newest whole checkpoint and its step. A run that ever committed never starts from nothing again."""
-        found, passed_over = newest_whole(self.checkpoints)
-        for reason in passed_over:
+        found = origin.newest(self.checkpoints, self.store)
+        for reason in found.passed_over:
             self._event("passed_over", checkpoint=reason)
-        if found is not None:
-            return found.directory, found.step
+        if found.checkpoint is not None:
+            if self.store and found.fetched:
+                self._event("fetched", step=found.checkpoint.step, store=self.store.address)
+            return found.checkpoint.directory, found.checkpoint.step
         committed = [r["step"] for r in read_json_lines(self.paths.events) if r.get("event") == "commit"]
         if not committed:
             return None, 0
         came = f"the run committed step {committed[-1]}, but no checkpoint is whole" + "".join(
-            f"\n    {reason}" for reason in passed_over or ["the directory is empty"]
+            f"\n    {reason}" for reason in found.passed_over or ["the directory is empty"]
         )
         do = "bring a checkpoint back from a copy, or start a new run under another name; this one will not restart at step 0"
         raise CheckpointError(Problem(str(self.checkpoints), came, do=do))

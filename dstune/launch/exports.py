@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.checkpoint import resolve
+from dstune.checkpoint import origin, resolve
 from dstune.config.units import size_bytes
 from dstune.errors import Problem, UsageError
 from dstune.exporting import huggingface, initial, push, state_dict
@@ -33,7 +33,7 @@ class Form:
     merged: bool = False
     """Of a run with an adapter the whole model; the plain fp32 weights always are."""
     threads: int | None = None
-    """That read, cast and write at a time; default: the processors, up to 4."""
+    """Output files written at a time; default: the processors, up to 4."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def export(run: str | Path, out: str | Path | None, step: str | int, form: Form,
     paths = rundir.find(run)
     target = Path(out).absolute() if out is not None else paths.export
     require_new(target)
-    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         _write(paths, _checkpoint(paths, step, Path(scratch)), target, form)
     if hub:
         log.info("pushed: %s", push.push(target, hub.id, token, public=hub.public))
@@ -71,7 +72,8 @@ def _checkpoint(paths: RunPaths, step: str | int, scratch: Path) -> Path:
     if str(step) == "0" and all(one.step != 0 for one in resolve.committed(checkpoints)):
         return initial.commit_initial(scratch, loaded.config, loaded.base)
     kept = loaded.config.checkpoint
-    return resolve.choose(checkpoints, str(step), kept.best, kept.best_mode).directory
+    store = rundir.store_of(loaded.config)
+    return origin.choose(checkpoints, store, str(step), kept.best, kept.best_mode, into=scratch).directory
 
 
 def _write(paths: RunPaths, checkpoint: Path, target: Path, form: Form) -> None:

@@ -19,11 +19,11 @@ from dstune.checkpoint import importer, resolve
 from dstune.checkpoint.deepspeed_files import DeepSpeedCheckpoint
 from dstune.config.load import LoadedRun, load_run
 from dstune.data.shards import Prepared
-from dstune.engine.zero import STATES
+from dstune.engine.optimizers import Settings, rule_of
 from dstune.errors import CheckpointError, Problem, UsageError
 from dstune.launch import rundir, start
 from dstune.launch.driver import driver_lock
-from dstune.model import names
+from dstune.model import freezing, names
 from dstune.model.build import skeleton
 from dstune.model.config import is_builtin, load_config, model_directory
 from dstune.model.weights import WeightFiles
@@ -85,6 +85,7 @@ def import_deepspeed(
             rundir.refuse_existing(loaded)
             _refuse_history(loaded, rundir.run_paths(loaded))
             start.check(loaded)
+            start.reached_store(loaded.config, new=True)
             prepared = prepare(loaded)
             state = _state(source, loaded, prepared, step)
             paths = start.create(loaded, prepared)
@@ -174,8 +175,23 @@ def _state(source: DeepSpeedCheckpoint, loaded: LoadedRun, prepared: Prepared, s
         total_steps=total,
         step=step,
         optimizer_steps=source.optimizer_steps,
-        engine={} if scale is None else {"loss_scaler": scale},
+        frozen=_frozen_digest(loaded),
+        engine={"optimizer": loaded.config.train.optimizer} | ({} if scale is None else {"loss_scaler": scale}),
     )
+
+
+def _outline(loaded: LoadedRun) -> PreTrainedModel:
+    """The run's model without storage; what it leaves frozen has no `requires_grad`."""
+    section = loaded.config.model
+    outline = skeleton(load_config(section, loaded.base), section)
+    freezing.freeze(outline, loaded.config.train.freeze)
+    return outline
+
+
+def _frozen_digest(loaded: LoadedRun) -> str:
+    if not loaded.config.train.freeze:
+        return ""
+    return freezing.frozen_digest(_outline(loaded), WeightFiles(model_directory(loaded.config.model, loaded.base)))
 
 
 def _notes(source: DeepSpeedCheckpoint, loaded: LoadedRun, state: TrainState) -> list[str]:
@@ -197,18 +213,23 @@ def _notes(source: DeepSpeedCheckpoint, loaded: LoadedRun, state: TrainState) ->
         )
     for key in _SETTINGS:
         theirs, ours = source.settings.get(key), getattr(train, key)
-        if theirs is not None and (tuple(theirs) != tuple(ours) if key == "betas" else float(theirs) != ours):
+        if (
+            theirs is not None
+            and ours is not None
+            and (tuple(theirs) != tuple(ours) if key == "betas" else float(theirs) != ours)
+        ):
             notes.append(f"train.{key} is {ours}, DeepSpeed's was {theirs}")
     return notes
 
 
 def _stored_names(source: DeepSpeedCheckpoint, loaded: LoadedRun) -> dict[str, str]:
     """For each of DeepSpeed's parameters the name in our checkpoints. Raises CheckpointError where the model is another."""
-    section = loaded.config.model
-    outline = skeleton(load_config(section, loaded.base), section)
-    if missing := [state for state in STATES if state not in source.states]:
+    outline = _outline(loaded)
+    train = loaded.config.train
+    rule = rule_of(Settings(name=train.optimizer, betas=train.betas, eps=train.eps, momentum=train.momentum))
+    if missing := [state for state in ("fp32", *rule.states, *rule.hidden_states) if state not in source.states]:
         came = f"holds {', '.join(source.states)}, and {', '.join(missing)} is not among them"
-        raise CheckpointError(Problem(str(source.directory), came, f"the states of {loaded.config.train.optimizer}"))
+        raise CheckpointError(Problem(str(source.directory), came, f"the states of {train.optimizer}"))
     targets = _targets([*source.shapes, *source.frozen], outline, source.directory)
     stored = names.saved_names(outline)
     parameters = dict(outline.named_parameters())

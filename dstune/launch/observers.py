@@ -65,6 +65,10 @@ class Watcher(Observer):
             self._progress.say(f"checkpoint passed over: {record['checkpoint']}")
         elif kind == "commit_failed":
             self._progress.say(f"step {record['step']} was not committed: {record['message']}")
+        elif kind == "publish_failed":
+            self._progress.say(f"step {record['step']} was not uploaded: {record['message']}")
+        elif kind == "fetched":
+            self._progress.say(f"step {record['step']} was fetched from {record['store']}")
         elif kind == "skip":
             places = ", ".join(f"{one['source']}:{one['line']}" for one in record["examples"][:3])
             self._progress.say(f"step {record['step']} skipped, not finite; examples: {places} …")

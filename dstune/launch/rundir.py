@@ -57,16 +57,23 @@ def run_paths(run: LoadedRun) -> RunPaths:
     return RunPaths(resolve(run.config.runs_dir, run.base) / run.config.name)
 
 
-def find_checkpoints(run: str | Path) -> Path:
-    """Where the checkpoints of an existing run are. Raises as `find` and `load`."""
+def find_checkpoints(run: str | Path) -> tuple[Path, str | None]:
+    """Where the checkpoints of an existing run are: a directory, and a store's address. Raises as `find` and `load`."""
     paths = find(run)
     loaded = load(paths)
-    return checkpoints_of(loaded.config, loaded.base, paths)
+    return checkpoints_of(loaded.config, loaded.base, paths), store_of(loaded.config)
 
 
 def checkpoints_of(config: RunConfig, base: Path, paths: RunPaths) -> Path:
-    """Where the run's checkpoints are committed."""
-    return resolve(config.checkpoint.dir, base) / config.name if config.checkpoint.dir else paths.checkpoints
+    """The directory on a disk where the run's checkpoints are committed, or staged on their way to the store."""
+    written = config.checkpoint.directory
+    return resolve(written, base) / config.name if written else paths.checkpoints
+
+
+def store_of(config: RunConfig) -> str | None:
+    """The address below which the run's checkpoints are uploaded; None where they stay on a disk."""
+    address = config.checkpoint.address
+    return f"{address.rstrip('/')}/{config.name}" if address else None
 
 
 def refuse_existing(run: LoadedRun) -> None:

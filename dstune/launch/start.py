@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstune.checkpoint.remote import Store
 from dstune.config.load import LoadedRun, load_site
 from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
 from dstune.data import order
 from dstune.data.shards import Prepared
 from dstune.data.task import vocabulary_size
-from dstune.errors import ConfigError, DataError, Problem
+from dstune.errors import ConfigError, DataError, Problem, UsageError
 from dstune.launch import rundir
 from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer, drive
@@ -44,6 +45,7 @@ class Planner:
             attempt=attempt,
             world_size=world_size,
             checkpoints=rundir.checkpoints_of(config, base, self.paths),
+            store=rundir.store_of(config),
             resume_from=resume_from,
             start_step=start_step,
         )
@@ -95,6 +97,22 @@ def check(run: LoadedRun) -> None:
         from dstune.model.build import adapted_skeleton
 
         adapted_skeleton(run.config.model, run.base)
+
+
+def reached_store(config: RunConfig, new: bool = False) -> Store | None:
+    """The store that the run's checkpoints go to, found to take objects; None where they stay on a disk.
+
+    Raises ConfigError where it does not take them, UsageError where it holds checkpoints already and the run is `new`.
+    """
+    address = rundir.store_of(config)
+    if address is None:
+        return None
+    store = Store(address)
+    store.probe()
+    if new and (steps := store.committed()):
+        came = f"holds checkpoints of a run of this name already (the newest of step {steps[-1]})"
+        raise UsageError(Problem(address, came, do="another `name:` or another `checkpoint.dir` starts a new run"))
+    return store
 
 
 def warn_of_few_rows(run: LoadedRun, prepared: Prepared) -> None:
@@ -167,6 +185,7 @@ def drive_with(
         limits,
         observe,
         checkpoints=rundir.checkpoints_of(run.config, run.base, paths),
+        store=reached_store(run.config),
         environment=site_of(run).env,
     )
 

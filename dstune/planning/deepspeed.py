@@ -82,6 +82,7 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
     """
     policy = _merged(load_preset(config.deepspeed.preset, base), config.deepspeed.overrides)
     _refuse_foreign_keys(policy, config.deepspeed.preset)
+    _require_swap_path(policy)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     policy.setdefault("communication_data_type", "fp32")
     precision = {"bf16": {"enabled": config.model.dtype == "bf16"}, "fp16": {"enabled": config.model.dtype == "fp16"}}
@@ -117,6 +118,17 @@ def _refuse_foreign_keys(policy: Mapping[str, Any], preset: str) -> None:
     problems += [Problem(where, f"{path} is 'auto'", "a value") for path in _autos(policy)]
     if problems:
         raise ConfigError(problems)
+
+
+def _require_swap_path(policy: Mapping[str, Any]) -> None:
+    """States on NVMe want a directory that only the user can name: fast, on each node, and there under the same path."""
+    offload = policy.get("zero_optimization", {}).get("offload_optimizer") or {}
+    path = offload.get("nvme_path")
+    if offload.get("device") == "nvme" and not (isinstance(path, str) and path.startswith("/")):
+        key = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path"
+        came = "is not set" if path is None else f"{path!r}"
+        do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
+        raise ConfigError(Problem(key, came, "an absolute path", do))
 
 
 def _autos(value: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -49,6 +49,9 @@ class Plan:
     base: str
     """What relative paths in config.yaml are relative to."""
     checkpoints: str
+    """A directory; where there is a store, they are staged there."""
+    store: str | None
+    """The address that checkpoints are uploaded to."""
     resume_from: str | None
     start_step: int
     cpus_per_worker: int
@@ -67,6 +70,7 @@ def make(
     attempt: int,
     world_size: int,
     checkpoints: Path,
+    store: str | None = None,
     resume_from: Path | None,
     start_step: int,
 ) -> Plan:
@@ -89,6 +93,7 @@ def make(
         has_validation=data.has_validation,
         base=str(base),
         checkpoints=str(checkpoints),
+        store=store,
         resume_from=str(resume_from) if resume_from else None,
         start_step=start_step,
         cpus_per_worker=config.cluster.cpus_per_worker,

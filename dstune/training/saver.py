@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, Protocol
 
-from dstune.checkpoint import commit, retention
 from dstune.checkpoint.commit import CommitRecord, Intent, WriteShard
+from dstune.checkpoint.home import Home, NotPublished
 from dstune.checkpoint.host_memory import available_bytes
+from dstune.checkpoint.keeping import Rules
 from dstune.checkpoint.shard_writer import ShardWriter
 from dstune.config.schema import CheckpointSection
 from dstune.errors import CheckpointError
@@ -43,7 +43,7 @@ class CheckpointSaver:
     def __init__(
         self,
         settings: CheckpointSection,
-        checkpoints: Path,
+        home: Home,
         engine: Engine,
         control: Control,
         *,
@@ -52,7 +52,7 @@ class CheckpointSaver:
         events: Events,
         pinned: bool = False,
     ) -> None:
-        self._settings, self._checkpoints, self._engine = settings, checkpoints, engine
+        self._settings, self._home, self._engine = settings, home, engine
         self._control, self._behind, self._fingerprints = control, behind, fingerprints
         self._events, self._pinned = events, pinned
         self._writer: ShardWriter | None = None
@@ -73,6 +73,12 @@ class CheckpointSaver:
             return
         with self._told(state.step):
             self._commit(intent, writer.stream, self._control, None)
+
+    def catch_up(self, step: int) -> None:
+        """Upload the checkpoint that the run goes on from, where an attempt before could not: behind the training, as a save."""
+        assert self._saving is None
+        if self._home.store is not None and self._home.shared:
+            self._saving = step, _on_a_thread(lambda: self._publish(step, self._behind))
 
     def failed(self) -> bool:
         """Whether the save under way has failed here."""
@@ -112,12 +118,22 @@ class CheckpointSaver:
         return True
 
     def _commit(self, intent: Intent, write: WriteShard, control: Control, waited: float | None) -> None:
-        record = commit.commit(self._checkpoints, intent, write, control)
+        record = self._home.commit(intent, write, control)
         if control.rank == 0:
             self._tell(record, waited)
-        removed = retention.prune(self._checkpoints, retention.Rules.of(self._settings), control)
+        rules = Rules.of(self._settings)
+        removed = self._home.prune(rules, control)
         if removed and control.rank == 0:
             self._events.event("removed", steps=removed)
+        self._publish(intent.step, control)
+        removed = self._home.prune_store(rules, control)
+        if removed and control.rank == 0:
+            self._events.event("removed_from_store", steps=removed)
+
+    def _publish(self, step: int, control: Control) -> None:
+        published = self._home.publish(step, control)
+        if published and control.rank == 0:
+            self._events.event("published", step=step, bytes=published.bytes, seconds=round(published.seconds, 3))
 
     def _tell(self, record: CommitRecord, waited: float | None) -> None:
         """`waited`: seconds that the training stood still."""
@@ -131,11 +147,12 @@ class CheckpointSaver:
         try:
             yield
         except CheckpointError as error:
+            act, done = ("publish", "uploaded") if isinstance(error, NotPublished) else ("commit", "committed")
             if self._control.rank == 0:
-                self._events.event("commit_failed", step=step, message=str(error))
+                self._events.event(f"{act}_failed", step=step, message=str(error))
             if self._settings.on_error == "stop":
                 raise
-            log.warning("step %d was not committed: %s", step, error)
+            log.warning("step %d was not %s: %s", step, done, error)
 
 
 def _on_a_thread(work: Callable[[], None]) -> Future[None]:

@@ -19,6 +19,8 @@ class TrainState:
     seed: int
     global_batch_size: int
     total_steps: int
+    frozen: str = ""
+    """Digest of the base model's weights that are not trained, and so in no checkpoint; empty where all are trained."""
     step: int = 0
     """Steps taken, skipped ones counted: the data position is `step * global_batch_size`."""
     optimizer_steps: int = 0
@@ -59,5 +61,12 @@ class TrainState:
                     do="start a new run for other data, seed or batch size",
                 )
                 raise CheckpointError(problem)
-        known = {f.name: saved[f.name] for f in fields(self)}
+        if saved.get("frozen", "") != self.frozen:
+            problem = Problem(
+                where,
+                "the weights that `train.freeze` leaves as they are differ from those that the run began with",
+                do="give `model.path` the files that it had when the run began",
+            )
+            raise CheckpointError(problem)
+        known = {f.name: saved[f.name] for f in fields(self) if f.name in saved}
         return TrainState(**{**known, "total_steps": self.total_steps})

@@ -12,8 +12,8 @@ import pytest
 
 from dstune.checkpoint import hashing
 from dstune.checkpoint.audit import Finding, audit, glance
+from dstune.checkpoint.header import HeaderSlice, parse
 from dstune.checkpoint.layout import Part, SliceEntry, gaps
-from dstune.checkpoint.shards import StoredSlice, parse_header
 from dstune.paths import step_directory
 from tests.checkpoint.sample import SHAPES
 
@@ -25,9 +25,9 @@ def _found(checkpoints: Path) -> tuple[Finding, ...]:
     return one.findings
 
 
-def _piece(checkpoints: Path, state: str, name: str) -> tuple[Path, StoredSlice]:
+def _piece(checkpoints: Path, state: str, name: str) -> tuple[Path, HeaderSlice]:
     path = step_directory(checkpoints, 2) / _SECOND
-    pieces = parse_header(path).slices
+    pieces = parse(path).slices
     return path, next(piece for piece in pieces if (piece.entry.state, piece.entry.name) == (state, name))
 
 

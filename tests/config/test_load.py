@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dstune.config.load import dump, load_run, load_site, read_yaml, resolve
+from dstune.config.schema import CheckpointSection
 from dstune.config.units import duration_seconds
 from dstune.errors import ConfigError, UsageError
 
@@ -91,6 +92,7 @@ def test_overrides_go_over_the_file_and_are_named_in_errors(tmp_path: Path) -> N
         (GOOD.replace("tiny\n", "../../etc\n"), "name is '../../etc'"),
         (GOOD.replace("{lr: 1e-5}", "{epochs: 1, max_steps: 2}"), "either `epochs` or `max_steps`"),
         (GOOD.replace("    - {path: data.jsonl}", "    []"), "either `sources` or `prepared`"),
+        (GOOD + "checkpoint: {dir: /data, staging: /tmp}\n", "`staging` goes with an address"),
     ],
 )
 def test_broken_files_are_refused_in_words(tmp_path: Path, text: str, words: str) -> None:
@@ -159,3 +161,22 @@ def test_a_setting_in_one_of_several_forms_is_told_for_the_form_that_was_meant(t
     with pytest.raises(ConfigError, match=r"run.yaml:\d+: data.deduplicate.threshold is 2") as caught:
         load_run(write(tmp_path, text))
     assert len(caught.value.problems) == 1
+
+
+def test_what_stays_for_ever_is_counted_in_steps_that_are_saved(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_run(path, ["checkpoint.every=200", "checkpoint.keep_every=1000"]).config.checkpoint.keep_every == 1000
+    with pytest.raises(ConfigError, match="give `every` in steps too"):
+        load_run(path, ["checkpoint.every=30min", "checkpoint.keep_every=1000"])
+
+
+def test_checkpoints_go_to_a_directory_or_to_an_address() -> None:
+    for written, directory, address in (
+        ({}, None, None),
+        ({"dir": "/data"}, "/data", None),
+        ({"dir": "file:///data"}, "/data", None),
+        ({"dir": "s3://bucket/x"}, None, "s3://bucket/x"),
+        ({"dir": "s3://bucket/x", "staging": "/nvme"}, "/nvme", "s3://bucket/x"),
+    ):
+        section = CheckpointSection(**written)
+        assert (section.directory, section.address) == (directory, address)

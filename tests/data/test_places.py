@@ -19,7 +19,7 @@ from pyarrow import fs
 from dstune.config.schema import Source
 from dstune.data.sources import digest, expand, read
 from dstune.errors import ConfigError, DataError
-from tests.data.conftest import BUCKET
+from tests.conftest import BUCKET
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(50)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

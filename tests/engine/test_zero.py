@@ -12,6 +12,7 @@ from dstune.errors import ConfigError
 from tests.engine import tiny
 from tests.spawn import run_workers
 
+NVME = {"device": "nvme", "nvme_path": "/nvme"}
 SPLITS = [(1, 8), (1, 4), (2, 4), (2, 2), (3, 2)]
 """Workers and micro-batch, of a global batch of 8; at 3 workers padded by rows of weight zero."""
 
@@ -109,10 +110,10 @@ def _facts() -> dict[int, dict[str, Any]]:
     for stage in (1, 2, 3):
         engine = tiny.engine(world, stage, dtype="fp32")
         pieces = [(part.state, part.name, part.shape, part.offset, part.tensor.numel()) for part in engine.slices()]
-        decays = [(group["weight_decay"], group["lr"]) for group in engine._adamw.param_groups]
+        decays = [(group["weight_decay"], group["lr"]) for group in engine._optimizer.param_groups]
         engine.backward(engine.module(input_ids=ids).logits.logsumexp(-1).sum(), last=True)
         norm = engine.step(0.25).grad_norm
-        lrs = {group["lr"] for group in engine._adamw.param_groups}
+        lrs = {group["lr"] for group in engine._optimizer.param_groups}
         with pytest.raises(AssertionError, match="fresh"):
             engine.load(lambda piece: None, 0)
         facts[stage] = {"pieces": pieces, "decays": decays, "norm": norm, "lrs": lrs, "extra": engine.extra_state()}
@@ -138,7 +139,8 @@ def test_slices_are_disjoint_and_whole_and_decay_is_on_matrices(
     for worker in facts:
         seen = worker[stage]
         assert seen["decays"] == [(0.1, 1e-3), (0.0, 1e-3)]
-        assert seen["lrs"] == {0.25} and seen["norm"] == facts[0][stage]["norm"] > 1 and seen["extra"] == {}
+        assert seen["lrs"] == {0.25} and seen["norm"] == facts[0][stage]["norm"] > 1
+        assert seen["extra"] == {"optimizer": "adamw"}
 
 
 def test_dstunes_own_settings_are_filled_in() -> None:
@@ -158,7 +160,13 @@ def test_dstunes_own_settings_are_filled_in() -> None:
         ({"bf16": {"enabled": False}}, r"bf16\.enabled"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, r"offload_optimizer\.device"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, r"offload_optimizer\.device"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param\.device"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "below stage 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "an absolute path"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": NVME | {"pipeline_write": True}}}, "pipeline_write"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}}, "super_offload"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(config: dict[str, Any], words: str) -> None:

@@ -21,24 +21,45 @@ def ds_config(stage: int, **extra: Any) -> dict[str, Any]:
     return {"zero_optimization": zero, "gradient_clipping": 1.0} | extra
 
 
-def build(tied: bool = False, dtype: str = "bf16") -> nn.Module:
+def build(tied: bool = False, dtype: str = "bf16", **sizes: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.05,
+        **{"hidden_size": 64, "intermediate_size": 172} | sizes, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=128, tie_word_embeddings=tied,
+        initializer_range=0.05,
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
 
 
-def engine(world: World, stage: int, tied: bool = False, dtype: str = "bf16", **extra: Any) -> ZeroEngine:
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
+    "sgd": {"momentum": 0.9},
+    "lion": {"betas": (0.9, 0.99)},
+    "adagrad": {"eps": 1e-10},
+    "muon": {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8},
+}
+
+
+def engine(
+    world: World,
+    stage: int,
+    tied: bool = False,
+    dtype: str = "bf16",
+    optimizer: str = "adamw",
+    frozen: str = "",
+    sizes: dict[str, int] | None = None,
+    **extra: Any,
+) -> ZeroEngine:
+    """`frozen`: what the names of parameters begin with that are not trained."""
     config = ds_config(stage, **extra)
     with construction(config, DTYPES[dtype]):
-        module = build(tied, dtype)
-    return ZeroEngine(
-        module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ds_config=config, world=world
-    )  # fmt: skip
+        module = build(tied, dtype, **sizes or {})
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+    settings = {"optimizer": optimizer} | OPTIMIZERS[optimizer]
+    return ZeroEngine(module, lr=1e-3, weight_decay=0.1, ds_config=config, world=world, **settings)
 
 
 _SUCCESSOR = torch.randint(0, VOCABULARY, (VOCABULARY,), generator=torch.Generator().manual_seed(7))

@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from dstune.checkpoint.commit import save
 from dstune.checkpoint.reader import Reader
@@ -17,11 +20,12 @@ from dstune.config.schema import ModelSection, RunConfig
 from dstune.data.tokenizer_files import BUILTIN_DIRECTORY, load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
-from dstune.errors import CheckpointError, RunFailed, UsageError
+from dstune.errors import CheckpointError, ConfigError, RunFailed, UsageError
 from dstune.exporting.card import CardFacts, model_card, plain
 from dstune.exporting.huggingface import export
-from dstune.model import names
+from dstune.model import freezing, names
 from dstune.model.build import build
+from dstune.model.weights import WeightFiles
 from dstune.paths import step_directory
 from tests.model.architectures import tiny
 from tests.spawn import run_workers
@@ -51,27 +55,38 @@ CASES = {
 """Each architecture, and the ZeRO stage that its checkpoint is written by."""
 
 
+FROZEN = {
+    "llama-tied": ["lm_head.weight", "model.layers.0.*"],
+    "mixtral": ["*.experts.*", "model.norm.weight"],
+}
+"""Patterns of `train.freeze`: a tied weight by its other name, and experts that are one tensor at run time."""
+
+
 def train_and_commit(folder: Path) -> None:
-    """Two updates on random tokens and a commit of step 2, for every case."""
+    """Two updates on random tokens and a commit of step 2, for every case, and once more with some weights frozen."""
     world = World.from_environment()
     world.init()
     control = world.control()
-    for architecture, stage in CASES.items():
+    cases = [(architecture, architecture, []) for architecture in CASES]
+    cases += [(f"{architecture}-frozen", architecture, patterns) for architecture, patterns in FROZEN.items()]
+    for target, architecture, patterns in cases:
         path = architecture if architecture.startswith("builtin:") else str(folder / architecture / "model")
-        engine = _engine(path, stage, world)
+        module, engine = _engine(path, CASES[architecture], world, patterns)
+        frozen = freezing.frozen_digest(module, WeightFiles(Path(path)), control) if patterns else ""
         ids = torch.arange(1, 9)[None]
         inputs = {"decoder_input_ids": ids} if architecture in ("bart", "builtin:tiny-t5") else {}
         for _ in range(2):
             logits = engine.module(input_ids=ids, **inputs, use_cache=False).logits
             engine.backward(logits.float().log_softmax(-1)[..., 3].sum(), last=True)
             engine.step(1e-2)
-        save(folder / architecture, 2, engine.slices(), {"losses": [1.5], "step": 2}, control, {})
+        save(folder / target, 2, engine.slices(), {"losses": [1.5], "step": 2, "frozen": frozen}, control, {})
 
 
-def _engine(path: str, stage: int, world: World) -> ZeroEngine:
+def _engine(path: str, stage: int, world: World, freeze: list[str]) -> tuple[PreTrainedModel, ZeroEngine]:
     ds_config = {"zero_optimization": {"stage": stage}}
     module = build(config_of(path).model, Path(), "sdpa", 1, ds_config)
-    return ZeroEngine(
+    freezing.freeze(module, freeze)
+    return module, ZeroEngine(
         module,
         lr=1e-2,
         betas=(0.9, 0.99),
@@ -93,9 +108,9 @@ def committed(tmp_path_factory):
             tiny(architecture).save_pretrained(folder / architecture / "model")
     run_workers(train_and_commit, 2, folder)
 
-    def find(architecture: str) -> tuple[str, Path]:
+    def find(architecture: str, suffix: str = "") -> tuple[str, Path]:
         path = architecture if architecture.startswith("builtin:") else str(folder / architecture / "model")
-        return path, step_directory(folder / architecture, 2)
+        return path, step_directory(folder / (architecture + suffix), 2)
 
     return find
 
@@ -137,6 +152,42 @@ def test_transformers_opens_the_export_with_exactly_the_masters(committed, tmp_p
     before = kind.from_pretrained(path) if architecture[:7] != "builtin" else None
     if before is not None:
         assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("architecture", list(FROZEN))
+def test_frozen_weights_come_from_the_base_model_and_from_no_other(committed, tmp_path, architecture):
+    path, checkpoint = committed(architecture, "-frozen")
+    config = config_of(path)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"freeze": FROZEN[architecture]})})
+    export(checkpoint, tmp_path / "out", config, Path(), dtype="fp32")
+    base = dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters())
+    tuned = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    unchanged = {name for name in base if torch.equal(base[name], tuned[name])}
+    assert unchanged == base.keys() - Reader(checkpoint).tensors("fp32").keys()
+    layer = {name for name in base if name.startswith("model.layers.0.")}
+    tied = {"llama-tied": {"model.embed_tokens.weight"} | layer}
+    experts = {"model.norm.weight"} | {name for name in base if ".experts." in name}
+    assert unchanged == tied.get(architecture, experts)
+    other = tmp_path / "other"
+    shutil.copytree(path, other)
+    with safe_open(other / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["model.norm.weight" if architecture == "mixtral" else "model.embed_tokens.weight"][0] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    moved = config.model_copy(update={"model": config.model.model_copy(update={"path": str(other)})})
+    with pytest.raises(CheckpointError, match="not the ones that the run left frozen"):
+        export(checkpoint, tmp_path / "again", moved, Path(), dtype="fp32")
+
+
+def test_patterns_that_freeze_nothing_or_everything_are_refused():
+    with pytest.raises(ConfigError, match=r"'model.layer.0.\*' matches no parameter\n.*model.layers.0.") as found:
+        freezing.freeze(tiny("llama"), ["model.layer.0.*", "lm_head.*", "nonsense"])
+    assert len(found.value.problems) == 2
+    with pytest.raises(ConfigError, match="leaves nothing to train"):
+        freezing.freeze(tiny("llama"), ["*"])
+    with pytest.raises(ValidationError, match="wants a pretrained model"):
+        RunConfig.model_validate(config_of("builtin:tiny-llama").model_dump() | {"train": {"freeze": ["*"]}})
 
 
 @pytest.mark.dist
@@ -244,14 +295,14 @@ def test_a_full_disk_leaves_nothing_behind(committed, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dstune.exporting.files._fill", full)
+    monkeypatch.setattr("dstune.exporting.files._write_file", full)
     with pytest.raises(RunFailed, match="No space left"):
         export(checkpoint, tmp_path / "out", config_of(path), Path())
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.dist
-def test_a_tensor_is_read_piece_by_piece_by_any_number_of_threads(committed, tmp_path, monkeypatch):
+def test_a_tensor_is_read_piece_by_piece(committed, tmp_path, monkeypatch):
     path, checkpoint = committed("builtin:tiny-llama")
     export(checkpoint, tmp_path / "whole", config_of(path), Path())
     asked: list[int] = []
@@ -263,7 +314,7 @@ def test_a_tensor_is_read_piece_by_piece_by_any_number_of_threads(committed, tmp
 
     monkeypatch.setattr(Reader, "read_into", counting)
     monkeypatch.setattr("dstune.exporting.tensors._PIECE_ELEMENTS", 1000)
-    export(checkpoint, tmp_path / "pieces", config_of(path), Path(), threads=3)
+    export(checkpoint, tmp_path / "pieces", config_of(path), Path())
     assert max(asked) == 1000 < sum(asked)
     pieces, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("pieces", "whole"))
     assert pieces == whole

@@ -1,17 +1,22 @@
 """What dstune promises of losses: exact after a kill, the same curve on any split of the batch, the same data on any world."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs
 
+from dstune import api
 from dstune.config.load import load_run
 from dstune.data.shards import Prepared
-from dstune.launch import control, rundir
+from dstune.errors import UsageError
+from dstune.launch import control, rundir, start
 from dstune.launch.driver import Observer
 from dstune.paths import RunPaths
+from tests.conftest import BUCKET
 from tests.runs.tiny import assert_exact, drive, finished, metrics, write_run
 from tests.spawn import read_lines
 
@@ -65,16 +70,26 @@ def test_a_killed_worker_costs_at_most_an_interval_and_nothing_else(
     assert started[1] > step - 2 * 3
 
 
-def test_resumes_at_every_commit_are_exact(reference: RunPaths, tmp_path: Path) -> None:
-    run = write_run(tmp_path)
+def test_a_resume_is_exact_from_the_disk_and_from_an_object_store(
+    reference: RunPaths, s3: fs.S3FileSystem, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, checkpoint={"dir": f"s3://{BUCKET}/runs", "keep": 2})
     first = StopAt(rundir.run_paths(load_run(run)), 2)
     end = drive(run, 2, new=True, observe=first)
     assert (end.state, end.exit_status) == ("stopped", 75)
     paths = rundir.find(run)
     stopped_at = end.step
     assert stopped_at == len(read_lines(paths.metrics))
+    with pytest.raises(UsageError, match="holds checkpoints of a run of this name already"):
+        start.reached_store(load_run(run).config, new=True)
+    shutil.rmtree(paths.checkpoints)
+    (*_, listed) = api.checkpoints(paths.root, verify=True)["checkpoints"]
+    assert listed["step"] == stopped_at and listed["verified"] and listed["directory"].startswith("s3://")
+    assert api.verify_checkpoints(paths.root)["newest_whole"] == stopped_at
     assert drive(paths.root, 2, new=False).state == "succeeded"
+    assert [record["step"] for record in read_lines(paths.events) if record["event"] == "fetched"] == [stopped_at]
     assert_exact(paths, reference)
+    assert [one["step"] for one in api.checkpoints(paths.root)["checkpoints"]] == [9, 9, 12, 12]
 
 
 def relative_difference(one: list[float], other: list[float]) -> float:

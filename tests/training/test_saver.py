@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dstune.checkpoint import home
+from dstune.checkpoint.home import Home, NotPublished
 from dstune.checkpoint.reader import Reader
+from dstune.checkpoint.remote import Store
 from dstune.checkpoint.resolve import newest_whole
 from dstune.config.schema import CheckpointSection
 from dstune.errors import CheckpointError
@@ -48,11 +51,11 @@ def state(step: int) -> TrainState:
     return TrainState(prepared_fingerprint="x", seed=1, global_batch_size=4, total_steps=9, step=step)
 
 
-def made(checkpoints: Path, **settings: Any) -> tuple[CheckpointSaver, FakeEngine, Told]:
+def made(checkpoints: Path, store: Store | None = None, **settings: Any) -> tuple[CheckpointSaver, FakeEngine, Told]:
     engine, told = FakeEngine(), Told()
     section = CheckpointSection(**settings)
     saver = CheckpointSaver(
-        section, checkpoints, engine, Alone(), behind=Alone(), fingerprints={"run": "x"}, events=told
+        section, Home(checkpoints, store), engine, Alone(), behind=Alone(), fingerprints={"run": "x"}, events=told
     )  # type: ignore[arg-type]
     return saver, engine, told
 
@@ -77,14 +80,14 @@ def test_training_goes_on_while_a_save_is_written_and_the_next_one_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, asked = threading.Event(), threading.Event()
-    real = room.commit.commit
+    real = home.commit.commit
 
     def slow(*words: Any) -> Any:
         asked.set()
         gate.wait()
         return real(*words)
 
-    monkeypatch.setattr(room.commit, "commit", slow)
+    monkeypatch.setattr(home.commit, "commit", slow)
     saver, engine, told = made(tmp_path)
     saver.save(state(1), {})
     asked.wait()
@@ -150,3 +153,31 @@ def test_old_checkpoints_go_behind_the_training_too(tmp_path: Path) -> None:
     saver.settle()
     assert steps(tmp_path) == [2, 3]
     assert ("removed", {"steps": [1]}) in told.events
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_save_is_published_and_one_that_could_not_be_is_caught_up(tmp_path: Path, on_error: str) -> None:
+    store = Store(f"file://{tmp_path}/store/mine")
+    saver, _, told = made(tmp_path / "disk", store, keep=2, on_error=on_error)
+    for step in (1, 2, 3):
+        saver.save(state(step), {})
+    saver.settle()
+    assert steps(tmp_path / "disk") == store.committed() == [2, 3]
+    assert told.kinds[-4:] == ["commit", "removed", "published", "removed_from_store"]
+    (tmp_path / "store/mine").rename(tmp_path / "store/away")
+    (tmp_path / "store/mine").write_text("in the way")
+    saver.save(state(4), {})
+    if on_error == "stop":
+        with pytest.raises(NotPublished):
+            saver.settle()
+    saver.settle()
+    assert told.kinds[-3:] == ["commit", "removed", "publish_failed"]
+    (tmp_path / "store/mine").unlink()
+    (tmp_path / "store/away").rename(tmp_path / "store/mine")
+    saver, _, told = made(tmp_path / "disk", store)
+    saver.catch_up(4)
+    saver.settle()
+    assert told.kinds == ["published"] and store.committed() == [2, 3, 4]
+    saver.catch_up(4)
+    saver.settle()
+    assert told.kinds == ["published"]

@@ -35,3 +35,11 @@ def test_another_order_is_refused(name: str) -> None:
 def test_a_state_of_another_format_is_refused() -> None:
     with pytest.raises(CheckpointError, match="format"):
         START.resumed(START.to_json() | {"format": 99}, "here")
+
+
+def test_other_frozen_weights_are_refused_and_old_states_are_read() -> None:
+    with pytest.raises(CheckpointError, match=r"train.freeze.*\n.*`model.path`"):
+        START.resumed(START.to_json() | {"frozen": "another digest"}, "here")
+    old = START.to_json()
+    del old["frozen"]
+    assert START.resumed(old, "here") == START

@@ -1,4 +1,4 @@
-"""The sides of `tools/bench checkpoint` that need no workers: reading everything back, and exporting. Each export in a process of its own."""
+"""The sides of `tools/bench checkpoint` that need no workers: reading everything back; exporting, each in a process of its own."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def export(run: RunPaths, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for side, results in found.items():
             words = [sys.executable, "-m", "tools.benchmarks.checkpoint_sides", f"export_{side}", str(run.root)]
-            said = subprocess.run(words, check=True, capture_output=True, text=True)
+            said = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
             results.append(json.loads(said.stdout.splitlines()[-1]))
     medians = {
         side: {name: round(statistics.median(one[name] for one in results), 3) for name in results[0]}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dstune.atomic import write_json
 from dstune.checkpoint.direct import BLOCK_BYTES
+from dstune.checkpoint.home import Home
 from dstune.checkpoint.host_memory import HostMemory, whole_pages
 from dstune.checkpoint.reader import Reader
 from dstune.checkpoint.resolve import newest_whole
@@ -76,7 +77,7 @@ class _Bench:
         engine = self.engine()
         saver = CheckpointSaver(
             self.config.checkpoint,
-            self.paths.checkpoints,
+            Home(self.paths.checkpoints),
             engine,
             self.control,
             behind=self.world.control(),

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.rungs import commits, damage, rays, runs
+from tools.rungs import commits, damage, rays, runs, worlds
 from tools.rungs.board import Board
 from tools.rungs.tally import Tally
 
@@ -53,7 +53,9 @@ RUNGS = (
         (commits.a_late_worker, runs.a_late_worker_in_a_run),
     ),
     Rung(
-        5, "SIGKILL at every write, fsync and rename of a commit: every point resumes", (commits.killed_at_every_call,)
+        5,
+        "SIGKILL at every write, fsync and rename of a commit: every point resumes",
+        (commits.killed_at_every_call, runs.killed_in_a_save),
     ),
     Rung(
         6,
@@ -74,7 +76,7 @@ RUNGS = (
     Rung(
         10,
         "world 2, 1, 3, 2 with other stages and offloads: each example once per epoch, equal weights, losses within 1e-3",
-        (runs.over_other_worlds,),
+        (worlds.over_other_worlds,),
         "tests/runs/test_exact.py",
     ),
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint import retention
+from dstune.checkpoint.keeping import Rules
 from dstune.checkpoint.resolve import committed
 from dstune.protocols import Control
 from tools.rungs import faults, pretend
@@ -113,6 +114,8 @@ def _late_then_killed(checkpoints: Path, late: int, turn: int, draw: random.Rand
         workers.release()
         while not mark.exists():
             if workers.joined(late, 0.01):
+                answers = workers.join()
+                expect(all("value" in answer for answer in answers), f"with nobody late, workers ended with {answers}")
                 return False
         workers.joined(1 - late, draw.random() / 2)  # the other one gets as far as it can, or not quite
         workers.kill()
@@ -143,7 +146,7 @@ def killed_at_every_call(tally: Tally, board: Board) -> None:
 def _saving_and_pruning(checkpoints: Path) -> Work:
     def work(control: Control) -> None:
         pretend.save(checkpoints, 2, control)
-        retention.prune(checkpoints, 1, control)
+        retention.prune(checkpoints, Rules(keep=1), control)
 
     return work
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint import retention
+from dstune.checkpoint.keeping import Rules
 from dstune.checkpoint.resolve import Checkpoint, committed, newest_whole, verify
 from dstune.paths import RunPaths, step_directory
 from dstune.protocols import Control
@@ -224,7 +225,7 @@ def _one_history(board: Board, draw: random.Random) -> None:
         flip(path, draw.randrange(path.stat().st_size * 8))
     good = [step for step in range(steps) if step not in damaged]
     best = draw.choice([None, "loss"])
-    removed = done(lambda control: retention.prune(checkpoints, keep, control, best))
+    removed = done(lambda control: retention.prune(checkpoints, Rules(keep=keep, best=best), control))
     left = [checkpoint.step for checkpoint in committed(checkpoints)]
     expect(removed[0] == removed[1], f"the workers heard of different removals: {removed}")
     expect(not set(removed[0]) & set(left), f"said to be removed, and there: {removed[0]}")
@@ -243,7 +244,7 @@ def _one_history(board: Board, draw: random.Random) -> None:
 def _expect_later_commit_tidies(checkpoints: Path, step: int, keep: int) -> None:
     def work(control: Control) -> Any:
         pretend.save(checkpoints, step, control)
-        return retention.prune(checkpoints, keep, control)
+        return retention.prune(checkpoints, Rules(keep=keep), control)
 
     done(work)
     expect(pretend.newest_usable(checkpoints).step == step, "the next commit is not the newest")

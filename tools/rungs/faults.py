@@ -23,7 +23,7 @@ SYNCS = ("fsync", "fdatasync", "sync_file_range", "syncfs")
 NAMES = ("mkdir", "mkdirat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "openat")
 _PATCHED = (
     *("write", "pwrite", "writev", "pwritev", "ftruncate", "posix_fallocate", "fsync", "fdatasync"),
-    *("mkdir", "rename", "replace", "unlink", "rmdir"),
+    *("open", "mkdir", "rename", "replace", "unlink", "rmdir"),
 )
 _STARTED = re.compile(r"(\d+)\s+(\w+)\((.*)")
 

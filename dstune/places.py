@@ -1,7 +1,8 @@
-"""Where the bytes of a source lie, on a disk or behind an address: opened for reading, never copied, never held whole.
+"""Where bytes lie, on a disk or behind an address: opened for reading, never copied, never held whole.
 
 Addresses go to pyarrow's filesystems (s3, gs, abfs, hdfs) and else to fsspec's (hf, memory, sftp, … by the packages installed).
-Credentials come from the environment alone: for S3 the AWS_* variables, `AWS_ENDPOINT_URL` among them.
+Credentials come from the environment alone: for S3 the AWS_* variables, `AWS_ENDPOINT_URL` and
+`AWS_MAX_ATTEMPTS` (how often a request is tried, with growing pauses) among them.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ _REMOTE_BUFFER_BYTES = 8 << 20
 """Each read of an address is a request: fewer and larger."""
 _NOT_OF_CONNECTIONS = ("builtins", "dstune", "zlib")
 _CONNECT_SECONDS, _REQUEST_SECONDS = 10, 60
+_MAX_ATTEMPTS = 5
 _BY_ARROW = ("abfs", "abfss", "hdfs", "viewfs")
 
 
@@ -142,11 +144,6 @@ def as_os_errors() -> Iterator[None]:
         raise
 
 
-def is_address(written: str) -> bool:
-    """Whether a source names its file by an address rather than a path."""
-    return "://" in written
-
-
 def filesystem(address: str) -> _There:
     """The filesystem behind an address. Raises ConfigError for a kind that cannot be opened here."""
     scheme, _, rest = address.partition("://")
@@ -176,11 +173,18 @@ def _s3(bucket: str) -> fs.FileSystem:
     if region is None:
         region = "us-east-1" if endpoint else _region(bucket)
     anonymous = environment.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "yes", "true")
-    return _connected(region, endpoint, anonymous, environment.get("AWS_ACCESS_KEY_ID"))
+    attempts = _attempts(environment.get("AWS_MAX_ATTEMPTS", ""))
+    return _connected(region, endpoint, anonymous, environment.get("AWS_ACCESS_KEY_ID"), attempts)
+
+
+def _attempts(written: str) -> int:
+    if written and not (written.isdecimal() and int(written)):
+        raise ConfigError(Problem("AWS_MAX_ATTEMPTS", repr(written), "how often a request is tried: 1 or more"))
+    return int(written or _MAX_ATTEMPTS)
 
 
 @functools.lru_cache(maxsize=32)
-def _connected(region: str, endpoint: str, anonymous: bool, key: str | None) -> fs.FileSystem:
+def _connected(region: str, endpoint: str, anonymous: bool, key: str | None, attempts: int) -> fs.FileSystem:
     """`key` only tells connections apart: pyarrow reads the credentials itself."""
     parts = urllib.parse.urlsplit(endpoint)
     return fs.S3FileSystem(
@@ -190,6 +194,7 @@ def _connected(region: str, endpoint: str, anonymous: bool, key: str | None) -> 
         anonymous=anonymous,
         connect_timeout=_CONNECT_SECONDS,
         request_timeout=_REQUEST_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
     )
 
 

@@ -1,0 +1,108 @@
+"""Training states on NVMe: whether they can be kept there, and a folder for each worker that a dead one does not leave for ever."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dstune.errors import ConfigError, Problem
+
+_PREFIX = "dstune-swap-"
+_LOCK = "owner.lock"
+
+
+def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states are to be kept on NVMe."""
+    return _offload(ds_config).get("device") == "nvme"
+
+
+def nvme_problems(ds_config: Mapping[str, Any]) -> list[Problem]:
+    """What keeps a config from keeping the optimizer's states on NVMe, as far as the config itself says."""
+    if not uses_nvme(ds_config):
+        return []
+    where, offload = "deepspeed: zero_optimization.offload_optimizer.", _offload(ds_config)
+    problems: list[Problem] = []
+    if ds_config["zero_optimization"].get("stage") != 3:
+        problems.append(Problem(where + "device", "'nvme' below stage 3", "stage 3, or device: cpu"))
+    if not str(offload.get("nvme_path") or "").startswith("/"):
+        problems.append(Problem(where + "nvme_path", f"{offload.get('nvme_path')!r}", "an absolute path"))
+    problems += [
+        Problem(where + key, "is on", "off", "States that are still being written could not be checkpointed.")
+        for key in ("pipeline_read", "pipeline_write")
+        if offload.get(key)
+    ]
+    return problems
+
+
+def require_async_io() -> None:
+    """Raises ConfigError where DeepSpeed's reader and writer of NVMe cannot be compiled on this machine."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import is_ninja_available
+
+    builder: Any = AsyncIOBuilder()
+    missing = [] if is_ninja_available() else ["ninja"]
+    if not builder.is_compatible(verbose=False):
+        missing.append("libaio, or a C++ compiler")
+    if missing:
+        came = f"'nvme', but DeepSpeed's async_io cannot be built here: {' and '.join(missing)} is missing"
+        do = "Install libaio-dev, g++ and ninja on every node, or offload to the CPU."
+        raise ConfigError(Problem("deepspeed: zero_optimization.offload_optimizer.device", came, "cpu", do))
+
+
+class SwapFolder:
+    """A folder of this process's own below `parent`; gone with the process, or with the next one that makes one there."""
+
+    def __init__(self, parent: Path) -> None:
+        """Raises ConfigError where `parent` cannot be written."""
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with _alone(parent):
+                for folder in parent.glob(_PREFIX + "*"):
+                    _remove_if_left(folder)
+                self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+                self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            where = "deepspeed: zero_optimization.offload_optimizer.nvme_path"
+            raise ConfigError(Problem(where, f"{parent}: {error.strerror or error}", "a writable directory")) from None
+        self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def put_into(self, ds_config: dict[str, Any]) -> None:
+        """Have DeepSpeed swap into this folder."""
+        ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(self.path)
+
+
+def _offload(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """One process of the machine at a time: a folder that has no owner yet looks as if its owner were dead."""
+    lock = os.open(parent / f".{_PREFIX}lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """The kernel lets go of a dead process's lock, in whichever container it ran."""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(lock)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Parameters that stay as they are: chosen by patterns, left out of checkpoints, and known again by a digest of the base model's files."""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dstune.errors import ConfigError, Problem
+from dstune.model import names
+from dstune.model.weights import WeightFiles
+from dstune.protocols import Control
+
+_WILD = "*?[]"
+
+
+def freeze(module: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Take `requires_grad` from each parameter that a pattern matches under any of its names (`model.layers.[0-3].*`).
+
+    A tied parameter has several names and is one tensor. Raises ConfigError for a pattern that matches nothing, and where
+    nothing is left to train.
+    """
+    if not patterns:
+        return
+    known = _names(module)
+    problems: list[Problem] = []
+    for pattern in patterns:
+        matched = [parameter for name, parameter in known.items() if fnmatchcase(name, pattern)]
+        if not matched:
+            problems.append(
+                Problem("train.freeze", f"{pattern!r} matches no parameter", do=_near(pattern, list(known)))
+            )
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not problems and not any(parameter.requires_grad for parameter in known.values()):
+        problems.append(Problem("train.freeze", "leaves nothing to train"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def frozen_digest(module: PreTrainedModel, files: WeightFiles, control: Control | None = None) -> str:
+    """SHA-256 over the tensors of `files` that frozen parameters are made of. With `control` each worker reads its share.
+
+    A collective then; the same on every world.
+    """
+    rank, world_size = (control.rank, control.world_size) if control else (0, 1)
+    frozen = {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
+    tensors = names.all_tensors(module)
+    sources = sorted(
+        source
+        for conversion in names.loading_plan(module, files.names())
+        if id(tensors.get(conversion.target)) in frozen
+        for source in conversion.sources
+    )
+    mine = {source: _sha256(files.read(source)) for source in sources[rank::world_size]}
+    shares = control.gather(mine) if control else [mine]
+    lines = sorted(f"{source} {digest}\n" for share in shares for source, digest in share.items())
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+def _names(module: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Every name of every parameter: at run time, tied ones under all of theirs, and as the files have it."""
+    known = dict(module.named_parameters(remove_duplicate=False))
+    return known | {stored: known[name] for name, stored in names.saved_names(module).items() if name in known}
+
+
+def _near(pattern: str, known: list[str]) -> str:
+    plain = "".join(letter for letter in pattern if letter not in _WILD)
+    near = difflib.get_close_matches(plain, known, n=3, cutoff=0.3) or known[:3]
+    return f"Names are such as {', '.join(near)}; `*` stands for any letters."
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(content)).hexdigest()
