@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dstune.config.schema import AdapterSection
+from dstune.config.adapter import AdapterSection
 from dstune.engine.parameters import full_shape, is_partitioned, share
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger

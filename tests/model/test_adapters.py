@@ -9,7 +9,8 @@ from peft import get_peft_model, get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from dstune.config.schema import AdapterSection, ModelSection, RunConfig
+from dstune.config.adapter import AdapterSection
+from dstune.config.schema import ModelSection, RunConfig
 from dstune.errors import ConfigError
 from dstune.model import adapters
 from dstune.model.reference import base_reference, require_same
