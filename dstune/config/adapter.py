@@ -2,13 +2,15 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
-from dstune.config.section import Section
+from dstune.config.section import SECTION
 
 
-class AdapterSection(Section):
+class AdapterSection(BaseModel):
     """Small trainable matrices beside the model's own weights, which stay as they are: `W x + scale * B A x`."""
+
+    model_config = SECTION
 
     kind: Literal["lora", "rslora", "dora"] = "lora"
     """`lora`: scale = alpha / rank; `rslora`: alpha / sqrt(rank), for high ranks; `dora`: lora, and a trained length for each

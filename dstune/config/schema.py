@@ -2,14 +2,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.adapter import AdapterSection
-from dstune.config.section import Section
+from dstune.config.section import SECTION
 from dstune.config.units import parse_every
 from dstune.paths import is_address
 
 _FILE = "file://"
+
+
+class Section(BaseModel):
+    """A part of the run file: typed, frozen, no unknown keys, documented under each field."""
+
+    model_config = SECTION
 
 
 class ModelSection(Section):

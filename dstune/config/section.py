@@ -1,9 +1,6 @@
 """What every part of a run file has in common."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
-
-class Section(BaseModel):
-    """A part of the run file: typed, frozen, no unknown keys, documented under each field."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+SECTION = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+"""Typed, frozen, no unknown keys, documented under each field."""
