@@ -59,6 +59,15 @@ class DeepSpeedCheckpoint:
         """
         self.directory = _tag_directory(directory, tag)
         self._skip_objects = skip_objects
+        try:
+            self._look()
+        except CheckpointError:
+            raise
+        except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+            came = f"its records are not laid out as DeepSpeed's are: {error!r}"
+            raise CheckpointError(Problem(str(self.directory), came, "a checkpoint of ZeRO stage 1, 2 or 3")) from error
+
+    def _look(self) -> None:
         files = _optimizer_files(self.directory)
         first = self._optimizer(files[min(files)])
         self.world_size: int = _partition_count(files[min(files)], first)
@@ -106,6 +115,11 @@ class DeepSpeedCheckpoint:
     def frozen(self) -> Mapping[str, tuple[int, ...]]:
         """Parameters that were not trained, where the checkpoint names them."""
         return {name: tuple(shape) for name, shape in (self._model.get("frozen_param_shapes") or {}).items()}
+
+    @property
+    def buffers(self) -> list[str]:
+        """The persistent buffers that it holds (they are not imported: training does not change them)."""
+        return list(self._model.get("buffer_names") or ())
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
@@ -235,7 +249,7 @@ class DeepSpeedCheckpoint:
             for place in self._places[rank]:
                 for state in self.states:
                     flat = flats[place.group].get(state)
-                    if flat is None or flat.dim() != 1 or flat.numel() < place.start + place.length:
+                    if flat is None or flat.dim() != 1 or not 0 <= place.start <= flat.numel() - place.length:
                         came = f"has not all of {state} of {place.name}"
                         do = "States on NVMe, or in 8 bits, cannot be imported; train on without them from an export."
                         raise CheckpointError(Problem(str(file), came, "a flat tensor of it", do))

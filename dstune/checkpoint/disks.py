@@ -1,5 +1,6 @@
 """Which workers see the same disk: found by looking for each other's files, whatever the disks and the nodes are called."""
 
+import contextlib
 import secrets
 import socket
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ def leaders(directory: Path, control: Control) -> list[int]:
         came = f"{error.problems[0].where}: {error.problems[0].came}"
         raise ConfigError(Problem("checkpoint.dir", came, "a directory that every worker can write to")) from None
     finally:
-        marks[control.rank].unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where no mark could be left, none is there to be taken away
+            marks[control.rank].unlink()
 
 
 def _first_seen(marks: Sequence[Path]) -> int:

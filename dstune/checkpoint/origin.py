@@ -80,7 +80,8 @@ def choose(
 
 
 def _whole(step: int, here: Checkpoint | None, store: Store, into: Path) -> Checkpoint:
-    if here and not (problems := resolve.verify(here)):
+    problems = resolve.verify(here) if here else []
+    if here and not problems:
         return here
     if here:
         log.warning("%s: %s; looking into the store", here.directory, "; ".join(problems))

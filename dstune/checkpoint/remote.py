@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 _PIECE_BYTES = 64 << 30
 """pyarrow's uploads end at 10,000 parts of 10 MiB, 98 GiB."""
-_PIECE = re.compile(r"(.+)\.part-(\d{5})-of-(\d{5})")
+_PIECE = re.compile(r"(.+)\.part-\d{5}-of-\d{5}")
 _MAX_THREADS = 8
 _MANIFEST = CheckpointPaths(Path()).manifest.name
 
@@ -339,6 +339,6 @@ def _pieces(name: str, objects: Mapping[str, int]) -> list[str]:
     if name in objects:
         return [name]
     found = sorted(piece for piece in objects if _file_of(piece) == name)
-    count = int(_PIECE.fullmatch(found[0]).group(3)) if found else 0
+    count = int(found[0].rpartition("-of-")[2]) if found else 0
     expected = [f"{name}.part-{number:05d}-of-{count:05d}" for number in range(count)]
     return expected if found == expected else []

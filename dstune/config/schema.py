@@ -300,7 +300,7 @@ class CheckpointSection(Section):
     keep_every: int | None = Field(default=None, ge=1)
     """Saves at steps that this divides stay for ever (`1000`, with `every: 200`)."""
     best: str | None = None
-    """A metric of the validation (`loss`); its best checkpoint is kept too."""
+    """A metric of the validation (`loss`), which is then measured before every save; its best checkpoint is kept too."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the metric's smallest or largest value is the best."""
     dir: str | None = None

@@ -80,7 +80,7 @@ def _write(paths: RunPaths, checkpoint: Path, target: Path, form: Form) -> None:
     loaded = rundir.load(paths)
     config, base = loaded.config, loaded.base
     max_file_bytes = huggingface.MAX_FILE_BYTES if form.max_shard_size is None else _size(form.max_shard_size)
-    threads = form.threads or min(_MOST_THREADS, os.cpu_count() or 1)
+    threads = max(1, form.threads or min(_MOST_THREADS, os.cpu_count() or 1))
     if form.to == "huggingface":
         noted = rundir.environment(paths).get("prepared")
         huggingface.export(

@@ -205,6 +205,8 @@ def _notes(source: DeepSpeedCheckpoint, loaded: LoadedRun, state: TrainState) ->
         notes.append(f"train.global_batch_size is {batch}, DeepSpeed's steps took {source.batch_size} rows")
     if state.step != source.global_steps:
         notes.append(f"DeepSpeed stood at step {source.global_steps}; --step says {state.step}")
+    if source.buffers:
+        notes.append(f"buffers are taken from the model itself, not from there: {', '.join(source.buffers[:5])}")
     rate = learning_rate(train, state.step, state.total_steps)
     last = source.settings.get("lr")
     if last is not None and abs(float(last) - rate) > _SAME_RATE * rate:
@@ -230,13 +232,13 @@ def _stored_names(source: DeepSpeedCheckpoint, loaded: LoadedRun) -> dict[str, s
     if missing := [state for state in ("fp32", *rule.states, *rule.hidden_states) if state not in source.states]:
         came = f"holds {', '.join(source.states)}, and {', '.join(missing)} is not among them"
         raise CheckpointError(Problem(str(source.directory), came, f"the states of {train.optimizer}"))
-    targets = _targets([*source.shapes, *source.frozen], outline, source.directory)
+    target_of = targets([*source.shapes, *source.frozen], outline, source.directory)
     stored = names.saved_names(outline)
     parameters = dict(outline.named_parameters())
     problems: list[str] = []
     found: dict[str, str] = {}
     for name, shape in source.shapes.items():
-        target = targets[name]
+        target = target_of[name]
         if target in found:
             problems.append(f"{name} and {found[target]} are two weights there and one (tied) here")
         elif target not in parameters or not parameters[target].requires_grad:
@@ -244,7 +246,7 @@ def _stored_names(source: DeepSpeedCheckpoint, loaded: LoadedRun) -> dict[str, s
         elif tuple(parameters[target].shape) != shape:
             problems.append(f"{name} has shape {list(shape)}, this run's model {list(parameters[target].shape)}")
         found[target] = name
-    frozen = {targets[name]: name for name in source.frozen}
+    frozen = {target_of[name]: name for name in source.frozen}
     for name, parameter in parameters.items():
         if parameter.requires_grad and name not in found:
             problems.append(f"{name} {'was frozen there and is trained here' if name in frozen else 'is not in it'}")
@@ -255,11 +257,14 @@ def _stored_names(source: DeepSpeedCheckpoint, loaded: LoadedRun) -> dict[str, s
         )
     untouched = {name: frozen[name] for name in frozen if name in parameters and name not in found}
     _check_frozen(source, untouched, outline, loaded)
-    return {name: stored.get(targets[name], targets[name]) for name in source.shapes}
+    return {name: stored.get(target_of[name], target_of[name]) for name in source.shapes}
 
 
-def _targets(theirs: list[str], outline: PreTrainedModel, directory: Path) -> dict[str, str]:
-    """Each of DeepSpeed's names as the model's own: wrappers put a prefix before all (`module.`), older versions named otherwise."""
+def targets(theirs: list[str], outline: PreTrainedModel, directory: Path) -> dict[str, str]:
+    """Each of DeepSpeed's names as the model's own: wrappers put a prefix before all (`module.`), older versions named otherwise.
+
+    Raises CheckpointError for one that the model has not.
+    """
     ours = names.canonical_names(outline)
     prefixes = {name[: -len(own)] for name in theirs[:1] for own in ours if name == own or name.endswith(f".{own}")}
     for prefix in ["", *sorted(prefixes - {""}, key=len)]:
@@ -268,7 +273,8 @@ def _targets(theirs: list[str], outline: PreTrainedModel, directory: Path) -> di
         found = {name: ours.get(own) or ours.get(renamed.get(own, "")) for name, own in bare.items()}
         if all(found.values()):
             return {name: target for name, target in found.items() if target}
-    strange = next(name for name in theirs if name not in ours)
+    longest = max(prefixes, key=len, default="")
+    strange = next((name for name in theirs if name.removeprefix(longest) not in ours), theirs[0])
     came = f"has {strange}, which {type(outline).__name__} has not as one parameter"
     raise CheckpointError(Problem(str(directory), came, "a checkpoint of this run's model.path"))
 

@@ -95,6 +95,7 @@ class Loop:
         self._saved_step = state.step
         self._checkpoint_seconds = 0.0
         self._metrics: dict[str, float] = {}
+        self._measured_at = -1
 
     def run(self) -> LoopEnd:
         """Take every step that is left. Raises Diverged after too many non-finite steps in a row, and what the saver raises."""
@@ -112,7 +113,8 @@ class Loop:
         while self.state.step < self.plan.total_steps:
             reason, due = self._step()
             done = self.state.step == self.plan.total_steps
-            if self.validator and (done or self.state.step % self.config.validate_.every == 0):
+            judged = due and reason is None and self.config.checkpoint.best is not None  # a stop does not wait for it
+            if self.validator and (done or judged or self.state.step % self.config.validate_.every == 0):
                 self._validate()
             if due or done or reason is not None:
                 self._commit()
@@ -224,7 +226,8 @@ class Loop:
     def _validate(self) -> None:
         assert self.validator is not None
         record = self.validator.run(self.state.step)
-        self._metrics["loss"] = record.loss
+        self._metrics = {"loss": record.loss}
+        self._measured_at = self.state.step
         if self.control.rank == 0:
             self.books.validation(record)
 
@@ -232,7 +235,7 @@ class Loop:
         if self._saved_step == self.state.step:
             return
         started = time.perf_counter()
-        self.saver.save(self.state, dict(self._metrics))
+        self.saver.save(self.state, self._metrics if self._measured_at == self.state.step else {})
         self._saved_step = self.state.step
         self._checkpoint_seconds += time.perf_counter() - started
         self._cadence.saved()

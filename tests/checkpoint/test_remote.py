@@ -186,6 +186,12 @@ def test_a_store_that_cannot_be_written_to_is_told_before_training(
         Store("nowhere://x")
 
 
+def test_a_directory_that_cannot_be_written_to_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir: .*worker 0 on .*Not a directory"):
+        Home.find(tmp_path / "file" / "checkpoints", None, Alone())
+
+
 # --- any filesystem --------------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ def _curves() -> dict[str, Any]:
             engine = tiny.engine(world, stage, dtype="fp32", optimizer=name)
             weights = {piece.name: piece.tensor.clone() for piece in engine.slices() if piece.state == "fp32"}
             curves[name].append((_plain(name, weights), tiny.train(engine, world, STEPS)))
-    with pytest.raises(CheckpointError, match="has the states of lion, and the run wants adagrad"):
+    with pytest.raises(CheckpointError, match="has the states of lion, and the run wants muon"):
         engine.load_extra_state({"optimizer": "lion"})
     world.close()
     return curves

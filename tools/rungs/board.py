@@ -18,6 +18,9 @@ T = TypeVar("T")
 EVERY = 3
 """Steps between two commits of the runs that are disturbed; all of them take 12."""
 
+LONGER: Mapping[str, Mapping[str, Any]] = {"train": {"max_steps": 60}}
+"""For what takes a while to be noticed."""
+
 
 class Board:
     """One climb of the ladder."""
@@ -51,6 +54,11 @@ class Board:
         """The run that nothing disturbs, committed at every step."""
         return finished(self.write_run(self.fresh("reference"), checkpoint={"every": 1}))
 
+    @functools.cached_property
+    def long_reference(self) -> RunPaths:
+        """The same over `LONGER`."""
+        return finished(self.write_run(self.fresh("long-reference"), **LONGER))
+
     def halfway(self) -> RunPaths:
         """A copy of a run that was stopped with several commits made and steps left."""
         copy = self.fresh("copy") / "tiny"
@@ -71,7 +79,7 @@ class Board:
         path = self.folder / "arithmetic.jsonl"
         draw = random.Random(0)
         with path.open("w", encoding="utf-8") as file:
-            for number in range(400):
+            for number in range(290):
                 one, other = draw.randrange(10_000), number
                 record = {"instruction": f"Add {one} to {other}, and show how.", "output": _sum(one, other)}
                 file.write(json.dumps(record) + "\n")

@@ -15,7 +15,7 @@ from tests.launch.ray_cluster import RayHead
 from tests.launch.slurm_cluster import ticks
 from tests.runs.tiny import dstune, metrics
 from tests.spawn import read_lines
-from tools.rungs.board import Board, expect_exact
+from tools.rungs.board import LONGER, Board, expect_exact
 from tools.rungs.tally import Failed, Tally, expect
 
 _RESUMED_SECONDS = 60.0
@@ -23,15 +23,14 @@ _WAIT_SECONDS = 180.0
 
 
 def killed_raylet(tally: Tally, board: Board) -> None:
-    """kill -9 of the raylet, and of the Ray head's control store, under an embedded Ray: the driver starts another by itself."""
+    """kill -9 of the raylet of an embedded Ray: the driver starts another by itself."""
     for seed in board.seeds:
-        part = ("raylet", "gcs_server")[seed % 2]
-        with tally.trial(seed, killed=part):
+        with tally.trial(seed, killed="raylet"):
             run, paths = _new(board)
             process = dstune("train", run, "--json")
             with _ended_after(process):
                 _until(lambda paths=paths: _steps(paths) >= 4, process)
-                _kill_part(process.pid, part)
+                _kill_raylet(process.pid)
                 _expect_soon(tally, paths, process)
                 _expect_succeeded(process, paths, board)
 
@@ -68,25 +67,25 @@ def killed_head(tally: Tally, board: Board) -> None:
                 _said("logs", paths.root, "--follow")
                 status = _said("status", paths.root)
                 expect(status["state"] == "succeeded", f"submitted again, the run ended as {status}")
-            expect_exact(paths, board.reference)
+            expect_exact(paths, board.long_reference)
 
 
 def _new(board: Board) -> tuple[Path, RunPaths]:
     folder = board.fresh("ray")
-    return board.write_run(folder), RunPaths(folder / "runs/tiny")
+    return board.write_run(folder, **LONGER), RunPaths(folder / "runs/tiny")
 
 
 def _steps(paths: RunPaths) -> int:
     return len(read_lines(paths.metrics)) if paths.metrics.exists() else 0
 
 
-def _kill_part(driver: int, part: str) -> None:
-    """SIGKILL one of the processes of the Ray that the driver holds: in the session of a child of the driver's."""
+def _kill_raylet(driver: int) -> None:
+    """SIGKILL the raylet of the Ray that the driver holds: it is in the session of a child of the driver's."""
     table = subprocess.run(["ps", "-eo", "pid=,ppid=,sid=,comm="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 3) for line in table.splitlines()]
     sessions = {pid for pid, parent, _, _ in rows if parent == str(driver)}
-    found = [pid for pid, _, session, name in rows if session in sessions and name.strip() == part]
-    expect(len(found) == 1, f"{len(found)} processes {part} in sessions {sessions}")
+    found = [pid for pid, _, session, name in rows if session in sessions and name.strip() == "raylet"]
+    expect(len(found) == 1, f"{len(found)} raylets in sessions {sessions}")
     os.kill(int(found[0]), signal.SIGKILL)
 
 
@@ -111,7 +110,7 @@ def _expect_succeeded(process: Any, paths: RunPaths, board: Board) -> None:
     out, err = process.communicate(timeout=_WAIT_SECONDS)
     expect(process.returncode == 0, f"exit status {process.returncode}: {err[-2000:]}")
     expect(json.loads(out)["state"] == "succeeded", f"the run ended as {out}")
-    expect_exact(paths, board.reference)
+    expect_exact(paths, board.long_reference)
 
 
 def _said(*words: str | Path) -> Any:
