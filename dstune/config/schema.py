@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dstune.config.adapter import AdapterSection
+from dstune.config.section import SECTION
 from dstune.config.units import parse_every
 from dstune.paths import is_address
 
@@ -13,41 +15,7 @@ _FILE = "file://"
 class Section(BaseModel):
     """A part of the run file: typed, frozen, no unknown keys, documented under each field."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
-
-
-class AdapterSection(Section):
-    """Small trainable matrices beside the model's own weights, which stay as they are: `W x + scale * B A x`."""
-
-    kind: Literal["lora", "rslora", "dora"] = "lora"
-    """`lora`: scale = alpha / rank; `rslora`: alpha / sqrt(rank), for high ranks; `dora`: lora, and a trained length for each
-    output (slower; often better at low ranks)."""
-    rank: int = Field(default=16, ge=1)
-    """Columns of B and rows of A."""
-    alpha: int = Field(default=32, ge=1)
-    """How much the adapter counts: see `kind`."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of A's inputs that are left out at random while training."""
-    targets: Literal["auto"] | list[str] = "auto"
-    """Which linear layers: `auto` takes all but the output head; or names and patterns (`q_proj`, `layers.1?.mlp.*`)."""
-    modules_to_save: list[str] = []
-    """Modules that are trained in full and kept with the adapter, by the same patterns (`embed_tokens`, `lm_head`)."""
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _no_4bit(cls, kind: Any) -> Any:
-        if kind == "qlora":
-            raise ValueError(
-                "weights in 4 bits cannot be partitioned here yet; take `lora`, which ZeRO-3 splits over the workers"
-            )
-        return kind
-
-    @field_validator("targets")
-    @classmethod
-    def _some_targets(cls, targets: Any) -> Any:
-        if targets == []:
-            raise ValueError("names no layer; leave it out for all of them")
-        return targets
+    model_config = SECTION
 
 
 class ModelSection(Section):
@@ -408,18 +376,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _frozen_weights_are_kept_somewhere(self) -> "RunConfig":
+        if self.train.freeze and self.model.adapter is not None:
+            raise ValueError("give either `train.freeze` or `model.adapter`: an adapter leaves all else frozen")
         if self.train.freeze and (self.model.init == "random" or self.model.path.startswith("builtin:")):
             raise ValueError(
                 "`train.freeze` wants a pretrained model: frozen weights are in no checkpoint but in its files"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_choice_of_what_is_trained(self) -> "RunConfig":
-        if self.train.freeze and self.model.adapter is not None:
-            raise ValueError(
-                "`train.freeze` does not go with `model.adapter`, which leaves all the model's own weights as they are; "
-                "`model.adapter.targets` says which layers get one"
             )
         return self
 

@@ -18,14 +18,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dstune.config.schema import AdapterSection
-from dstune.engine.parameters import is_partitioned, share
+from dstune.config.adapter import AdapterSection
+from dstune.engine.parameters import full_shape, is_partitioned, share
 from dstune.errors import ConfigError, Problem
+from dstune.loggers import get_logger
 from dstune.model.names import canonical_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
+
+log = get_logger(__name__)
 
 ADAPTER = "default"
 """peft's own name for an adapter that was given none; left out in its files."""
@@ -156,6 +159,11 @@ def attach(model: PreTrainedModel, adapter: AdapterSection, seed: int) -> None:
     for name in chosen.saved:
         model.get_submodule(name).requires_grad_(True)
     config.modules_to_save = list(chosen.saved) or None
+    trained = sum(math.prod(full_shape(one)) for one in model.parameters() if one.requires_grad)
+    everything = sum(math.prod(full_shape(one)) for one in model.parameters())
+    log.info(
+        "%s of rank %d: %s of %s parameters are trained", adapter.kind, adapter.rank, f"{trained:,}", f"{everything:,}"
+    )
 
 
 def layers(model: torch.nn.Module) -> Iterator[tuple[str, "LoraLayer"]]:

@@ -16,6 +16,7 @@ from dstune.config.schema import RunConfig
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import CheckpointError, ConfigError, RunFailed, UsageError
+from dstune.exporting import state_dict
 from dstune.exporting.huggingface import export
 from dstune.exporting.initial import commit_initial
 from dstune.model.build import build, checkpoint_names
@@ -106,6 +107,14 @@ def test_peft_transformers_and_dstune_give_the_logits_of_the_engine(trained, tmp
     export(checkpoint, tmp_path / "whole", config, Path(), dtype="fp32", merged=True, max_file_bytes=60_000)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_plain_fp32_weights_have_the_adapter_in_them(trained, tmp_path):
+    config, checkpoint, expected = trained("mixtral")
+    state_dict.export(checkpoint, tmp_path / "out", config, Path(), threads=2)
+    model = tiny("mixtral", seed=5)
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
 
 

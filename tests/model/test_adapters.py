@@ -9,7 +9,8 @@ from peft import get_peft_model, get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from dstune.config.schema import AdapterSection, ModelSection
+from dstune.config.adapter import AdapterSection
+from dstune.config.schema import ModelSection, RunConfig
 from dstune.errors import ConfigError
 from dstune.model import adapters
 from dstune.model.reference import base_reference, require_same
@@ -59,6 +60,9 @@ def test_settings_that_make_no_sense_are_refused():
         AdapterSection.model_validate({"kind": "qlora"})
     with pytest.raises(ValidationError, match="names no layer"):
         AdapterSection.model_validate({"targets": []})
+    model, data = {"path": "x", "adapter": {}}, {"sources": [{"path": "y"}]}
+    with pytest.raises(ValidationError, match=r"either `train\.freeze` or `model\.adapter`"):
+        RunConfig.model_validate({"name": "z", "model": model, "data": data, "train": {"freeze": ["*norm*"]}})
 
 
 @pytest.mark.parametrize(
