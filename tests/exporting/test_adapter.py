@@ -22,6 +22,7 @@ from dstune.exporting.initial import commit_initial
 from dstune.model.build import build, checkpoint_names
 from dstune.model.open import open_model
 from dstune.model.reference import base_reference
+from dstune.model.weights import WeightFiles
 from dstune.paths import step_directory
 from tests.evaluation.models import TOKENIZER
 from tests.model.architectures import tiny
@@ -108,6 +109,28 @@ def test_peft_transformers_and_dstune_give_the_logits_of_the_engine(trained, tmp
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["dora", "gpt2-dora"])
+def test_a_merged_adapter_is_made_a_few_rows_at_a_time(trained, tmp_path, monkeypatch, case):
+    config, checkpoint, _ = trained(case)
+    export(checkpoint, tmp_path / "whole", config, Path(), dtype="fp32", merged=True)
+    asked: list[int] = []
+    read_range = WeightFiles.read_range
+
+    def counting(self, name, start, stop):
+        asked.append(stop - start)
+        return read_range(self, name, start, stop)
+
+    monkeypatch.setattr(WeightFiles, "read_range", counting)
+    monkeypatch.setattr("dstune.exporting.tensors._PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr("dstune.exporting.merged._BLOCK_ELEMENTS", 300)
+    export(checkpoint, tmp_path / "pieces", config, Path(), dtype="fp32", merged=True)
+    assert max(asked) == 1000
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
 
 
 def test_plain_fp32_weights_have_the_adapter_in_them(trained, tmp_path):

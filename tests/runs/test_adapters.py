@@ -11,7 +11,7 @@ from dstune import api
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.data.conversation import Conversation, Message
-from dstune.errors import ConfigError
+from dstune.errors import ConfigError, UsageError
 from dstune.generate import Settings, generate
 from dstune.launch import rundir, start
 from dstune.model.open import open_model
@@ -72,6 +72,10 @@ def test_a_run_becomes_an_adapter_that_dstune_opens_and_goes_with_no_other_base(
     out = api.export(paths.root)
     opened = open_model(str(paths.root), device="cpu")
     assert out == paths.export and opened.dtype == "fp32", "as the base model's files"
+    with pytest.raises(UsageError, match="With --merged"):
+        api.export(paths.root, tmp_path / "whole", to="deepspeed-fp32")
+    with pytest.raises(UsageError, match="is one file"):
+        api.export(paths.root, tmp_path / "whole", max_shard_size="1GB")
     api.export(paths.root, tmp_path / "whole", merged=True)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -87,6 +91,11 @@ def test_a_run_becomes_an_adapter_that_dstune_opens_and_goes_with_no_other_base(
     end = drive(paths.root, 1, new=False, max_failures=3)
     assert end.state == "failed" and "the same base model, unchanged" in end.message
     assert len([event for event in read_lines(paths.events) if event["event"] == "attempt_started"]) == 3
+
+
+def test_deepspeeds_checkpoints_are_not_imported_beside_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"model\.adapter: .* trains an adapter"):
+        api.import_deepspeed(run_file(tmp_path, {}), tmp_path)
 
 
 def test_what_fits_no_layer_is_found_before_anything_is_prepared(tmp_path: Path) -> None:

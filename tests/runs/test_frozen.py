@@ -7,10 +7,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from dstune import api
 from dstune.checkpoint.reader import Reader
 from dstune.config.load import load_run
 from dstune.config.schema import ModelSection
 from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
+from dstune.errors import UsageError
 from dstune.exporting.huggingface import export
 from dstune.launch import rundir
 from dstune.model.config import load_config
@@ -51,6 +53,9 @@ def test_a_run_leaves_frozen_weights_alone_and_wants_them_back(tmp_path: Path) -
     export(checkpoint, tmp_path / "out", loaded.config, loaded.base, dtype="fp32")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor(EMBEDDING), embedding)
+
+    with pytest.raises(UsageError, match="trained the model itself, not an adapter"):
+        api.export(paths.root, tmp_path / "merged", merged=True)
 
     _base_model(tmp_path / "model")  # other random weights
     rundir.change(paths, ["train.max_steps=8"])
