@@ -130,6 +130,9 @@ def killed_at_random_moments(tally: Tally, board: Board) -> None:
                 expect(lost - behind <= EVERY, f"{lost} steps lost, {behind} of them behind a save in flight")
 
 
+_STANDS_SECONDS = 1.5
+"""A save that is there for so long is the one that was delayed, not one that was under way when strace came."""
+
 # --- 4: a late worker ----------------------------------------------------------------------------------------------
 
 
@@ -178,12 +181,13 @@ def _starts(paths: RunPaths) -> list[int]:
 
 
 def _step_in_save(paths: RunPaths, rank: int) -> int:
-    """Wait until that worker's shard of an unfinished save is there; its step, 0 where none came."""
+    """Wait until that worker's shard of an unfinished save is there, and stays; its step, 0 where none came."""
     pause = threading.Event()
     for _ in range(3000):
         for shard in paths.checkpoints.glob(f"step-*.tmp-*/shard-{rank:05d}-of-*"):
-            pause.wait(0.3)  # it writes what it can
-            return int(shard.parent.name[5:13])
+            pause.wait(_STANDS_SECONDS)
+            if shard.exists():
+                return int(shard.parent.name[5:13])
         pause.wait(0.01)
     return 0
 
