@@ -68,7 +68,7 @@ class _Disturb(Observer):
 
     def __init__(self, step: int, delay: float, act: Callable[[list[int]], None]) -> None:
         self.step, self.delay, self.act = step, delay, act
-        self.begun, self.done = False, threading.Event()
+        self.begun = False
         self.pids: list[int] = []
 
     def on_event(self, record: dict[str, Any]) -> None:
@@ -82,11 +82,7 @@ class _Disturb(Observer):
     def _look(self, step: int) -> None:
         if step >= self.step and not self.begun:
             self.begun = True
-            threading.Timer(self.delay, self._disturb).start()
-
-    def _disturb(self) -> None:
-        self.act(self.pids)
-        self.done.set()
+            threading.Timer(self.delay, self.act, [self.pids]).start()
 
 
 class _KillOne(_Disturb):
@@ -123,9 +119,7 @@ def killed_at_random_moments(tally: Tally, board: Board) -> None:
             tally.count("killed", len(starts) - 1)
             if len(starts) > 1:
                 tally.largest("most_steps_lost", killer.steps - starts[1])
-                due = (
-                    killer.steps - killer.steps % EVERY
-                )  # perhaps in flight; the one before was committed when it began
+                due = killer.steps - killer.steps % EVERY  # in flight perhaps; the one before it is committed
                 expect(starts[1] >= due - EVERY, f"killed behind step {killer.steps}, it went on from {starts[1]}")
 
 
