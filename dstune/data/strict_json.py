@@ -66,7 +66,7 @@ def _num_keys(value: Any, depth: int) -> int:
     return 0
 
 
-def _careful(raw: bytes, what: str) -> Any:
+def _careful(raw: bytes, what: str = "the record") -> Any:
     """`parse`, by Python's reader, which says what is wrong and where."""
     try:
         text = raw.decode("utf-8")
