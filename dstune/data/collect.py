@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstune.config.schema import DataSection
+from dstune.data.column import Column
 from dstune.data.duplicates import Digests
 from dstune.data.shard_writer import ShardWriter, StoredArray
 from dstune.data.tally import FileTally, Rejects
@@ -32,8 +33,8 @@ class Collector:
         self._tallies = tallies
         self._writer = writer
         self._rejects = rejects
-        self._records: list[npt.NDArray[np.int64]] = []
-        self._digests: list[Digests] = []
+        self._records = Column(np.int64)
+        self._digests = Column(np.uint64)
         self._place = (-1, -1)
         self._next_part = 0
         self._problems: list[Problem] = []
@@ -44,11 +45,11 @@ class Collector:
 
     def records(self) -> npt.NDArray[np.int64]:
         """[examples] number of the record that each example comes from, ascending."""
-        return np.concatenate([np.zeros(0, dtype=np.int64), *self._records])
+        return self._records.values()
 
     def digests(self) -> Digests:
         """[examples, 2] what exact repetitions have in common; empty where they are not looked for."""
-        return np.concatenate([np.zeros((0, 2), dtype=np.uint64), *self._digests])
+        return self._digests.values().reshape(-1, 2)
 
     def take(self, result: Result, signatures: StoredArray | None = None) -> None:
         """Count and store one chunk's records. Raises DataError naming every bad one of the chunk."""
@@ -68,9 +69,9 @@ class Collector:
             end = [Problem("", f"… and {more} more up to line {result.last_line}")] if more > 0 else []
             raise DataError(self._problems[:_SHOWN] + end)
         self._writer.add(block)
-        self._records.append(result.records + self.num_records)
+        self._records.add(result.records + self.num_records)
         if result.digests is not None:
-            self._digests.append(result.digests)
+            self._digests.add(result.digests.reshape(-1))
         if signatures is not None and result.signatures is not None:
             signatures.add(result.signatures)
         self.num_records += result.num_records

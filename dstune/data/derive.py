@@ -20,6 +20,7 @@ import numpy.typing as npt
 from dstune import atomic
 from dstune.data import manifest, schedule
 from dstune.data.block import Block
+from dstune.data.examples import numbers_of_source
 from dstune.data.mixing import epoch_shares
 from dstune.data.pack import one_per_row, pack
 from dstune.data.place import build_once
@@ -85,7 +86,7 @@ class _Derivation:
         settings = self._base.manifest["settings"]
         taken = lengths[epoch]
         rows = pack(taken, int(settings["max_length"])) if settings["packing"] else one_per_row(len(taken))
-        items = epoch[rows.items].astype(np.int32)
+        items = epoch[rows.items]
         files = [
             *shards,
             rejects,
@@ -129,7 +130,7 @@ class _Derivation:
         }
         return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
-    def _epochs(self, files: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
+    def _epochs(self, files: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
         """What each source of the run file brings to an epoch; `files` [kept examples] as they are numbered here."""
         settings, listed = self._base.manifest["settings"], self._base.manifest["source_settings"]
         of_source = self._of_source(files)
@@ -142,15 +143,15 @@ class _Derivation:
             for place, (numbers, share) in enumerate(zip(of_source, shares, strict=True))
         ]
 
-    def _of_source(self, files: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
-        source_of_file = np.array([file["source"] for file in self._base.manifest["sources"]], dtype=np.int64)
+    def _of_source(self, files: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+        source_of_file = [file["source"] for file in self._base.manifest["sources"]]
         return [
-            np.flatnonzero(source_of_file[files] == number)
+            numbers_of_source(source_of_file, files, number)
             for number in range(len(self._base.manifest["source_settings"]))
         ]
 
     def _source_settings(
-        self, epochs: Sequence[npt.NDArray[np.int64]], files: npt.NDArray[np.int32]
+        self, epochs: Sequence[npt.NDArray[np.int32]], files: npt.NDArray[np.int32]
     ) -> list[dict[str, Any]]:
         return [
             {**source, "examples": len(numbers), "examples_per_epoch": len(epoch)}

@@ -167,16 +167,29 @@ def find_duplicates(exact: Digests, signatures: Signatures | None, settings: Ded
 def _exact(digests: Digests) -> IntArray:
     """[n] The first example with the same digest; -1 for that one."""
     of = np.full(len(digests), -1, np.int64)
-    if len(of):
-        order = np.lexsort((digests[:, 1], digests[:, 0]))
-        new = np.ones(len(of), np.bool_)
-        new[1:] = False
-        for column in range(digests.shape[1]):
-            ordered = digests[order, column]
-            new[1:] |= ordered[1:] != ordered[:-1]
+    members = _shared_firsts(digests[:, 0])
+    if len(members):
+        found = digests[members]
+        order = np.lexsort((found[:, 1], found[:, 0]))
+        new = np.ones(len(members), np.bool_)
+        new[1:] = (found[order][1:] != found[order][:-1]).any(1)
         leaders = order[new][np.cumsum(new) - 1]
-        of[order] = np.where(leaders == order, -1, leaders)
+        of[members[order]] = np.where(leaders == order, -1, members[leaders])
     return of
+
+
+def _shared_firsts(column: HashArray) -> IntArray:
+    """The examples, ascending, whose value in `column` another one has too: what is looked at closely, and seldom many."""
+    ordered = np.sort(column)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(shared):
+        return np.zeros(0, np.int64)
+    found: list[IntArray] = []
+    for at in range(0, len(column), _ROWS_AT_ONCE):
+        values = column[at : at + _ROWS_AT_ONCE]
+        places = np.minimum(np.searchsorted(shared, values), len(shared) - 1)
+        found.append(np.flatnonzero(shared[places] == values) + at)
+    return np.concatenate(found)
 
 
 class _Near:

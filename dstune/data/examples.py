@@ -37,10 +37,9 @@ class Examples:
         if len(self.kept) != len(self.files):
             object.__setattr__(self, "kept", np.ones(len(self.files), dtype=np.bool_))
 
-    def of_source(self, source: int) -> npt.NDArray[np.int64]:
+    def of_source(self, source: int) -> npt.NDArray[np.int32]:
         """The numbers of a source's examples, ascending."""
-        of_tally = np.array([tally.source for tally in self.tallies])
-        return np.flatnonzero(of_tally[self.files] == source)
+        return numbers_of_source([tally.source for tally in self.tallies], self.files, source)
 
     def described(self) -> list[dict[str, Any]]:
         """The manifest's entry of each file: what became of its records anywhere, and what of it stands in this directory."""
@@ -57,6 +56,13 @@ class Examples:
         records = self.records[chosen]
         found = (writer.lengths(), writer.supervised(), writer.files(), records)
         return Examples(self.tallies, shards, *found, rejects=rejects)
+
+
+def numbers_of_source(
+    source_of_file: Sequence[int], files: npt.NDArray[np.int32], source: int
+) -> npt.NDArray[np.int32]:
+    """The numbers of the examples whose file [examples] belongs to `source`, ascending."""
+    return np.flatnonzero(np.equal(source_of_file, source)[files]).astype(np.int32)
 
 
 def share_out(
@@ -76,18 +82,30 @@ def share_out(
 
 def drop_duplicates(found: Duplicates, examples: "Examples", shards: Path, rejects: Rejects) -> None:
     """Count and list the repetitions: each with what it repeats."""
-    places = [
-        (block.lines.copy(), block.parts.copy())
-        for shard in examples.shards
-        for block in read_blocks(shards / shard.name)
-    ]
-    lines, parts = (np.concatenate(column) for column in zip(*places, strict=True))
-    for number in np.flatnonzero(~found.kept).tolist():
+    dropped = np.flatnonzero(~found.kept)
+    named = np.union1d(dropped, found.of[dropped])
+    lines, parts = _places(named, examples, shards)
+    for number in dropped.tolist():
         of, similarity = int(found.of[number]), float(found.similarity[number])
         tally, other = examples.tallies[int(examples.files[number])], examples.tallies[int(examples.files[of])]
         reason = DUPLICATE if similarity >= 1 else NEAR_DUPLICATE
         tally.dropped[reason] += 1
         tally.kept -= 1
-        where = f"{other.path}:{lines[of]}" + (f" part {parts[of]}" if parts[of] else "")
+        here, there = np.searchsorted(named, (number, of)).tolist()
+        where = f"{other.path}:{lines[there]}" + (f" part {parts[there]}" if parts[there] else "")
         detail = f"repeats {where}" + ("" if similarity >= 1 else f", {similarity:.2f} alike")
-        rejects.add(tally.path, int(lines[number]), int(parts[number]), reason, detail)
+        rejects.add(tally.path, int(lines[here]), int(parts[here]), reason, detail)
+
+
+def _places(
+    numbers: npt.NDArray[np.int64], examples: "Examples", shards: Path
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Line and part of some examples; `numbers` ascending."""
+    lines, parts = np.zeros(len(numbers), np.int64), np.zeros(len(numbers), np.int32)
+    first = 0
+    for block in (block for shard in examples.shards for block in read_blocks(shards / shard.name)):
+        low, high = np.searchsorted(numbers, (first, first + block.num_examples)).tolist()
+        here = numbers[low:high] - first
+        lines[low:high], parts[low:high] = block.lines[here], block.parts[here]
+        first += block.num_examples
+    return lines, parts

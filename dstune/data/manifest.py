@@ -87,7 +87,7 @@ def _resolved(source: Source, read_as: Sequence[Source]) -> dict[str, Any]:
 def counts(
     lengths: npt.NDArray[np.int32],
     supervised: npt.NDArray[np.int32],
-    epoch: npt.NDArray[np.int64],
+    epoch: npt.NDArray[np.int32],
     num_rows: int,
     max_length: int,
 ) -> dict[str, Any]:
@@ -95,15 +95,17 @@ def counts(
 
     `fill`: share of the rows' room that holds tokens. `epoch_squared_lengths`: sum of the squared lengths (attention's cost).
     """
-    taken = lengths[epoch].astype(np.int64)
+    histogram = np.bincount(lengths[epoch])
+    sizes = np.arange(len(histogram))
+    tokens = int((histogram * sizes).sum())
     return {
         "examples": len(lengths),
         "rows": num_rows,
         "tokens": int(lengths.sum(dtype=np.int64)),
         "supervised_tokens": int(supervised.sum(dtype=np.int64)),
-        "fill": round(float(taken.sum() / (num_rows * max_length)), 6),
+        "fill": round(tokens / (num_rows * max_length), 6),
         "epoch_examples": len(epoch),
-        "epoch_tokens": int(taken.sum()),
+        "epoch_tokens": tokens,
         "epoch_supervised_tokens": int(supervised[epoch].sum(dtype=np.int64)),
-        "epoch_squared_lengths": int((taken**2).sum()),
+        "epoch_squared_lengths": int((histogram * sizes**2).sum()),
     }

@@ -9,6 +9,7 @@ The length of a sequence-to-sequence example is that of source and target togeth
 `max_length` tokens between them, whichever side has more, and neither is padded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Packing:
         """The sum of `values` [examples] over each row: [rows]."""
         if self.num_rows == 0:
             return np.zeros(0, dtype=np.int64)
-        return np.add.reduceat(values[self.items].astype(np.int64), self.offsets[:-1])
+        return np.add.reduceat(values[self.items], self.offsets[:-1], dtype=np.int64)
 
 
 class _Group(NamedTuple):
@@ -103,12 +104,24 @@ def _by_length(sizes: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
 
     One sort of (length, scrambled number) as a single integer; the scramble is undone afterwards, so no index is sorted along.
     """
-    numbers = np.arange(len(sizes), dtype=np.uint64)
-    keys = (sizes.astype(np.uint64) << np.uint64(32)) | _scramble(numbers)
+    keys = np.empty(len(sizes), dtype=np.uint64)
+    for part in _parts(len(sizes)):
+        numbers = np.arange(part.start, part.stop, dtype=np.uint64)
+        keys[part] = (sizes[part].astype(np.uint64) << np.uint64(32)) | _scramble(numbers)
     keys.sort()
-    return _unscramble(keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
+    by_length = np.empty(len(sizes), dtype=np.int32)
+    for part in _parts(len(sizes)):
+        by_length[part] = _unscramble(keys[part] & np.uint64(0xFFFFFFFF))
+    return by_length
 
 
+def _parts(size: int) -> Iterator[slice]:
+    """0 .. size in pieces that a processor's cache holds."""
+    for start in range(0, size, _AT_ONCE):
+        yield slice(start, min(start + _AT_ONCE, size))
+
+
+_AT_ONCE = 1 << 16
 _FACTOR = 0x9E3779B1
 """Odd, so that multiplying modulo 2**32 can be undone."""
 

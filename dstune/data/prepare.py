@@ -337,7 +337,9 @@ class _Build:
             schedule.epoch_of_source(one, share, seed, number)
             for number, (one, share) in enumerate(zip(numbers, shares, strict=True))
         ]
+        per_epoch = [len(one) for one in epochs]
         epoch = np.concatenate(epochs)
+        del epochs, numbers
         if not len(epoch):
             raise DataError(
                 Problem("data.sources", "no example is left in an epoch", do="Raise the sources' `repeat`.")
@@ -349,7 +351,7 @@ class _Build:
             *write_dataset_files(root, examples.shards, self.identity.digest()[:_HASH_DIGITS]),
             write_rows(
                 root,
-                epoch[rows.items].astype(np.int32),
+                epoch[rows.items],
                 rows.offsets,
                 rows.totals(examples.lengths[epoch]),
                 rows.totals(examples.supervised[epoch]),
@@ -358,7 +360,7 @@ class _Build:
         if below is not None:
             atomic.fsync_directory(PreparedPaths(root).validation)
             files.append(below)
-        content = self._manifest(examples, sources, epochs, rows.num_rows, below is not None)
+        content = self._manifest(examples, sources, epoch, per_epoch, rows.num_rows, below is not None)
         content["files"] = [file.to_dict() for file in files]
         written = write_hashed(PreparedPaths(root).manifest, atomic.dump_json(content).encode("utf-8", "surrogatepass"))
         return WrittenFile(f"{root.name}/{written.name}", written.bytes, written.sha256)
@@ -370,7 +372,8 @@ class _Build:
         self,
         examples: Examples,
         sources: Sequence[Source],
-        epochs: Sequence[npt.NDArray[np.int64]],
+        epoch: npt.NDArray[np.int32],
+        per_epoch: Sequence[int],
         num_rows: int,
         has_validation: bool,
     ) -> dict[str, Any]:
@@ -383,13 +386,13 @@ class _Build:
             "template": self.identity.template,
             "encoding": {**self._job.encoder.summary(), "notes": self._notes},
             "settings": self.identity.settings,
-            "counts": manifest.counts(lengths, supervised, np.concatenate(epochs), num_rows, max_length),
+            "counts": manifest.counts(lengths, supervised, epoch, num_rows, max_length),
             "sources": examples.described(),
             "source_settings": [
                 {
                     **source.model_dump(mode="json"),
                     "examples": len(examples.of_source(number)),
-                    "examples_per_epoch": len(epochs[number]),
+                    "examples_per_epoch": per_epoch[number],
                 }
                 for number, source in enumerate(sources)
             ],

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from dstune.data.order import permute
 from dstune.errors import DataError, Problem
 
-IntArray = npt.NDArray[np.int64]
+NumberArray = npt.NDArray[np.int32]
 
 
 def draw_seed(seed: int, purpose: str) -> int:
@@ -22,7 +22,7 @@ def to_nearest(share: float, count: int) -> int:
     return int(Fraction(repr(float(share))) * count + Fraction(1, 2))
 
 
-def epoch_of_source(examples: IntArray, repeat: float, seed: int, source: int) -> IntArray:
+def epoch_of_source(examples: NumberArray, repeat: float, seed: int, source: int) -> NumberArray:
     """The example numbers that one source brings to an epoch, ascending, each as often as it comes.
 
     2.5: each twice, and a half of them, drawn by seed, a third time.
@@ -30,7 +30,9 @@ def epoch_of_source(examples: IntArray, repeat: float, seed: int, source: int) -
     whole, part = divmod(Fraction(repr(float(repeat))), 1)
     extra = to_nearest(float(part), len(examples))
     drawn = permute(draw_seed(seed, f"repeat {source}"), 0, len(examples), np.arange(extra))
-    return np.sort(np.concatenate([np.repeat(examples, int(whole)), examples[drawn]]))
+    epoch = np.concatenate([np.repeat(examples, int(whole)), examples[drawn]])
+    epoch.sort()
+    return epoch
 
 
 def held_out(records: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:

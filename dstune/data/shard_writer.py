@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from dstune import atomic
 from dstune.data.block import Block
+from dstune.data.column import Column
 from dstune.data.shards import EXAMPLE_SCHEMA, ROW_SCHEMA
 from dstune.paths import PreparedPaths
 
@@ -162,9 +163,7 @@ class ShardWriter:
         self._shard_examples = 0
         self._shard_tokens = 0
         self._written: list[WrittenFile] = []
-        self._lengths: list[npt.NDArray[np.int32]] = []
-        self._supervised: list[npt.NDArray[np.int32]] = []
-        self._files: list[npt.NDArray[np.int32]] = []
+        self._lengths, self._supervised, self._files = Column(np.int32), Column(np.int32), Column(np.int32)
 
     def add(self, block: Block) -> None:
         """Take some examples; every so often this writes a batch. Raises OSError (a full disk) as it comes."""
@@ -178,15 +177,15 @@ class ShardWriter:
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of every example written so far, by number; whole after `finish`."""
-        return np.concatenate([np.zeros(0, dtype=np.int32), *self._lengths])
+        return self._lengths.values()
 
     def supervised(self) -> npt.NDArray[np.int32]:
         """Targets of every example written so far, by number."""
-        return np.concatenate([np.zeros(0, dtype=np.int32), *self._supervised])
+        return self._supervised.values()
 
     def files(self) -> npt.NDArray[np.int32]:
         """Index of the file that every example written so far comes from, by number."""
-        return np.concatenate([np.zeros(0, dtype=np.int32), *self._files])
+        return self._files.values()
 
     def finish(self) -> list[WrittenFile]:
         """Write what is left, give the shards their final names and return them."""
@@ -213,9 +212,9 @@ class ShardWriter:
             self._stream = pa.ipc.new_stream(self._file, EXAMPLE_SCHEMA)
         block = Block.joined(self._pending)
         self._stream.write_batch(_example_batch(block))
-        self._lengths.append(block.lengths)
-        self._supervised.append(block.supervised())
-        self._files.append(block.files)
+        self._lengths.add(block.lengths)
+        self._supervised.add(block.supervised())
+        self._files.add(block.files)
         self._shard_examples += block.num_examples
         self._shard_tokens += block.num_tokens
         self._pending, self._pending_examples, self._pending_tokens = [], 0, 0
