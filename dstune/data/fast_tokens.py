@@ -8,7 +8,7 @@ texts every so many are tokenised by both (`Encoder`). Offsets need no tokenizer
 import json
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,24 +76,37 @@ class FastTokens:
         return len(text.encode()) if not self._composes or unicodedata.is_normalized("NFC", text) else -1
 
 
-def fast_tokens(tokenizer: tokenizers.Tokenizer, text: str, serialised: dict[str, Any]) -> FastTokens | None:
-    """The fast side of `tokenizer` (its tokenizer.json as `text` and parsed), where there is one that agrees with it; else None."""
+def fast_tokens(
+    tokenizer: tokenizers.Tokenizer, text: str, serialised: dict[str, Any]
+) -> Callable[[], FastTokens | None]:
+    """Makes the fast side of `tokenizer` (its tokenizer.json as `text` and parsed), where there is one that agrees with it; else None.
+
+    It takes half a second with a large vocabulary, so that a process makes it when it has something to encode.
+    """
     lengths = _lengths(serialised)
     if lengths is None:
-        return None
-    try:
-        composes = serialised["normalizer"] is not None
-        plain = serialised["truncation"] is None and serialised["padding"] is None
-        given = text if plain else json.dumps(serialised | {"truncation": None, "padding": None})
-        found = FastTokens(given, lengths, composes)
-        texts = [*_HARD_TEXTS, *(f"a {token['content']} b" for token in serialised["added_tokens"][:64])]
-        theirs = tokenizer.encode_batch(texts, add_special_tokens=False)
-        ours = found.encode(texts)
-    except Exception as error:  # noqa: BLE001 (a library's refusal, of whatever type: the slow side does it all)
-        log.log(logging.DEBUG, "no fast tokenizer: %s", error)
-        return None
-    agree = ours.ids.tolist() == [number for encoding in theirs for number in encoding.ids]
-    return found if agree else None
+        return _none
+    composes = serialised["normalizer"] is not None
+    plain = serialised["truncation"] is None and serialised["padding"] is None
+    given = text if plain else json.dumps(serialised | {"truncation": None, "padding": None})
+    texts = [*_HARD_TEXTS, *(f"a {token['content']} b" for token in serialised["added_tokens"][:64])]
+
+    def make() -> FastTokens | None:
+        try:
+            found = FastTokens(given, lengths, composes)
+            theirs = tokenizer.encode_batch(texts, add_special_tokens=False)
+            ours = found.encode(texts)
+        except Exception as error:  # noqa: BLE001 (a library's refusal, of whatever type: the slow side does it all)
+            log.log(logging.DEBUG, "no fast tokenizer: %s", error)
+            return None
+        agree = ours.ids.tolist() == [number for encoding in theirs for number in encoding.ids]
+        return found if agree else None
+
+    return make
+
+
+def _none() -> None:
+    """There is no fast side."""
 
 
 def _lengths(serialised: dict[str, Any]) -> npt.NDArray[np.int64] | None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -85,7 +86,7 @@ class Encoder:
         self._expected: dict[tuple[str, ...], list[int] | None] = {}
         self.shortcuts = shortcuts
         self._skeletons = Skeletons(template, tokenizer.special_tokens_map, self.now, self._rendered)
-        self._fast = fast_tokens(self._backend, serialised, parsed) if shortcuts and self._loss.lossless else None
+        self._make_fast = fast_tokens(self._backend, serialised, parsed)
         self._encoded = 0
         self._end = ""
         self._probe()
@@ -97,8 +98,13 @@ class Encoder:
     def without_shortcuts(self) -> "Encoder":
         """The same encoder, which goes the long way for everything."""
         other = copy.copy(self)
-        other.shortcuts, other._fast = False, None
+        other.shortcuts = False
+        other.__dict__.pop("_fast", None)
         return other
+
+    @cached_property
+    def _fast(self) -> FastTokens | None:
+        return self._make_fast() if self.shortcuts and self._loss.lossless else None
 
     def _probe(self) -> None:
         """Encode a plain conversation as a check of everything above, and look how a turn ends."""

@@ -146,7 +146,7 @@ def test_other_kinds_of_tokenizers_have_no_fast_side(shared_data: Path, tokenize
         ModelSection(path="builtin:tiny-llama", tokenizer=str(shared_data / "tokenizers" / tokenizer)), Path.cwd()
     )
     text = loaded.backend_tokenizer.to_str()
-    assert fast_tokens(loaded.backend_tokenizer, text, json.loads(text)) is None
+    assert fast_tokens(loaded.backend_tokenizer, text, json.loads(text))() is None
 
 
 @pytest.mark.shared
