@@ -141,15 +141,19 @@ def preview_html(
     return path
 
 
-def plan(run: RunFile, overrides: Sequence[str] = (), *, workers: int | None = None) -> dict[str, Any]:
-    """What a run would do: steps, batches, tokens, DeepSpeed config. Prepares the data where it is not yet."""
-    from dstune.launch import start
+def plan(run: RunFile, overrides: Sequence[str] = (), **machines: Any) -> dict[str, Any]:
+    """What a run would do and need: steps, memory by part, the ways to run, time, checkpoints, DeepSpeed config.
+
+    `machines`: the fields of `launch.preview.Asked` (`workers`, `nodes`, `gpus_per_node`, `gpu`, `gpu_memory`, `host_memory`, `nvme`,
+    `price`, `failure_hours`), sizes in bytes. Prepares the data where it is not yet; looks at no GPU and no weights.
+    """
+    from dstune.launch import preview, start
 
     loaded = _loaded(run, overrides)
     start.check(loaded)
     prepared = prepare(loaded)
     start.warn_of_few_rows(loaded, prepared)
-    return dict(start.preview_plan(loaded, prepared, workers))
+    return dict(preview.preview(loaded, prepared, preview.Asked(**machines)))
 
 
 def train(

@@ -1,10 +1,8 @@
 """From a run file to a driven run: the data prepared and checked, the directory made, each attempt planned, the driver started."""
 
 import glob
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dstune.checkpoint.remote import Store
 from dstune.config.load import LoadedRun, load_site
@@ -211,37 +209,3 @@ def workers_range(cluster: ClusterSection, auto: int) -> tuple[int, int]:
 def local_gpus() -> int:
     """NVIDIA GPUs of this machine, found without importing torch."""
     return len([path for path in glob.glob("/dev/nvidia[0-9]*") if path.removeprefix("/dev/nvidia").isdigit()])  # noqa: PTH207
-
-
-def preview_plan(run: LoadedRun, prepared: Prepared, workers: int | None) -> Mapping[str, Any]:
-    """What `dstune plan` shows: the plan of a first attempt, the size of the data, the DeepSpeed config."""
-    config = run.config
-    world = workers or workers_range(config.cluster, local_gpus() or 1)[1]
-    paths = rundir.run_paths(run)
-    made = plan.make(
-        config,
-        run.base,
-        data_facts(config, prepared),
-        attempt=1,
-        world_size=world,
-        checkpoints=rundir.checkpoints_of(config, run.base, paths),
-        resume_from=None,
-        start_step=0,
-    )
-    tokens = int(prepared.rows_tokens.sum())
-    share = config.train.global_batch_size / prepared.num_rows
-    return {
-        "workers": made.world_size,
-        "micro_batch_size": made.micro_batch_size,
-        "micro_batches": made.micro_batches,
-        "global_batch_size": made.global_batch_size,
-        "rows": made.num_rows,
-        "examples": prepared.num_examples,
-        "examples_per_step": round(prepared.num_examples * share, 1),
-        "tokens": tokens,
-        "tokens_per_step": round(tokens * share, 1),
-        "steps": made.total_steps,
-        "layout": made.layout,
-        "prepared": made.prepared,
-        "deepspeed": deepspeed.make(config, run.base),
-    }

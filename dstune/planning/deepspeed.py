@@ -80,8 +80,7 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
     Accumulation is 1 in DeepSpeed's own terms: dstune's loop scales its losses by the global batch's supervised tokens
     and marks the last micro-batch itself. Gradients accumulate in fp32, or the loss would depend on the split.
     """
-    policy = _merged(load_preset(config.deepspeed.preset, base), config.deepspeed.overrides)
-    _refuse_foreign_keys(policy, config.deepspeed.preset)
+    policy = policy_of(config.deepspeed.preset, config.deepspeed.overrides, base)
     _require_swap_path(policy)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     policy.setdefault("communication_data_type", "fp32")
@@ -95,6 +94,13 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": policy.get("zero_force_ds_cpu_optimizer", False),
         "steps_per_print": policy.get("steps_per_print", 2**31 - 1),
     }  # fmt: skip
+
+
+def policy_of(preset: str, overrides: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """A preset with the run's overrides over it. Raises ConfigError for one that is not there, or for a foreign key."""
+    policy = _merged(load_preset(preset, base), overrides)
+    _refuse_foreign_keys(policy, preset)
+    return policy
 
 
 def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,206 @@
+"""The sizes of a model that `planning` reckons with, counted on torch's `meta` device: no weights, no memory, no arithmetic.
+
+What a forward pass keeps for the backward pass is not estimated from formulas but seen: the whole architecture is run once on tensors
+without content, and every tensor that autograd saves is counted once, whichever views of it there are.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dstune.config.schema import ModelSection
+from dstune.model import adapters, freezing
+from dstune.model.build import skeleton
+from dstune.model.config import load_config
+from dstune.planning.shapes import ModelShape
+
+_COUNTED = "counted"
+_TOKENS = 256
+"""So many tokens pass the model: activations grow with their number, attention's as well where no mask is kept."""
+_FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+
+
+def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> ModelShape:
+    """Count the model of a run, with its adapter and what it freezes. Raises ConfigError where transformers cannot build it."""
+    config = load_config(model, base)
+    _register()
+    module = skeleton(config, model, _COUNTED)
+    if model.adapter is not None:
+        with torch.device("meta"):
+            adapters.attach(module, model.adapter, 0)
+    freezing.freeze(module, freeze)
+    layers = _layers(module)
+    parameters = list(module.parameters())
+    text = config.get_text_config()
+    seen = _Seen(parameters)
+    try:
+        _run(module, config, layers, seen)
+        counted = True
+    except _FAILURES:
+        counted = False
+    return ModelShape(
+        kind=config.model_type,
+        sizes=Counter(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        active=_active(module, text),
+        layers=len(layers),
+        attention_width=_attention_width(text),
+        vocabulary=int(text.vocab_size),
+        largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
+        layer_activations=seen.in_layers // (_TOKENS * max(1, len(layers))) if counted else _estimate(text, model),
+        layer_input=_width(text) * _bytes(module),
+        other_activations=seen.elsewhere // _TOKENS if counted else 8 * _width(text),
+        counted=counted,
+    )
+
+
+def _layers(module: PreTrainedModel) -> list[torch.nn.Module]:
+    """The repeated layers, each of which may be recomputed; none inside another."""
+    found: list[torch.nn.Module] = []
+    inside: set[int] = set()
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and id(layer) not in inside:
+            found.append(layer)
+            inside.update(id(part) for part in layer.modules())
+    return found
+
+
+class _Seen:
+    """Bytes of the tensors that autograd saved, apart by whether a layer was running; the parameters are not among them."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._known = {_number(parameter.untyped_storage()) for parameter in parameters}
+        self._kept: list[Any] = []  # a storage that is freed would lend its number to the next one
+        self.depth = 0
+        self.in_layers = self.elsewhere = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if (number := _number(storage)) not in self._known:
+            self._known.add(number)
+            self._kept.append(storage)
+            if self.depth:
+                self.in_layers += storage.nbytes()
+            else:
+                self.elsewhere += storage.nbytes()
+        return tensor
+
+
+def _number(storage: Any) -> int:
+    """What tells storages apart that have no address."""
+    return storage._cdata
+
+
+def _run(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[torch.nn.Module], seen: _Seen) -> None:
+    ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if config.is_encoder_decoder:
+        # Of a packed pair, half the tokens are taken for the source's.
+        inputs = {"input_ids": ids[:, : _TOKENS // 2], "decoder_input_ids": ids[:, _TOKENS // 2 :]}
+    body: Any = module.base_model if not config.is_encoder_decoder else module
+    with _counting(layers, seen), torch.autograd.graph.saved_tensors_hooks(seen.pack, lambda tensor: tensor):
+        body.train()(**inputs, use_cache=False)
+
+
+@contextlib.contextmanager
+def _counting(layers: Sequence[torch.nn.Module], seen: _Seen) -> Iterator[None]:
+    def enter(*_: Any) -> None:
+        seen.depth += 1
+
+    def leave(*_: Any) -> None:
+        seen.depth -= 1
+
+    hooks = [
+        hook
+        for layer in layers
+        for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _register() -> None:
+    # Without a mask of its own transformers makes none, and does not look into the positions, which have no content.
+    AttentionInterface.register(_COUNTED, _attention)
+
+
+def _attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return _Attention.apply(query, key, value), None
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what flash attention keeps: queries, keys, values, the result, and a number per head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, _ = query.shape
+        result = value.new_empty((batch, length, heads, value.shape[-1]))
+        ctx.save_for_backward(query, key, value, result, query.new_empty((batch, heads, length), dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _bytes(module: PreTrainedModel) -> int:
+    return next(module.parameters()).element_size()
+
+
+def _width(text: PretrainedConfig) -> int:
+    return int(next(getattr(text, key) for key in ("hidden_size", "d_model", "n_embd") if hasattr(text, key)))
+
+
+def _attention_width(text: PretrainedConfig) -> int:
+    heads = next(
+        (getattr(text, key) for key in ("num_attention_heads", "n_head", "num_heads") if hasattr(text, key)), 0
+    )
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    return int(heads * size) if size else _width(text)
+
+
+def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
+    """Elements that a token is multiplied with: matrices, of experts a token's own; an embedding only where it is the head too."""
+    embedding: Any = module.get_input_embeddings()
+    head: Any = module.get_output_embeddings()
+    total = 0
+    experts = _num_experts(text)
+    visited = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", None) or experts
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2 or (
+            embedding is not None and parameter is embedding.weight and not _tied(embedding, head)
+        ):
+            continue
+        share = visited / experts if experts and ".experts." in f".{name}." else 1.0
+        total += int(parameter.numel() * share)
+    return total
+
+
+def _num_experts(text: PretrainedConfig) -> int:
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    return int(next((getattr(text, key) for key in keys if getattr(text, key, None)), 0))
+
+
+def _tied(embedding: Any, head: Any) -> bool:
+    return head is not None and head.weight is embedding.weight
+
+
+def _estimate(text: PretrainedConfig, model: ModelSection) -> int:
+    """Bytes a token and layer of a model that could not be run without content: the inputs and results of its products and norms."""
+    size = {"bf16": 2, "fp16": 2, "fp32": 4}[model.dtype]
+    experts = _num_experts(text)
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 4 * _width(text))
+    visited = (getattr(text, "num_experts_per_tok", None) or 1) if experts else 1
+    return int(size * (14 * _width(text) + 4 * inner * visited) + 8 * _width(text))

@@ -1,0 +1,93 @@
+"""What a plan is made for: machines, their accelerators, memory and links. Published figures; a person may give others."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from dstune.errors import Problem, UsageError
+
+GB = 10**9
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the share of a CPU that one worker has."""
+
+    memory: int
+    """Bytes."""
+    flops: float
+    """Dense 16-bit FLOP/s at peak, as its maker states them."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+    host_link: float = 55 * GB
+    """Bytes/s each way to the host's memory (PCIe 5 x16, as measured)."""
+    node_link: float = 400 * GB
+    """Bytes/s to the others of its node (NVLink, all-gather)."""
+    is_cpu: bool = False
+
+
+_CORE_FLOPS = 0.6e12
+"""bf16 with AMX, half of what a product alone reached; cores without it are up to ten times slower."""
+_CORE_BANDWIDTH = 12 * GB
+_LOOPBACK = 0.7 * GB
+"""gloo between processes of one machine."""
+
+DEVICES: Mapping[str, Device] = {
+    "a100-40gb": Device(40 * GIB, 312e12, 1555 * GB, 24 * GB, 250 * GB),
+    "a100-80gb": Device(80 * GIB, 312e12, 2039 * GB, 24 * GB, 250 * GB),
+    "h100-80gb": Device(80 * GIB, 989e12, 3350 * GB),
+    "h100-pcie": Device(80 * GIB, 756e12, 2000 * GB, 55 * GB, 50 * GB),
+    "h200": Device(141 * GB, 989e12, 4800 * GB),
+    "h20": Device(96 * GB, 148e12, 4000 * GB),
+    "b200": Device(180 * GB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
+    "l40s": Device(48 * GB, 362e12, 864 * GB, 24 * GB, 24 * GB),
+    "a10g": Device(24 * GB, 70e12, 600 * GB, 24 * GB, 24 * GB),
+    "l4": Device(24 * GB, 121e12, 300 * GB, 24 * GB, 24 * GB),
+    "rtx-3090": Device(24 * GB, 71e12, 936 * GB, 24 * GB, 24 * GB),
+    "rtx-4090": Device(24 * GB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
+    "rtx-5090": Device(32 * GB, 210e12, 1792 * GB, 50 * GB, 50 * GB),
+    "mi300x": Device(192 * GB, 1307e12, 5300 * GB, 55 * GB, 300 * GB),
+}
+"""`--gpu NAME` -> the device. Sources: the makers' data sheets (dense bf16, no sparsity)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Equal machines with equal devices, one worker each."""
+
+    nodes: int
+    per_node: int
+    device: Device
+    host_memory: int
+    """Bytes of one machine."""
+    nvme: int = 0
+    """Bytes of one machine's fast disk; 0: none that may be used."""
+    host_bandwidth: float = 200 * GB
+    """Bytes/s of the host's memory, for the optimizer where it runs there."""
+    network: float = 50 * GB
+    """Bytes/s of one device to other machines."""
+    nvme_rate: float = 5 * GB
+    """Bytes/s of one machine's fast disk."""
+
+    @property
+    def workers(self) -> int:
+        return self.nodes * self.per_node
+
+
+def find_device(name: str, memory: int | None = None) -> Device:
+    """The device of that name, with another memory where given. Raises UsageError for an unknown one."""
+    known = DEVICES.get(name.lower())
+    if known is None:
+        near = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            Problem("--gpu", f"{name!r} is no device that the planner knows", ", ".join(DEVICES), hint.strip())
+        )
+    return known if memory is None else replace(known, memory=memory)
+
+
+def cpu(cores: int, memory: int) -> Device:
+    """The share of a machine's CPU that one worker of `cores` threads has."""
+    return Device(memory, _CORE_FLOPS * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)
