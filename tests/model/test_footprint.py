@@ -1,0 +1,86 @@
+"""What is counted without weights is what a model with weights has and keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dstune.config.schema import ModelSection
+from dstune.model.config import load_config
+from dstune.model.footprint import footprint
+from tests.model.architectures import tiny_config
+
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": 500, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_parameters_of_a_llama_are_its_matrices():
+    found = footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE), Path())
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160 + 2 * 64
+    assert found.parameters == found.trained == 3 * layer + 2 * 500 * 64 + 64
+    assert found.largest_layer == layer and found.layers == 3
+    assert found.active == 3 * (layer - 2 * 64) + 500 * 64  # no norms, and of the embeddings the head alone
+    assert found.no_larger_than(64) == 7 * 64
+
+
+def test_a_tied_embedding_is_the_head_and_counts_once():
+    found = footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE | {"tie_word_embeddings": True}), Path())
+    apart = footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE), Path())
+    assert found.parameters == apart.parameters - 500 * 64
+    assert found.active == apart.active
+
+
+def test_what_freezes_is_not_trained():
+    model = ModelSection(path="builtin:tiny-llama", overrides=SHAPE)
+    found = footprint(model, Path(), ["model.embed_tokens.*"])
+    assert found.trained == found.parameters - 500 * 64
+
+
+def test_an_adapter_alone_is_trained():
+    model = ModelSection.model_validate({"path": "builtin:tiny-llama", "overrides": SHAPE, "adapter": {"rank": 4}})
+    found = footprint(model, Path())
+    assert 0 < found.trained < found.parameters / 4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_counted_activations_are_those_that_autograd_keeps_of_a_real_model(dtype):
+    """The real model's attention keeps what a kernel of torch keeps; the count reckons with flash attention's."""
+    tokens = 256
+    model = ModelSection(path="builtin:tiny-llama", overrides=SHAPE, dtype=dtype)
+    found = footprint(model, Path())
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_config(
+        load_config(model, Path()),
+        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+        attn_implementation="sdpa",
+    )
+    weights = {parameter.data_ptr() for parameter in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = module.model(input_ids=torch.randint(0, 500, (1, tokens)), use_cache=False)
+    assert result is not None
+    real = sum(storage.nbytes() for storage in kept.values())
+    counted = tokens * (3 * found.layer_activations + found.other_activations)
+    assert counted == pytest.approx(real, rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe", "mixtral", "t5", "gpt2", "cohere"])
+def test_other_architectures_are_counted(name, tmp_path):
+    tiny_config(name).save_pretrained(tmp_path)
+    found = footprint(ModelSection(path=str(tmp_path)), Path())
+    assert found.layers > 0 and found.layer_activations > 0 and 0 < found.active <= found.parameters
+
+
+def test_a_token_of_a_mixture_visits_its_own_experts(tmp_path):
+    tiny_config("mixtral").save_pretrained(tmp_path)
+    found = footprint(ModelSection(path=str(tmp_path)), Path())
+    assert found.active < found.parameters - 1000 * 32 * 2 * 0.5

@@ -1,0 +1,164 @@
+"""Memory, time and the order of the ways to run: against numbers worked out by hand, and the rules that every plan obeys."""
+
+import itertools
+import math
+
+import pytest
+
+from dstune.errors import UsageError
+from dstune.planning import choose, cost, hardware
+from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Placement, Work, estimate
+from dstune.planning.shapes import ModelShape
+
+GB = 10**9
+BILLION = ModelShape(
+    kind="llama",
+    sizes={10_000_000: 100, 1000: 0},
+    trained=1_000_000_000,
+    active=900_000_000,
+    layers=20,
+    attention_width=2048,
+    vocabulary=32_000,
+    largest_layer=50_000_000,
+    layer_activations=100_000,
+    layer_input=4096,
+    other_activations=10_000,
+    counted=True,
+)
+LOAD = choose.Load(
+    global_batch_size=64, row_tokens=4096, supervised_share=0.5, squares_per_token=500.0, dtype="bf16", optimizer="adamw", fused_loss=False
+)  # fmt: skip
+POLICIES = {
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero3": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e7}},
+    "offload": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e7, "offload_optimizer": {"device": "cpu"}}},
+}
+
+
+def work(**changes) -> Work:
+    values = {
+        "dtype": "bf16",
+        "optimizer": "adamw",
+        "world_size": 4,
+        "tokens": 4096,
+        "supervised": 2048,
+        "recompute": False,
+    }
+    return Work(**(values | changes))
+
+
+def cluster(memory_gb: int, host_gb: int = 1000, nodes: int = 1) -> hardware.Cluster:
+    device = hardware.find_device("h100-80gb", memory_gb * GB)
+    return hardware.Cluster(nodes=nodes, per_node=4, device=device, host_memory=host_gb * GB)
+
+
+def test_adams_states_are_sixteen_bytes_a_parameter_over_the_workers():
+    found = estimate(BILLION, Placement(stage=3, persistence=0), work(), GPU_PROCESS).device
+    assert found["weights"] == 2 * BILLION.parameters / 4
+    assert found["masters and moments"] + found["gradient sums"] == 16 * BILLION.trained / 4
+
+
+@pytest.mark.parametrize(("optimizer", "numbers"), [("adamw", 3), ("lion", 2), ("sgd", 2)])
+def test_an_optimizer_takes_what_it_keeps(optimizer, numbers):
+    found = estimate(BILLION, Placement(stage=3), work(optimizer=optimizer), GPU_PROCESS)
+    assert found.device["masters and moments"] == 4 * numbers * BILLION.trained / 4
+    assert found.checkpoint_bytes == 4 * numbers * BILLION.trained
+    assert found.checkpoint_copy == found.checkpoint_bytes / 4
+
+
+def test_stages_one_and_two_keep_the_weights_whole():
+    for stage in (1, 2):
+        assert (
+            estimate(BILLION, Placement(stage=stage), work(), GPU_PROCESS).device["weights"] == 2 * BILLION.parameters
+        )
+
+
+def test_what_is_offloaded_is_on_the_host_and_not_on_the_device():
+    plain = estimate(BILLION, Placement(stage=3), work(), GPU_PROCESS)
+    cpu = estimate(BILLION, Placement(stage=3, offload_optimizer="cpu"), work(), GPU_PROCESS)
+    nvme = estimate(BILLION, Placement(stage=3, offload_optimizer="nvme"), work(), GPU_PROCESS)
+    moved = 16 * BILLION.trained / 4
+    assert cpu.host_peak == moved and plain.host_peak == 0 and nvme.host_peak == 0
+    assert nvme.nvme == 12 * BILLION.trained / 4
+    assert plain.peak - cpu.peak > moved  # and the copies that an update makes
+
+
+def test_recomputing_keeps_the_layers_inputs_and_one_layer():
+    kept = estimate(BILLION, Placement(stage=3), work(), CPU_PROCESS).device["activations"]
+    again = estimate(BILLION, Placement(stage=3), work(recompute=True), CPU_PROCESS).device["activations"]
+    assert kept == 4096 * (20 * 100_000 + 10_000)
+    assert again == 4096 * (20 * 4096 + 100_000 + 10_000)
+
+
+def test_logits_follow_the_targets_and_vanish_when_fused():
+    half = estimate(BILLION, Placement(stage=3), work(supervised=2048), CPU_PROCESS).device["logits"]
+    whole = estimate(BILLION, Placement(stage=3), work(supervised=4096), CPU_PROCESS).device["logits"]
+    fused = estimate(BILLION, Placement(stage=3), work(supervised=4096, fused_loss=True), CPU_PROCESS).device["logits"]
+    assert whole - half == 2 * 2 * 2048 * 32_000
+    assert fused < half
+
+
+def test_a_placement_is_read_from_a_deepspeed_config():
+    zero = {"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 7}
+    found = Placement.of({"zero_optimization": zero})
+    assert (found.stage, found.reduce_bucket, found.offload_param, found.offload_optimizer) == (
+        3,
+        50_000_000,
+        "cpu",
+        "none",
+    )
+    assert found.max_live == 7
+
+
+def test_the_fastest_way_that_fits_comes_first_and_reasons_stand_beside_the_others():
+    found = choose.candidates(BILLION, cluster(80), LOAD, POLICIES)
+    assert found[0].fits and found[0].preset in ("zero1", "zero3")
+    speeds = [one.seconds.step for one in found if one.fits]
+    assert all(earlier < later + 1e-3 for earlier, later in itertools.pairwise(speeds))
+    assert all("GiB of the device's memory" in one.refused for one in found if not one.fits)
+    assert [one.fits for one in found] == sorted((one.fits for one in found), reverse=True)
+
+
+def test_a_small_device_needs_offload_and_a_tiny_one_fits_nothing():
+    small = choose.candidates(BILLION, cluster(9), LOAD, POLICIES, recompute=True)
+    assert {one.preset for one in small if one.fits} == {"offload"}
+    assert not any(one.fits for one in choose.candidates(BILLION, cluster(2), LOAD, POLICIES))
+
+
+def test_a_host_without_room_refuses_offload():
+    found = choose.candidates(BILLION, cluster(80, host_gb=4), LOAD, POLICIES, recompute=True, micro_batch_size=1)
+    assert all("the machine's memory" in one.refused for one in found if one.preset == "offload")
+    assert any(one.fits for one in found if one.preset == "zero3")
+
+
+def test_micro_batches_share_the_global_batch_and_an_asked_one_is_taken():
+    for one in choose.candidates(BILLION, cluster(80), LOAD, POLICIES):
+        assert one.micro_batches == math.ceil(16 / one.micro_batch_size)
+    asked = choose.candidates(BILLION, cluster(80), LOAD, POLICIES, micro_batch_size=3)
+    assert {one.micro_batch_size for one in asked} == {3}
+
+
+def test_more_machines_need_less_each_and_pay_for_the_network():
+    one, four = (choose.candidates(BILLION, cluster(80, nodes=n), LOAD, {"zero3": POLICIES["zero3"]}) for n in (1, 4))
+    assert four[0].memory.device["masters and moments"] == one[0].memory.device["masters and moments"] / 4
+    assert four[0].seconds.step > one[0].seconds.step / 4
+
+
+def test_flops_are_six_a_parameter_and_token_and_attention_counted_causally():
+    assert cost.flops(BILLION, 1000, 0, recompute=False) == 6 * 900_000_000 * 1000
+    attention = cost.flops(BILLION, 1000, 1000 * 200, recompute=False) - cost.flops(BILLION, 1000, 0, recompute=False)
+    assert attention == 6 * 20 * 2048 * 1000 * 200
+    assert cost.flops(BILLION, 10, 0, recompute=True) == pytest.approx(8 * 900_000_000 * 10)
+
+
+def test_the_best_interval_is_youngs_and_no_other_does_better():
+    best = cost.checkpoint_interval(60, 24)
+    assert best == pytest.approx(math.sqrt(2 * 60 * 24 * 3600))
+    at_best = cost.goodput(60, best, 120, 24)
+    assert all(cost.goodput(60, best * factor, 120, 24) < at_best for factor in (0.5, 0.8, 1.25, 2))
+
+
+def test_an_unknown_device_is_refused_with_its_neighbour():
+    with pytest.raises(UsageError, match="did you mean h100-80gb"):
+        hardware.find_device("h100-80g")
+    assert hardware.find_device("H100-80GB", 40).memory == 40
