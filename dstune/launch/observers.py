@@ -69,6 +69,8 @@ class Watcher(Observer):
             self._progress.say(f"step {record['step']} was not uploaded: {record['message']}")
         elif kind == "fetched":
             self._progress.say(f"step {record['step']} was fetched from {record['store']}")
+        elif kind == "optimizer_restarted":
+            self._progress.say(f"step {record['step']} was saved as weights alone: the optimizer begins anew")
         elif kind == "skip":
             places = ", ".join(f"{one['source']}:{one['line']}" for one in record["examples"][:3])
             self._progress.say(f"step {record['step']} skipped, not finite; examples: {places} …")

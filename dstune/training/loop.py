@@ -157,7 +157,9 @@ class Loop:
         everyone = self.control.gather(mine)
         loss = _mean_loss(everyone, supervised)
         skipped = result.skipped or loss is None
-        self.state = self.state.after(None if skipped else loss, skipped, self.engine.optimizer_steps)
+        # fp16 finds its scale by overflowing: as long as the loss itself is finite, that is no step towards giving up.
+        searching = result.scale_falls and loss is not None
+        self.state = self.state.after(None if skipped else loss, skipped, self.engine.optimizer_steps, searching)
         record = self._record(rows, supervised, loss, result.grad_norm, everyone, started, skipped)
         if self.control.rank == 0:
             self.books.step(record)
