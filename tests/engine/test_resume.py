@@ -47,6 +47,10 @@ CASES: dict[str, dict[str, Any]] = {
     "zero1-muon": {"stage": 1, "optimizer": "muon"},
     "zero3-offload-muon": {"stage": 3, "optimizer": "muon", "offload": True},
     "zero2-adagrad": {"stage": 2, "optimizer": "adagrad"},
+    "zero3-lora-muon": {"stage": 3, "kind": "qwen2", "adapter": True, "optimizer": "muon"},
+    "zero2-lora-sgd": {"stage": 2, "kind": "qwen2", "adapter": True, "optimizer": "sgd"},
+    "zero3-lora-adagrad": {"stage": 3, "kind": "gpt2", "adapter": True, "optimizer": "adagrad"},
+    "zero1-lora-lion": {"stage": 1, "kind": "t5", "adapter": True, "optimizer": "lion"},
 }
 if HAS_FP16:
     CASES["zero1-fp16"] = {"stage": 1, "dtype": "fp16", "fp16": SCALE}
@@ -144,6 +148,8 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
     common: dict[str, dict[str, Any]] = {
         name: {"dtype": "fp32", "optimizer": name} for name in ("adamw", "lion", "muon")
     }
+    common["experts"] = {"dtype": "fp32", "kind": "qwen3_moe", "optimizer": "muon"}
+    common["t5-lora"] = {"dtype": "fp32", "kind": "t5", "adapter": True, "optimizer": "muon"}
     if HAS_FP16:
         common["fp16"] = {"dtype": "fp16", "fp16": SCALE}
     before = _put_over(common, {"stage": 3})
