@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dstune.engine.swapping import require_async_io, weights_in_memory
+from dstune.engine.swapping import require_async_io
 from dstune.errors import ConfigError, Problem
 from dstune.planning.reachable import unreachable, uses_nvme
 
@@ -99,14 +99,12 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
         raise ConfigError(
             Problem("model.dtype", "'fp16', which the processor of this machine cannot compute", "bf16 or fp32")
         )
-    if uses_nvme(config) or uses_nvme(config, "offload_param"):
+    if uses_nvme(config):
         require_async_io()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with deepspeed.zero.Init(
-            config_dict_or_path=weights_in_memory(config), dtype=dtype, enabled=stage_of(config) == 3
-        ):
+        with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=stage_of(config) == 3):
             yield
     finally:
         torch.set_default_dtype(before)

@@ -11,7 +11,7 @@ from dstune.engine.muon import Muon, Share
 from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import full_shape
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
-from dstune.engine.swapping import SwapFolder, weights_to_nvme
+from dstune.engine.swapping import SwapFolder
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.planning.reachable import uses_nvme
@@ -49,14 +49,9 @@ class ZeroEngine:
         if not trainable:
             raise ConfigError(Problem("model", "has no trainable parameter"))
         config = complete(ds_config, trainable[0].dtype)
-        self._swaps: list[SwapFolder] = []
-        for section in ("offload_optimizer", "offload_param"):
-            if uses_nvme(config, section):
-                folder = SwapFolder(Path(config["zero_optimization"][section]["nvme_path"]), section)
-                folder.put_into(config)
-                self._swaps.append(folder)
-        if uses_nvme(config, "offload_param"):
-            weights_to_nvme(module, config)
+        if uses_nvme(config):
+            self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
+            self._swap.put_into(config)
         self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
         self._optimizer = self._rule.build(self._rule.groups(module, weight_decay), lr)
         engine, zero, _, _ = deepspeed.initialize(

@@ -28,17 +28,25 @@ def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
         for key, why in _UNREACHABLE.items()
         if zero.get(key) and zero[key] != _OFF.get(key)
     ]
-    return problems + _offload(zero, "offload_optimizer") + _offload(zero, "offload_param")
+    return problems + _parameters(zero) + _optimizer(zero)
 
 
-def uses_nvme(ds_config: Mapping[str, Any], section: str = "offload_optimizer") -> bool:
-    """Whether the optimizer's states (`offload_param`: the weights of the passes) are to be kept on NVMe."""
-    return _device((ds_config.get("zero_optimization") or {}).get(section)) == "nvme"
+def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states are to be kept on NVMe."""
+    return _device((ds_config.get("zero_optimization") or {}).get("offload_optimizer")) == "nvme"
 
 
-def _offload(zero: Mapping[str, Any], section: str) -> list[Problem]:
-    offload = zero.get(section) or {}
-    where = f"{_WHERE}{section}."
+def _parameters(zero: Mapping[str, Any]) -> list[Problem]:
+    device = _device(zero.get("offload_param"))
+    if device in ("none", "cpu"):
+        return []
+    do = "In main memory they take 2 bytes a parameter over all workers; the optimizer's 12 may be on NVMe."
+    return [Problem(f"{_WHERE}offload_param.device", f"{device!r}", "none or cpu", do if device == "nvme" else "")]
+
+
+def _optimizer(zero: Mapping[str, Any]) -> list[Problem]:
+    offload = zero.get("offload_optimizer") or {}
+    where = f"{_WHERE}offload_optimizer."
     problems = [
         Problem(where + key, f"{offload[key]!r}", f"{plain!r}", f"It {_ELSEWHERE}: {_NO_CHECKPOINT}.")
         for key, plain in {"ratio": 1.0, "super_offload": False}.items()
@@ -47,19 +55,18 @@ def _offload(zero: Mapping[str, Any], section: str) -> list[Problem]:
     device = _device(offload)
     if device not in ("none", "cpu", "nvme"):
         problems.append(Problem(where + "device", f"{device!r}", "none, cpu or nvme"))
-    return problems + (_nvme(zero, offload, section) if device == "nvme" else [])
+    return problems + (_nvme(zero, offload, where) if device == "nvme" else [])
 
 
-def _nvme(zero: Mapping[str, Any], offload: Mapping[str, Any], section: str) -> list[Problem]:
+def _nvme(zero: Mapping[str, Any], offload: Mapping[str, Any], where: str) -> list[Problem]:
     problems: list[Problem] = []
-    where = f"{_WHERE}{section}."
     if zero.get("stage") != 3:
         problems.append(Problem(where + "device", "'nvme' below stage 3", "stage 3, or device: cpu"))
     path = offload.get("nvme_path")
     if not (isinstance(path, str) and path.startswith("/")):
         # Only the user can name one: fast, on each node, and there under the same path.
         came = "is not set" if path is None else f"{path!r}"
-        key = f"deepspeed.overrides.zero_optimization.{section}.nvme_path"
+        key = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path"
         do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
         problems.append(Problem(where + "nvme_path", came, "an absolute path", do))
     problems += [
