@@ -10,6 +10,10 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 
+WEIGHTS = "fp32"
+"""The state that a model is made of: its master weights. The others are the optimizer's."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """This worker's piece of one training state of one parameter, cut from the parameter's flattened tensor."""
@@ -51,6 +55,8 @@ class StepResult:
     """Global norm of the gradient before clipping."""
     skipped: bool
     """True where nothing was updated (a non-finite gradient)."""
+    scale_falls: bool = False
+    """True where it was skipped for a loss scale (fp16's) that was too high, and that has since been lowered or is about to be."""
 
 
 class Engine(Protocol):
@@ -124,4 +130,4 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-__all__: Sequence[str] = ["AttemptOutcome", "Control", "Engine", "Executor", "Slice", "StepResult"]
+__all__: Sequence[str] = ["WEIGHTS", "AttemptOutcome", "Control", "Engine", "Executor", "Slice", "StepResult"]

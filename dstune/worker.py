@@ -10,6 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,9 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, prepared, control, world, pad_id)
     saver = _saver(config, plan, paths, home, engine, control, world, reference)
-    state = _initial_state(config, plan, engine, frozen, home, control, reference)
+    state, whole = _initial_state(config, plan, engine, frozen, home, control, reference)
+    if not whole and control.rank == 0:
+        RunBooks(paths).events.event("optimizer_restarted", step=plan.start_step)
     if plan.resume_from is not None:
         saver.catch_up(plan.start_step)
     loop = Loop(
@@ -270,8 +273,8 @@ def _initial_state(
     home: Home,
     control: Control,
     reference: Mapping[str, Any] | None,
-) -> TrainState:
-    """Step 0, or the checkpoint that the plan names, loaded into the engine."""
+) -> tuple[TrainState, bool]:
+    """Step 0, or the checkpoint that the plan names, loaded into the engine; and whether the optimizer's states were in it."""
     state = TrainState(
         prepared_fingerprint=plan.prepared_fingerprint,
         seed=config.train.seed,
@@ -280,12 +283,15 @@ def _initial_state(
         frozen=frozen,
     )
     if plan.resume_from is None:
-        return state
+        return state, True
     reader = Reader(home.bring(Path(plan.resume_from), control))
     if reference is not None:
         require_same(reader.manifest.fingerprints.get("base"), reference, str(reader.directory))
     state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load_extra_state(state.engine)
+    log.info("loading %s (written by %d workers)", reader.directory, reader.manifest.world_size)
+    if reader.has_weights_alone:
+        engine.load(reader.fill_weights, optimizer_steps=0)
+        return replace(state, optimizer_steps=0), False
     engine.load(reader.fill, state.optimizer_steps)
-    log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
-    return state
+    return state, True

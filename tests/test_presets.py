@@ -68,6 +68,13 @@ def test_a_preset_makes_a_whole_config(name: str) -> None:
     assert made["bf16"] == {"enabled": True}
 
 
+def test_what_no_checkpoint_could_be_made_of_is_refused_before_anything_starts() -> None:
+    zero = {"offload_param": {"device": "nvme", "nvme_path": "/local_nvme"}, "zenflow": {"topk_ratio": 0.1}}
+    section = config("zero3").deepspeed.model_copy(update={"overrides": {"zero_optimization": zero}})
+    with pytest.raises(ConfigError, match=r"zenflow(.|\n)*offload_param\.device: 'nvme'; expected none or cpu"):
+        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+
+
 def test_nvme_wants_to_be_told_which_disk() -> None:
     told = config("zero3-nvme")
     offload = planning.make(told, shared_files("ds_configs"))["zero_optimization"]["offload_optimizer"]

@@ -13,7 +13,7 @@ from dstune.checkpoint.layout import Manifest, load_manifest
 from dstune.checkpoint.shards import OpenShard, StoredSlice, read_header
 from dstune.errors import CheckpointError, Problem
 from dstune.paths import CheckpointPaths
-from dstune.protocols import Slice
+from dstune.protocols import WEIGHTS, Slice
 
 
 class Reader:
@@ -77,6 +77,16 @@ class Reader:
             came = "is not there" if shape is None else f"has shape {list(shape)}"
             raise self._missing(f"{piece.state}/{piece.name}", came, f"shape {list(piece.shape)}, as the model has")
         self.read_into(piece.state, piece.name, piece.offset, piece.tensor)
+
+    @property
+    def has_weights_alone(self) -> bool:
+        """Whether it was saved without the optimizer's states."""
+        return set(self.manifest.tensors) == {WEIGHTS}
+
+    def fill_weights(self, piece: Slice) -> None:
+        """As `fill`, but slices of the optimizer's states stay as they are."""
+        if piece.state == WEIGHTS:
+            self.fill(piece)
 
     def _index_shard(self, path: Path) -> None:
         record = self.manifest.files.get(path.name)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from dstune.engine.swapping import nvme_problems, require_async_io, uses_nvme
+from dstune.engine.swapping import require_async_io
 from dstune.errors import ConfigError, Problem
+from dstune.planning.reachable import unreachable, uses_nvme
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` of the run file as torch's."""
@@ -30,16 +31,6 @@ DEFAULTS: Mapping[str, Any] = {
     "communication_data_type": "fp32",
 }
 """What the engine adds where the DeepSpeed config is silent."""
-
-_NO_CHECKPOINT = "no checkpoint could be made"
-_ELSEWHERE = "Some of the states are then kept by another optimizer"
-
-_UNREACHABLE: Mapping[str, str] = {
-    "zenflow": "keeps its states in another process",
-    "zero_hpz_partition_size": "partitions parameters over a part of the workers",
-    "mics_shard_size": "partitions parameters over a part of the workers",
-}
-"""ZeRO settings whose states this engine cannot cut into slices."""
 
 
 def stage_of(ds_config: Mapping[str, Any]) -> int:
@@ -66,37 +57,12 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
         for key in ("optimizer", "scheduler")
         if key in config
     ]
-    problems += _unreachable(config.get("zero_optimization", {}))
-    problems += nvme_problems(config)
+    problems += unreachable(config)
     _fill(config, required, problems)
     _fill(config, DEFAULTS, None)
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def _unreachable(zero: Mapping[str, Any]) -> list[Problem]:
-    """Settings under which the training state could not be checkpointed."""
-    where = "deepspeed: zero_optimization."
-    problems = [
-        Problem(where + key, f"{zero[key]!r}", "off", f"It {why}: {_NO_CHECKPOINT}.")
-        for key, why in _UNREACHABLE.items()
-        if zero.get(key) and not (key == "zero_hpz_partition_size" and zero[key] == 1) and zero[key] != -1
-    ]
-    for key, devices in (("offload_optimizer", ("none", "cpu", "nvme")), ("offload_param", ("none", "cpu"))):
-        device = (zero.get(key) or {}).get("device", "none")
-        if device not in devices:
-            problems.append(Problem(f"{where}{key}.device", f"{device!r}", " or ".join(devices)))
-    offload = zero.get("offload_optimizer") or {}
-    elsewhere = {"ratio": 1.0, "super_offload": False}
-    problems += [
-        Problem(
-            f"{where}offload_optimizer.{key}", f"{offload[key]!r}", f"{plain!r}", f"{_ELSEWHERE}: {_NO_CHECKPOINT}."
-        )
-        for key, plain in elsewhere.items()
-        if offload.get(key, plain) != plain
-    ]
-    return problems
 
 
 def _fill(config: dict[str, Any], values: Mapping[str, Any], problems: list[Problem] | None, path: str = "") -> None:
@@ -108,6 +74,13 @@ def _fill(config: dict[str, Any], values: Mapping[str, Any], problems: list[Prob
             problems.append(
                 Problem(f"deepspeed: {path}{key}", f"{config[key]!r}", f"{value!r}, which dstune sets itself")
             )
+
+
+def computes_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 here: on GPUs, and on CPUs with instructions for it."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
 
 
 @contextlib.contextmanager
@@ -122,6 +95,10 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
     importlib.import_module("torch._dynamo")
 
     config = complete(ds_config, dtype)
+    if dtype is torch.float16 and not computes_fp16():
+        raise ConfigError(
+            Problem("model.dtype", "'fp16', which the processor of this machine cannot compute", "bf16 or fp32")
+        )
     if uses_nvme(config):
         require_async_io()
     before = torch.get_default_dtype()

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,6 @@ from dstune.errors import ConfigError, Problem
 
 _PREFIX = "dstune-swap-"
 _LOCK = "owner.lock"
-
-
-def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's states are to be kept on NVMe."""
-    return _offload(ds_config).get("device") == "nvme"
-
-
-def nvme_problems(ds_config: Mapping[str, Any]) -> list[Problem]:
-    """What keeps a config from keeping the optimizer's states on NVMe, as far as the config itself says."""
-    if not uses_nvme(ds_config):
-        return []
-    where, offload = "deepspeed: zero_optimization.offload_optimizer.", _offload(ds_config)
-    problems: list[Problem] = []
-    if ds_config["zero_optimization"].get("stage") != 3:
-        problems.append(Problem(where + "device", "'nvme' below stage 3", "stage 3, or device: cpu"))
-    if not str(offload.get("nvme_path") or "").startswith("/"):
-        problems.append(Problem(where + "nvme_path", f"{offload.get('nvme_path')!r}", "an absolute path"))
-    problems += [
-        Problem(where + key, "is on", "off", "States that are still being written could not be checkpointed.")
-        for key in ("pipeline_read", "pipeline_write")
-        if offload.get(key)
-    ]
-    return problems
 
 
 def require_async_io() -> None:
@@ -75,10 +52,6 @@ class SwapFolder:
     def put_into(self, ds_config: dict[str, Any]) -> None:
         """Have DeepSpeed swap into this folder."""
         ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(self.path)
-
-
-def _offload(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
 
 
 @contextmanager

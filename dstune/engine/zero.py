@@ -11,10 +11,11 @@ from dstune.engine.muon import Muon, Share
 from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import full_shape
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
-from dstune.engine.swapping import SwapFolder, uses_nvme
+from dstune.engine.swapping import SwapFolder
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
-from dstune.protocols import Slice, StepResult
+from dstune.planning.reachable import uses_nvme
+from dstune.protocols import WEIGHTS, Slice, StepResult
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -69,6 +70,9 @@ class ZeroEngine:
         for flat in self._partitions.flats():
             with self._partitions.resident(flat, changed=True):
                 self._rule.prepare(self._optimizer, flat, self._group_of(flat))
+        if scaler := self._loss_scaler():
+            # The loop counts what is skipped, says so, and gives up; DeepSpeed would raise in the middle of a step.
+            scaler.raise_error_at_min_scale = False
         if isinstance(self._optimizer, Muon):
             self._optimizer.place({flat: self._shares(flat) for flat in self._partitions.flats()}, world.device)
 
@@ -90,12 +94,15 @@ class ZeroEngine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        scaler = self._loss_scaler()
+        had_room = scaler is not None and scaler.cur_scale > scaler.min_scale
         self._engine.step()
         skipped = not self._engine.was_step_applied()
         if skipped:
             self._partitions.drop_gradients()
         self._optimizer_steps += not skipped
-        return StepResult(grad_norm=float(self._engine.get_global_grad_norm()), skipped=skipped)
+        norm = float(self._engine.get_global_grad_norm())
+        return StepResult(grad_norm=norm, skipped=skipped, scale_falls=skipped and had_room)
 
     @property
     def optimizer_steps(self) -> int:
@@ -127,8 +134,8 @@ class ZeroEngine:
         self._optimizer_steps = optimizer_steps
 
     def _slices_of(self, flat: torch.Tensor) -> Iterator[Slice]:
-        for state in ("fp32", *self._rule.states_of(self._group_of(flat))):
-            values = flat.detach() if state == "fp32" else self._optimizer.state[flat][state]
+        for state in (WEIGHTS, *self._rule.states_of(self._group_of(flat))):
+            values = flat.detach() if state == WEIGHTS else self._optimizer.state[flat][state]
             for name, piece in self._pieces:
                 if piece.flat is flat:
                     tensor = values.narrow(0, piece.start, piece.length)

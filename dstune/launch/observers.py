@@ -69,8 +69,11 @@ class Watcher(Observer):
             self._progress.say(f"step {record['step']} was not uploaded: {record['message']}")
         elif kind == "fetched":
             self._progress.say(f"step {record['step']} was fetched from {record['store']}")
+        elif kind == "optimizer_restarted":
+            self._progress.say(f"step {record['step']} was saved as weights alone: the optimizer begins anew")
         elif kind == "skip":
             places = ", ".join(f"{one['source']}:{one['line']}" for one in record["examples"][:3])
-            self._progress.say(f"step {record['step']} skipped, not finite; examples: {places} …")
+            why = f"not finite; examples: {places} …" if places else "fp16's loss scale was too high, and falls"
+            self._progress.say(f"step {record['step']} skipped, {why}")
         elif kind == "stop_requested":
             self._progress.say(f"stopping at the end of the step, with a checkpoint ({record['reason']})")

@@ -10,6 +10,7 @@ from dstune.config.load import resolve
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
+from dstune.planning.reachable import unreachable
 
 AUTO_PRESET = "zero3"
 
@@ -75,13 +76,15 @@ def load_preset(name: str, base: Path) -> dict[str, Any]:
 
 
 def make(config: RunConfig, base: Path) -> dict[str, Any]:
-    """The whole DeepSpeed config of a run. Raises ConfigError for keys that DeepSpeed would ignore or that dstune sets itself.
+    """The whole DeepSpeed config of a run. Raises ConfigError for keys that DeepSpeed would ignore or that dstune sets itself,
+    and for offloads and partitions under which no checkpoint could be made.
 
     Accumulation is 1 in DeepSpeed's own terms: dstune's loop scales its losses by the global batch's supervised tokens
     and marks the last micro-batch itself. Gradients accumulate in fp32, or the loss would depend on the split.
     """
     policy = policy_of(config.deepspeed.preset, config.deepspeed.overrides, base)
-    _require_swap_path(policy)
+    if problems := unreachable(policy):
+        raise ConfigError(problems)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     policy.setdefault("communication_data_type", "fp32")
     precision = {"bf16": {"enabled": config.model.dtype == "bf16"}, "fp16": {"enabled": config.model.dtype == "fp16"}}
@@ -124,17 +127,6 @@ def _refuse_foreign_keys(policy: Mapping[str, Any], preset: str) -> None:
     problems += [Problem(where, f"{path} is 'auto'", "a value") for path in _autos(policy)]
     if problems:
         raise ConfigError(problems)
-
-
-def _require_swap_path(policy: Mapping[str, Any]) -> None:
-    """States on NVMe want a directory that only the user can name: fast, on each node, and there under the same path."""
-    offload = policy.get("zero_optimization", {}).get("offload_optimizer") or {}
-    path = offload.get("nvme_path")
-    if offload.get("device") == "nvme" and not (isinstance(path, str) and path.startswith("/")):
-        key = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path"
-        came = "is not set" if path is None else f"{path!r}"
-        do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
-        raise ConfigError(Problem(key, came, "an absolute path", do))
 
 
 def _autos(value: Mapping[str, Any], prefix: str = "") -> list[str]:

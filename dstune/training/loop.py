@@ -157,12 +157,15 @@ class Loop:
         everyone = self.control.gather(mine)
         loss = _mean_loss(everyone, supervised)
         skipped = result.skipped or loss is None
-        self.state = self.state.after(None if skipped else loss, skipped, self.engine.optimizer_steps)
+        # fp16 finds its scale by overflowing: as long as the loss itself is finite, that is no step towards giving up.
+        searching = result.scale_falls and loss is not None
+        self.state = self.state.after(None if skipped else loss, skipped, self.engine.optimizer_steps, searching)
         record = self._record(rows, supervised, loss, result.grad_norm, everyone, started, skipped)
         if self.control.rank == 0:
             self.books.step(record)
         if skipped:
-            self._report_skip(sorted({row for one in everyone for row in one["nonfinite"]}) or [int(r) for r in rows])
+            suspects = sorted({row for one in everyone for row in one["nonfinite"]}) or [int(r) for r in rows]
+            self._report_skip([] if searching else suspects)
         if any(one["unsaved"] for one in everyone):
             self.saver.settle()
         return everyone[0]["stop"], bool(everyone[0]["due"])
@@ -203,7 +206,10 @@ class Loop:
         )
 
     def _report_skip(self, rows: list[int]) -> None:
-        """Count and name a step that updated nothing; give up after too many in a row."""
+        """Count a step that updated nothing, and name what it saw in `rows` (none: its loss scale was too high).
+
+        Give up after too many in a row.
+        """
         examples = [self._name(int(number)) for row in rows for number in self.prepared.row(row)]
         if self.control.rank == 0:
             self.books.skip(self.state.step, examples)

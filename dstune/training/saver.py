@@ -17,7 +17,7 @@ from dstune.checkpoint.shard_writer import ShardWriter
 from dstune.config.schema import CheckpointSection
 from dstune.errors import CheckpointError
 from dstune.loggers import get_logger
-from dstune.protocols import Control, Engine
+from dstune.protocols import WEIGHTS, Control, Engine, Slice
 from dstune.training.state import TrainState
 
 log = get_logger(__name__)
@@ -94,11 +94,14 @@ class CheckpointSaver:
     def _ready(self) -> ShardWriter:
         """The writer; in the first save all workers decide whether there is room for copies."""
         if self._writer is None:
-            self._writer = ShardWriter(self._engine.slices, self._pinned)
+            self._writer = ShardWriter(self._slices, self._pinned)
             self._copies = self._decide(self._writer.num_bytes)
             if self._copies:
                 self._writer.reserve()
         return self._writer
+
+    def _slices(self) -> Iterator[Slice]:
+        return (one for one in self._engine.slices() if one.state == WEIGHTS or not self._settings.weights_only)
 
     def _decide(self, num_bytes: int) -> bool:
         if self._settings.background != "auto":

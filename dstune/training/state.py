@@ -28,20 +28,21 @@ class TrainState:
     skipped: list[int] = field(default_factory=list[int])
     """Steps that updated nothing, by number."""
     nonfinite_in_a_row: int = 0
+    """Skipped steps since the last update, those left out by which fp16 found a lower loss scale."""
     losses: list[float] = field(default_factory=list[float])
     """The last losses, for whoever judges the next."""
     engine: dict[str, Any] = field(default_factory=dict[str, Any])
     """What the engine keeps beside slices (a loss scale)."""
 
-    def after(self, loss: float | None, skipped: bool, optimizer_steps: int) -> "TrainState":
-        """The state behind the next step."""
+    def after(self, loss: float | None, skipped: bool, optimizer_steps: int, searching: bool = False) -> "TrainState":
+        """The state behind the next step; `searching`: it was skipped for a loss scale that has room to fall."""
         step = self.step + 1
         return replace(
             self,
             step=step,
             optimizer_steps=optimizer_steps,
             skipped=[*self.skipped, step] if skipped else self.skipped,
-            nonfinite_in_a_row=self.nonfinite_in_a_row + 1 if skipped else 0,
+            nonfinite_in_a_row=self.nonfinite_in_a_row + (not searching) if skipped else 0,
             losses=self.losses if loss is None else [*self.losses, loss][-_LOSS_HISTORY:],
         )
 

@@ -1,13 +1,19 @@
 """A tiny Llama and its engine, and a few steps on fixed random rows: what the tests of floors 3 and 4 train."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dstune.config.adapter import AdapterSection
+from dstune.config.schema import ModelSection
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
+from dstune.model import build as model
+from tests.model.architectures import tiny_config
 
 VOCABULARY = 256
 ROWS = 8
@@ -33,6 +39,17 @@ def build(tied: bool = False, dtype: str = "bf16", **sizes: int) -> nn.Module:
     return LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
 
 
+def build_kind(kind: str, adapter: bool, dtype: str, config: dict[str, Any]) -> tuple[nn.Module, dict[str, str]]:
+    """A tiny model of another architecture, random, the same on every world, with LoRA or without; and its names in checkpoints."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_config(kind).save_pretrained(folder)
+        section = ModelSection(
+            path=folder, init="random", dtype=dtype, adapter=AdapterSection(rank=4) if adapter else None
+        )
+        module = model.build(section, Path(folder), "sdpa", 0, config)
+    return module, model.checkpoint_names(module, section)
+
+
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
     "sgd": {"momentum": 0.9},
@@ -49,17 +66,24 @@ def engine(
     dtype: str = "bf16",
     optimizer: str = "adamw",
     frozen: str = "",
+    kind: str = "",
+    adapter: bool = False,
     sizes: dict[str, int] | None = None,
     **extra: Any,
 ) -> ZeroEngine:
-    """`frozen`: what the names of parameters begin with that are not trained."""
+    """`frozen`: what the names of parameters begin with that are not trained. `kind`: another architecture, `adapter`: with LoRA."""
     config = ds_config(stage, **extra)
-    with construction(config, DTYPES[dtype]):
-        module = build(tied, dtype, **sizes or {})
+    names: dict[str, str] = {}
+    if kind:
+        module, names = build_kind(kind, adapter, dtype, config)
+    else:
+        with construction(config, DTYPES[dtype]):
+            module = build(tied, dtype, **sizes or {})
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+        if frozen:
+            parameter.requires_grad_(not name.startswith(frozen))
     settings = {"optimizer": optimizer} | OPTIMIZERS[optimizer]
-    return ZeroEngine(module, lr=1e-3, weight_decay=0.1, ds_config=config, world=world, **settings)
+    return ZeroEngine(module, lr=1e-3, weight_decay=0.1, ds_config=config, world=world, names=names, **settings)
 
 
 _SUCCESSOR = torch.randint(0, VOCABULARY, (VOCABULARY,), generator=torch.Generator().manual_seed(7))
@@ -90,7 +114,10 @@ def train(engine: ZeroEngine, world: World, steps: range, micro_batch: int = 2, 
             rows = mine[number * micro_batch : (number + 1) * micro_batch]
             weight = torch.tensor([1.0] * len(rows) + [0.0] * (micro_batch - len(rows)))
             rows += [0] * (micro_batch - len(rows))
-            logits = engine.module(input_ids=ids[rows], use_cache=False).logits[:, :-1].float()
+            inputs = {"input_ids": ids[rows]}
+            if engine.module.module.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = ids[rows]
+            logits = engine.module(**inputs, use_cache=False).logits[:, :-1].float()
             each = nn.functional.cross_entropy(logits.flatten(0, 1), ids[rows, 1:].flatten(), reduction="none")
             loss = (each.view(len(rows), -1) * mask[rows] * weight[:, None]).sum()
             engine.backward(loss * world.world_size / count, last=number == num_micro_batches - 1)

@@ -15,6 +15,8 @@ def test_skipped_steps_keep_their_number_and_are_listed() -> None:
     assert (state.step, state.optimizer_steps, state.skipped, state.nonfinite_in_a_row) == (4, 2, [2, 3], 0)
     assert state.losses == [2.0, 1.5]
     assert START.after(None, True, 0).after(None, True, 0).nonfinite_in_a_row == 2
+    searching = START.after(None, True, 0).after(None, True, 0, searching=True)
+    assert (searching.skipped, searching.nonfinite_in_a_row) == ([1, 2], 1)
 
 
 def test_state_goes_through_json_and_takes_the_new_runs_length() -> None:

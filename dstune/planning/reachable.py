@@ -1,0 +1,81 @@
+"""DeepSpeed settings under which a worker could not reach all of the training state, or not cut it: refused before anything starts.
+
+`checkpoint.weights_only` helps none of them: DeepSpeed runs them with optimizers of its own alone, or lays weights out differently.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dstune.errors import Problem
+
+_WHERE = "deepspeed: zero_optimization."
+_NO_CHECKPOINT = "no checkpoint could be made"
+_ELSEWHERE = "keeps states in another optimizer, of its own"
+
+_UNREACHABLE: Mapping[str, str] = {
+    "zenflow": "keeps its states in another process, and lays the weights out in an order of its own",
+    "zero_hpz_partition_size": "partitions parameters over a part of the workers",
+    "mics_shard_size": "partitions parameters over a part of the workers",
+}
+_OFF: Mapping[str, Any] = {"zero_hpz_partition_size": 1, "mics_shard_size": -1}
+
+
+def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the offloads and partitions of a DeepSpeed config, as far as the config itself says."""
+    zero = ds_config.get("zero_optimization") or {}
+    problems = [
+        Problem(_WHERE + key, f"{zero[key]!r}", "off", f"It {why}: {_NO_CHECKPOINT}.")
+        for key, why in _UNREACHABLE.items()
+        if zero.get(key) and zero[key] != _OFF.get(key)
+    ]
+    return problems + _parameters(zero) + _optimizer(zero)
+
+
+def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states are to be kept on NVMe."""
+    return _device((ds_config.get("zero_optimization") or {}).get("offload_optimizer")) == "nvme"
+
+
+def _parameters(zero: Mapping[str, Any]) -> list[Problem]:
+    device = _device(zero.get("offload_param"))
+    if device in ("none", "cpu"):
+        return []
+    do = "In main memory they take 2 bytes a parameter over all workers; the optimizer's 12 may be on NVMe."
+    return [Problem(f"{_WHERE}offload_param.device", f"{device!r}", "none or cpu", do if device == "nvme" else "")]
+
+
+def _optimizer(zero: Mapping[str, Any]) -> list[Problem]:
+    offload = zero.get("offload_optimizer") or {}
+    where = f"{_WHERE}offload_optimizer."
+    problems = [
+        Problem(where + key, f"{offload[key]!r}", f"{plain!r}", f"It {_ELSEWHERE}: {_NO_CHECKPOINT}.")
+        for key, plain in {"ratio": 1.0, "super_offload": False}.items()
+        if offload.get(key, plain) != plain
+    ]
+    device = _device(offload)
+    if device not in ("none", "cpu", "nvme"):
+        problems.append(Problem(where + "device", f"{device!r}", "none, cpu or nvme"))
+    return problems + (_nvme(zero, offload, where) if device == "nvme" else [])
+
+
+def _nvme(zero: Mapping[str, Any], offload: Mapping[str, Any], where: str) -> list[Problem]:
+    problems: list[Problem] = []
+    if zero.get("stage") != 3:
+        problems.append(Problem(where + "device", "'nvme' below stage 3", "stage 3, or device: cpu"))
+    path = offload.get("nvme_path")
+    if not (isinstance(path, str) and path.startswith("/")):
+        # Only the user can name one: fast, on each node, and there under the same path.
+        came = "is not set" if path is None else f"{path!r}"
+        key = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path"
+        do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
+        problems.append(Problem(where + "nvme_path", came, "an absolute path", do))
+    problems += [
+        Problem(where + key, "is on", "off", "States that are still being written could not be checkpointed.")
+        for key in ("pipeline_read", "pipeline_write")
+        if offload.get(key)
+    ]
+    return problems
+
+
+def _device(offload: Mapping[str, Any] | None) -> str:
+    return str((offload or {}).get("device") or "none")

@@ -1,0 +1,28 @@
+"""Checkpoints of the weights alone: a resume goes on from the same weights, and says that its optimizer begins anew."""
+
+from pathlib import Path
+
+import pytest
+
+from dstune.checkpoint.reader import Reader
+from dstune.paths import step_directory
+from tests.runs.test_adapters import go_back_to
+from tests.runs.tiny import drive, finished, metrics, write_run
+from tests.spawn import read_lines
+
+
+@pytest.mark.dist
+def test_the_weights_are_kept_and_the_optimizer_is_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path, train={"max_steps": 6}, checkpoint={"weights_only": True})
+    paths = finished(run, 1)
+    losses = metrics(paths, "loss")
+    saved = Reader(step_directory(paths.checkpoints, 3))
+    assert set(saved.manifest.tensors) == {"fp32"} and saved.state["optimizer_steps"] == 3
+    go_back_to(paths, 3, "checkpoint.weights_only=false")
+    assert drive(paths.root, 1, new=False).state == "succeeded"
+    again = metrics(paths, "loss")
+    assert again[:4] == losses[:4] and again[4] != losses[4]
+    restarted = [event for event in read_lines(paths.events) if event["event"] == "optimizer_restarted"]
+    assert [event["step"] for event in restarted] == [3]
+    whole = Reader(step_directory(paths.checkpoints, 6))
+    assert set(whole.manifest.tensors) == {"fp32", "exp_avg", "exp_avg_sq"} and whole.state["optimizer_steps"] == 3
