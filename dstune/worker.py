@@ -19,7 +19,7 @@ from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
 from dstune.checkpoint.home import Home
-from dstune.checkpoint.reader import Reader
+from dstune.checkpoint.loading import Loading
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
@@ -281,11 +281,13 @@ def _initial_state(
     )
     if plan.resume_from is None:
         return state
-    reader = Reader(home.bring(Path(plan.resume_from), control))
+    loading = Loading(home.bring(Path(plan.resume_from), control), control)
+    reader = loading.reader
     if reference is not None:
         require_same(reader.manifest.fingerprints.get("base"), reference, str(reader.directory))
     state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load_extra_state(state.engine)
-    engine.load(reader.fill, state.optimizer_steps)
+    engine.load(loading.fill, state.optimizer_steps)
+    loading.settle()
     log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state
