@@ -224,7 +224,7 @@ def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
     executor = bare.JoinedExecutor(world.world_size, lambda directory, attempt: worker.lead(world, directory, attempt))
     limits = DriveLimits(workers_wanted=world.world_size, workers_min=world.world_size, max_failures=0)
     with Watcher(start.total_steps(loaded, prepared), loaded.config.report.console) as observe:
-        return start.drive_with(loaded, paths, prepared, executor, limits, observe).exit_status
+        return start.drive_with(loaded, paths, prepared, executor, limits, observe, restarts=False).exit_status
 
 
 def status(run: str | Path) -> dict[str, Any]:

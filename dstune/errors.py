@@ -90,6 +90,10 @@ class CheckpointError(DstuneError):
     """A checkpoint is missing, damaged or foreign."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """Bytes of a checkpoint are not what was written, or do not come: an older one may be whole."""
+
+
 class Stopped(DstuneError):
     """The run stopped early and can be resumed."""
 

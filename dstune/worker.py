@@ -20,7 +20,7 @@ from dstune import loggers
 from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
 from dstune.checkpoint.home import Home
-from dstune.checkpoint.reader import Reader
+from dstune.checkpoint.loading import Loading
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
@@ -284,14 +284,16 @@ def _initial_state(
     )
     if plan.resume_from is None:
         return state, True
-    reader = Reader(home.bring(Path(plan.resume_from), control))
+    loading = Loading(home.bring(Path(plan.resume_from), control), control)
+    reader = loading.reader
     if reference is not None:
         require_same(reader.manifest.fingerprints.get("base"), reference, str(reader.directory))
     state = state.resumed(reader.state, str(CheckpointPaths(reader.directory).state))
     engine.load_extra_state(state.engine)
-    log.info("loading %s (written by %d workers)", reader.directory, reader.manifest.world_size)
-    if reader.has_weights_alone:
-        engine.load(reader.fill_weights, optimizer_steps=0)
-        return replace(state, optimizer_steps=0), False
-    engine.load(reader.fill, state.optimizer_steps)
-    return state, True
+    whole = not reader.has_weights_alone
+    if not whole:
+        state = replace(state, optimizer_steps=0)
+    engine.load(loading.fill if whole else loading.fill_weights, state.optimizer_steps)
+    loading.settle()
+    log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
+    return state, whole

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dstune.checkpoint import damage
+from dstune.checkpoint.checking import Changed, Content, Span, checked, compared
 from dstune.checkpoint.hashing import OnBytes, Unreadable, hashed
 from dstune.checkpoint.header import read_whole
-from dstune.checkpoint.layout import FileRecord, Manifest, Part, load_manifest, tile
+from dstune.checkpoint.layout import Manifest, Part, load_manifest, tile
 from dstune.errors import CheckpointError
 from dstune.paths import CheckpointPaths, step_of
 
@@ -50,7 +51,7 @@ class Audit:
 
 
 def audit(directories: Iterable[Path], *, past_cache: bool = False, on_bytes: OnBytes | None = None) -> Iterator[Audit]:
-    """Read every byte of these checkpoints, several files at once; what is wrong with each, in their order.
+    """Read every byte of these checkpoints, several files at once, and take their SHA-256; what is wrong with each, in order.
 
     Nothing is parsed before its hash was right, the manifest's own included; of a damaged shard the header alone, to say what
     is lost, and only where it agrees with the manifest.
@@ -60,8 +61,27 @@ def audit(directories: Iterable[Path], *, past_cache: bool = False, on_bytes: On
     paths = [look.directory / name for look, names in zip(looks, to_read, strict=True) for name in names]
     contents = hashed(paths, past_cache=past_cache, on_bytes=on_bytes)
     for look, names in zip(looks, to_read, strict=True):
-        found = {name: next(contents) for name in names}
-        yield look if look.manifest is None else _judged(look, look.manifest, found)
+        found = [next(contents) for _ in names]
+        if look.manifest is None:
+            yield look
+            continue
+        records = [look.manifest.files[name] for name in names]
+        judged = [compared(content, record) for content, record in zip(found, records, strict=True)]
+        yield _judged(look, look.manifest, dict(zip(names, judged, strict=True)))
+
+
+def check(directory: Path, *, past_cache: bool = False, blocks: bool = True) -> Audit:
+    """The same of one checkpoint by its blocks' hashes, eight times as fast on a core, and on several for one file.
+
+    `blocks` false: only files without such hashes are read. The others are for those who check them while they load them.
+    """
+    look = glance(directory)
+    if look.manifest is None:
+        return look
+    records = look.manifest.files
+    names = [name for name in _readable(look) if blocks or not records[name].block_bytes]
+    files = [(directory / name, records[name]) for name in names]
+    return _judged(look, look.manifest, dict(zip(names, checked(files, past_cache=past_cache), strict=True)))
 
 
 def glance(directory: Path) -> Audit:
@@ -84,7 +104,7 @@ def file_findings(directory: Path, manifest: Manifest, names: Iterable[str], *, 
     workers, names = _workers(directory, manifest), sorted(names)
     findings = [found for name in names for found in _size(directory, manifest, name, workers.get(name))]
     whole = [name for name in names if name not in {found.file for found in findings}]
-    contents = hashed([directory / name for name in whole], past_cache=past_cache)
+    contents = checked([(directory / name, manifest.files[name]) for name in whole], past_cache=past_cache)
     for name, content in zip(whole, contents, strict=True):
         findings += _content(directory, manifest, name, workers.get(name), content)
     return findings
@@ -99,12 +119,14 @@ def _readable(look: Audit) -> list[str]:
     return sorted((name for name in records if name not in wrong), key=lambda name: -records[name].bytes)
 
 
-def _judged(look: Audit, manifest: Manifest, contents: Mapping[str, FileRecord | Unreadable]) -> Audit:
+def _judged(look: Audit, manifest: Manifest, contents: Mapping[str, Content]) -> Audit:
     workers = _workers(look.directory, manifest)
     findings = list(look.findings)
     for name in sorted(contents):
         findings += _content(look.directory, manifest, name, workers.get(name), contents[name])
-    return Audit(look.directory, manifest, tuple(findings or _tiling(look.directory, manifest)))
+    if not findings and len(contents) == len(manifest.files):
+        findings = _tiling(look.directory, manifest)
+    return Audit(look.directory, manifest, tuple(findings))
 
 
 def _workers(directory: Path, manifest: Manifest) -> dict[str, int]:
@@ -143,10 +165,8 @@ def _size(directory: Path, manifest: Manifest, name: str, worker: int | None) ->
     return [Finding(name, "size", f"{size} bytes instead of {expected}", worker, lost)]
 
 
-def _content(
-    directory: Path, manifest: Manifest, name: str, worker: int | None, content: FileRecord | Unreadable
-) -> list[Finding]:
-    if content == manifest.files[name]:
+def _content(directory: Path, manifest: Manifest, name: str, worker: int | None, content: Content) -> list[Finding]:
+    if content is None:
         return []
     if isinstance(content, Unreadable):
         lost = () if worker is None else damage.between(directory, manifest, name, content.first, content.last)
@@ -155,8 +175,15 @@ def _content(
     message = "its SHA-256 is not the manifest's"
     if worker is None:
         return [Finding(name, "changed", message)]
-    said, lost = damage.signs(directory, manifest, name)
+    said, lost = damage.signs(directory, manifest, name, content.spans or _changed_blocks(directory, manifest, name))
     return [Finding(name, "changed", f"{message}; {said}", worker, lost)]
+
+
+def _changed_blocks(directory: Path, manifest: Manifest, name: str) -> tuple[Span, ...]:
+    """Where a shard with a wrong hash was changed; none where its record has no blocks."""
+    record = manifest.files[name]
+    content = next(checked([(directory / name, record)], past_cache=False)) if record.block_bytes else None
+    return content.spans if isinstance(content, Changed) else ()
 
 
 def _tiling(directory: Path, manifest: Manifest) -> list[Finding]:

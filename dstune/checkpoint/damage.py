@@ -1,12 +1,12 @@
 """What a damaged shard still tells: which parameters lie in the bytes that are gone, and signs of where it was changed.
 
-The manifest has one hash for a whole shard, so that a changed byte proves the shard wrong but does not say where. What can be
-told nevertheless: a header that disagrees with the manifest, a header of another step, numbers that are not finite (such
-are never committed). Headers are believed only where they agree with the manifest, whose own hash was right.
+The hashes of its blocks say which of them was changed. What can be told where a shard has none, and within a block: a header
+that disagrees with the manifest, a header of another step, numbers that are not finite (such are never committed). Headers
+are believed only where they agree with the manifest, whose own hash was right.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,13 @@ def between(directory: Path, manifest: Manifest, name: str, first: int, last: in
     return tuple(parts)
 
 
-def signs(directory: Path, manifest: Manifest, name: str) -> tuple[str, tuple[Part, ...]]:
-    """Of a shard of the right size and the wrong hash: what there is to say, and what is known to be lost."""
+def signs(
+    directory: Path, manifest: Manifest, name: str, changed: Sequence[tuple[int, int]] = ()
+) -> tuple[str, tuple[Part, ...]]:
+    """Of a shard of the right size and the wrong hash: what there is to say, and what is known to be lost.
+
+    `changed`: the blocks in which it was, where that is known.
+    """
     header = _header(directory, manifest, name)
     if header is None:
         return "its header is damaged too", nowhere_else(directory, manifest, name)
@@ -56,6 +61,10 @@ def signs(directory: Path, manifest: Manifest, name: str) -> tuple[str, tuple[Pa
     found = tuple(_not_finite(directory / name, header))
     if found:
         return "it holds numbers that are not finite, which are never committed, and maybe more damage", found
+    parts = dict.fromkeys(part for first, last in changed for part in between(directory, manifest, name, first, last))
+    if parts and len({(part.state, part.name) for part in parts}) < len(header.slices):
+        first, last = changed[0][0], changed[-1][1]
+        return f"it was changed between byte {first} and {last}", tuple(parts)
     return f"which of its {len(header.slices)} pieces was changed cannot be told", ()
 
 

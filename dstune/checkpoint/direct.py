@@ -11,11 +11,14 @@ from typing import Protocol
 
 import torch
 
+from dstune.checkpoint.blocks import BlockHasher, block_bytes_for
 from dstune.checkpoint.host_memory import HostMemory, whole_pages
 from dstune.checkpoint.layout import FileRecord
 
 BLOCK_BYTES = 32 << 20
 """Written at once: long enough for a disk's full speed, short enough to hash and write by turns."""
+_HASHED_BYTES = 256 << 10
+"""Hashed twice while the core's own cache holds it."""
 
 
 class Sink(Protocol):
@@ -79,24 +82,32 @@ class DirectFile:
 
 
 class HashedFile:
-    """A `Sink` over a direct file: one thread hashes what another hands to the disk."""
+    """A `Sink` over a direct file: one thread hashes what another hands to the disk. `num_bytes`: how long it will be."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_bytes: int = 0) -> None:
         self._file = DirectFile(path)
         self._digest = hashlib.sha256()
+        self._block_bytes = block_bytes_for(num_bytes)
+        self._blocks = BlockHasher(self._block_bytes)
         self._writer = ThreadPoolExecutor(1, "shard-writer")
 
     def write(self, memory: memoryview, length: int) -> None:
         for first in range(0, length, BLOCK_BYTES):
             last = min(first + BLOCK_BYTES, length)
             written = self._writer.submit(self._file.write, memory[first : whole_pages(last)], last - first)
-            self._digest.update(memory[first:last])
+            self._hash(memory[first:last])
             written.result()
 
     def finish(self) -> FileRecord:
         """Flush to the disk."""
         self._file.finish()
-        return FileRecord(self._file.size, self._digest.hexdigest())
+        return FileRecord(self._file.size, self._digest.hexdigest(), self._block_bytes, self._blocks.finish())
+
+    def _hash(self, memory: memoryview) -> None:
+        for first in range(0, len(memory), _HASHED_BYTES):
+            part = memory[first : first + _HASHED_BYTES]
+            self._digest.update(part)
+            self._blocks.update(part)
 
     def __enter__(self) -> "HashedFile":
         return self

@@ -84,7 +84,7 @@ class _Lane:
 
     def hashed(self, path: Path) -> FileRecord | Unreadable:
         try:
-            with _OpenFile(path, self._past_cache) as file:
+            with OpenFile(path, self._past_cache) as file:
                 return self._hashed(file)
         except OSError as error:
             return Unreadable(error.strerror or str(error))
@@ -92,7 +92,7 @@ class _Lane:
     def close(self) -> None:
         self._readers.shutdown()
 
-    def _hashed(self, file: "_OpenFile") -> FileRecord | Unreadable:
+    def _hashed(self, file: "OpenFile") -> FileRecord | Unreadable:
         digest = hashlib.sha256()
         free = deque(self._buffers)
         offsets = deque(range(0, file.size, _BLOCK_BYTES))
@@ -118,7 +118,7 @@ class _Lane:
         return FileRecord(file.size, digest.hexdigest())
 
 
-class _OpenFile:
+class OpenFile:
     """A file that is read in whole blocks at any offset, by several threads."""
 
     def __init__(self, path: Path, past_cache: bool) -> None:
@@ -133,7 +133,7 @@ class _OpenFile:
         if past_cache:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def read(self, buffer: mmap.mmap, offset: int) -> memoryview:
+    def read(self, buffer: mmap.mmap | memoryview, offset: int) -> memoryview:
         """Fill the buffer from `offset`, up to the file's end: what of it was filled."""
         block = memoryview(buffer)
         length = min(len(block), self.size - offset)
@@ -160,7 +160,7 @@ class _OpenFile:
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         return bool(flags & os.O_DIRECT)
 
-    def __enter__(self) -> "_OpenFile":
+    def __enter__(self) -> "OpenFile":
         return self
 
     def __exit__(

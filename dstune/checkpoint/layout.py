@@ -22,6 +22,14 @@ class FileRecord:
 
     bytes: int
     sha256: str
+    block_bytes: int = 0
+    """Length of the blocks that have hashes of their own (`blocks.py`); 0: none have."""
+    block_hashes: str = ""
+    """One after the other."""
+
+    def is_like(self, other: "FileRecord") -> bool:
+        """Whether both are of the same bytes."""
+        return (self.bytes, self.sha256) == (other.bytes, other.sha256)
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,19 @@ class Origin:
     """Why newer ones were not taken."""
 
 
-def newest(checkpoints: Path, store: Store | None, into: Path | None = None) -> Origin:
+def newest(checkpoints: Path, store: Store | None, into: Path | None = None, *, blocks: bool = True) -> Origin:
     """The newest checkpoint that is whole in the directory `checkpoints` or in the store, and why newer ones were passed over.
 
     Of a step that is in both, the one on the disk is taken. What comes from the store is fetched into `into` (default:
-    `checkpoints`). Raises objects.Unavailable where the store does not answer: an older one is not taken for that.
+    `checkpoints`). `blocks` false: of one on the disk, what workers check while they load it is left to them.
+    Raises objects.Unavailable where the store does not answer: an older one is not taken for that.
     """
     here = {one.step: one for one in resolve.committed(checkpoints)}
     there = set(store.committed()) if store else set[int]()
     passed_over: list[str] = []
     for step in sorted(here.keys() | there, reverse=True):
         if step in here:
-            if not (problems := resolve.verify(here[step])):
+            if not (problems := resolve.verify(here[step], blocks=blocks)):
                 return Origin(here[step], False, passed_over)
             passed_over.append(f"{here[step].directory.name} passed over: {'; '.join(problems)}")
         if store and step in there:

@@ -1,31 +1,36 @@
 """Reading a committed checkpoint for any world: just the elements that are asked for, whichever shards hold them."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dstune.checkpoint.layout import Manifest, load_manifest
-from dstune.checkpoint.shards import OpenShard, StoredSlice, read_header
-from dstune.errors import CheckpointError, Problem
+from dstune.checkpoint.blocks import Blocks
+from dstune.checkpoint.layout import FileRecord, Manifest, load_manifest
+from dstune.checkpoint.shards import LastBlock, OpenShard, StoredSlice, read_header
+from dstune.errors import CheckpointError, DamagedCheckpoint, Problem
 from dstune.paths import CheckpointPaths
 from dstune.protocols import WEIGHTS, Slice
 
 
 class Reader:
-    """One checkpoint, open. Hashes are not looked at here: `resolve` verified them before it named this directory.
+    """One checkpoint, open. What it gives was checked while it was read, by the hashes of the blocks that it stands in.
 
-    Raises CheckpointError where manifest and files do not fit together.
+    Raises DamagedCheckpoint where a byte is not what was written, and CheckpointError where manifest and files do not fit
+    together. A checkpoint without such hashes has to be verified first (`resolve`), and is not looked at again.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest: Manifest = load_manifest(directory)
         self._paths = CheckpointPaths(directory)
+        self._last_block = LastBlock()
         self._open: dict[Path, OpenShard] = {}
         self._index: dict[tuple[str, str], list[tuple[Path, StoredSlice]]] = {}
         for rank in range(self.manifest.world_size):
@@ -39,8 +44,11 @@ class Reader:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """`state.json`: everything that is no tensor."""
-        return json.loads(self._paths.state.read_text(encoding="utf-8"))
+        """`state.json`: everything that is no tensor. Raises DamagedCheckpoint where it is not what was written."""
+        content, record = self._paths.state.read_bytes(), self.manifest.files[self._paths.state.name]
+        if not record.is_like(FileRecord(len(content), hashlib.sha256(content).hexdigest())):
+            raise DamagedCheckpoint(Problem(str(self._paths.state), "is damaged: it is not what was written"))
+        return json.loads(content)
 
     def tensors(self, state: str) -> Mapping[str, tuple[int, ...]]:
         """Every parameter's name and whole shape in `state` (`fp32`, `exp_avg`, …). Raises CheckpointError for no such state."""
@@ -91,7 +99,9 @@ class Reader:
     def _index_shard(self, path: Path) -> None:
         record = self.manifest.files.get(path.name)
         if record is None or not path.is_file() or path.stat().st_size != record.bytes:
-            raise CheckpointError(Problem(str(path), "is missing or not as long as the manifest says"))
+            raise DamagedCheckpoint(Problem(str(path), "is missing or not as long as the manifest says"))
+        with closing(self._shard(path)) as shard:
+            shard.check_header()
         for piece in read_header(path):
             self._index.setdefault((piece.entry.state, piece.entry.name), []).append((path, piece))
 
@@ -102,8 +112,12 @@ class Reader:
 
     def _opened(self, path: Path) -> OpenShard:
         if path not in self._open:
-            self._open[path] = OpenShard(path)
+            self._open[path] = self._shard(path)
         return self._open[path]
+
+    def _shard(self, path: Path) -> OpenShard:
+        record = self.manifest.files[path.name]
+        return OpenShard(path, Blocks(record) if record.block_bytes else None, self._last_block)
 
     def _missing(self, what: str, came: str, expected: str = "") -> CheckpointError:
         return CheckpointError(Problem(f"{self.directory}: {what}", came, expected))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.checkpoint.audit import audit
+from dstune.checkpoint.audit import check
 from dstune.checkpoint.keeping import BestMode, best_of
 from dstune.checkpoint.layout import load_manifest
 from dstune.errors import CheckpointError, Problem
@@ -33,13 +33,13 @@ def committed(checkpoints: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def verify(checkpoint: Checkpoint, *, past_cache: bool = False) -> list[str]:
+def verify(checkpoint: Checkpoint, *, past_cache: bool = False, blocks: bool = True) -> list[str]:
     """What is wrong with a checkpoint, each with the file's name; empty where every byte is as it was written.
 
     Reads through the page cache, where whoever loads it next finds it; `past_cache`: what the disk holds.
+    `blocks` false: what `Reader` checks while it reads is left to it; names, sizes and the rest are looked at.
     """
-    (audited,) = audit([checkpoint.directory], past_cache=past_cache)
-    return [str(finding) for finding in audited.findings]
+    return [str(finding) for finding in check(checkpoint.directory, past_cache=past_cache, blocks=blocks).findings]
 
 
 def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -56,13 +56,13 @@ class ShardWriter:
         for key, dtype, end in zip(self._layout.keys, self._layout.dtypes, self._layout.ends, strict=True):
             _require_finite(key, _typed(self._copy.tensor[begin:end], dtype))
             begin = end
-        with HashedFile(path) as file:
+        with HashedFile(path, self.num_bytes) as file:
             file.write(self._copy.view, self.num_bytes)
             return file.finish()
 
     def stream(self, path: Path, step: int) -> FileRecord:
         """The slices as they are now as the shard of `step`, flushed: takes no memory to speak of, and the training waits."""
-        with HashedFile(path) as file, Staging(file) as staging:
+        with HashedFile(path, self.num_bytes) as file, Staging(file) as staging:
             staging.put(torch.frombuffer(bytearray(self._layout.head(step)), dtype=torch.uint8))
             for key, piece in zip(self._layout.keys, self._slices(), strict=True):
                 _require_finite(key, piece.tensor.detach())

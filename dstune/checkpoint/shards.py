@@ -1,7 +1,8 @@
-"""One worker's shard: a safetensors file of slices, what stands where in it, and reading it piece by piece through a memory map."""
+"""One worker's shard: a safetensors file of slices, what stands where in it, and reading it piece by piece, checked on the way."""
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 
 from dstune.checkpoint import header
+from dstune.checkpoint.blocks import Blocks
 from dstune.checkpoint.host_memory import whole_pages
 from dstune.checkpoint.layout import SliceEntry
-from dstune.errors import CheckpointError, Problem
+from dstune.errors import DamagedCheckpoint, Problem
 from dstune.protocols import Slice
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -99,29 +101,87 @@ def stored(piece: header.HeaderSlice) -> StoredSlice:
     return StoredSlice(piece.entry, _DTYPES[piece.dtype], piece.first_byte)
 
 
-class OpenShard:
-    """A shard open for reading, by any number of threads: what is asked for goes from the disk straight to where it is wanted."""
+class LastBlock(threading.local):
+    """The block that each thread read last of those that it wanted only a part of: the next slice often begins in it."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self) -> None:
+        self.shard: Path | None = None
+        self.begin = 0
+        self.memory = bytearray()
+
+
+class OpenShard:
+    """A shard open for reading, by any number of threads: what is asked for goes from the disk straight to where it is wanted.
+
+    With `blocks`, every byte that is given was checked after it was read: DamagedCheckpoint where it is not what was written.
+    Blocks of which only a part is wanted are read whole for that.
+    """
+
+    def __init__(self, path: Path, blocks: Blocks | None = None, last_block: LastBlock | None = None) -> None:
+        self._path, self._blocks = path, blocks
+        self._last = last_block or LastBlock()
         self._file = path.open("rb", buffering=0)
 
     def copy(self, piece: StoredSlice, start: int, out: torch.Tensor) -> None:
         """Copy `out.numel()` elements, from element `start` of the stored slice on, into `out` (any dtype, any device)."""
         first = piece.first_byte + start * piece.dtype.itemsize
-        direct = out.dtype is piece.dtype and out.device.type == "cpu" and out.is_contiguous()
+        if out.dtype is piece.dtype and out.device.type == "cpu" and out.is_contiguous():
+            self.read_into(memoryview(out.detach().view(torch.uint8).numpy()), first)
+            return
         for target in out.detach().split(_CHUNK_ELEMENTS):
-            source = target if direct else torch.empty(target.numel(), dtype=piece.dtype)
-            self._read(memoryview(source.view(torch.uint8).numpy()), first)
+            source = torch.empty(target.numel(), dtype=piece.dtype)
+            self.read_into(memoryview(source.view(torch.uint8).numpy()), first)
             first += source.nbytes
-            if not direct:
-                target.copy_(source)
+            target.copy_(source)
+
+    def check_header(self) -> None:
+        """Raises DamagedCheckpoint where the header was changed. Without blocks there is nothing to check it by."""
+        if self._blocks is not None:
+            length = bytearray(_LENGTH_BYTES)
+            self.read_into(memoryview(length), 0)
+            self.read_into(memoryview(bytearray(int.from_bytes(length, "little"))), _LENGTH_BYTES)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read_into(self, into: memoryview, first: int) -> None:
+        """Fill `into` with the bytes of the file from `first` on."""
+        if self._blocks is None:
+            self._read(into, first)
+            return
+        last = first + len(into)
+        for begin, end in self._blocks.around(first, last):
+            part = into[max(begin, first) - first : min(end, last) - first]
+            if len(part) == end - begin:
+                self._read(part, begin)
+                self._require_whole(begin, end, part)
+            else:
+                at = max(begin, first) - begin
+                part[:] = self._block(begin, end)[at : at + len(part)]
+
+    def _block(self, begin: int, end: int) -> memoryview:
+        last = self._last
+        if (last.shard, last.begin) != (self._path, begin):
+            last.shard = None  # until all of it is there, and whole
+            if len(last.memory) < end - begin:
+                last.memory = bytearray(end - begin)
+            memory = memoryview(last.memory)[: end - begin]
+            self._read(memory, begin)
+            self._require_whole(begin, end, memory)
+            last.shard, last.begin = self._path, begin
+        return memoryview(last.memory)
+
+    def _require_whole(self, begin: int, end: int, memory: memoryview) -> None:
+        assert self._blocks is not None
+        if not self._blocks.is_whole(begin, memory):
+            came = f"is damaged: byte {begin} to {end} are not what was written"
+            raise DamagedCheckpoint(Problem(str(self._path), came))
 
     def _read(self, into: memoryview, first: int) -> None:
         while into:
             count = os.preadv(self._file.fileno(), [into], first)
             if count == 0:
-                raise CheckpointError(Problem(str(self._path), "ends before its last tensor"))
+                raise DamagedCheckpoint(Problem(str(self._path), "ends before its last tensor"))
             into, first = into[count:], first + count
 
 

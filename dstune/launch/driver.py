@@ -22,7 +22,7 @@ from typing import Any
 from dstune.atomic import read_json_lines
 from dstune.checkpoint import origin
 from dstune.checkpoint.remote import Store
-from dstune.errors import EXIT_FAILED, CheckpointError, DstuneError, Problem, UsageError
+from dstune.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, DstuneError, Problem, UsageError
 from dstune.launch import control, fence
 from dstune.launch.attempts import RESIZE, Again, DriveLimits, Ended, Facts, Stop, Wait, can_grow, decide
 from dstune.launch.failures import Cause, root_cause
@@ -83,12 +83,15 @@ def drive(
     *,
     checkpoints: Path | None = None,
     store: Store | None = None,
+    workers_check: bool = False,
     environment: Mapping[str, str] | None = None,
     handle_signals: bool = True,
 ) -> DriveEnd:
     """Start or continue the run until it succeeds, fails for good or is stopped. Returns; does not raise for a failed run.
 
     `checkpoints`: where commits are (default: the run directory's); `store`: where they are uploaded.
+    `workers_check`: the workers check what they load (`checkpoint.loading`); where they find damage, they are started again,
+    from an older checkpoint. Otherwise all of it is read before they start.
     `environment`: variables for the workers.
     `handle_signals`: SIGINT, SIGTERM, SIGUSR1 ask for a stop at the end of a step; a second SIGINT kills (main thread only).
     Raises UsageError where another driver holds the run, CheckpointError where the run committed before and nothing is whole.
@@ -100,7 +103,7 @@ def drive(
         signals = stack.enter_context(StopSignals(handle_signals))
         run = _Drive(paths, executor, make_plan, limits, observe or Observer(), signals)
         run.checkpoints = checkpoints or paths.checkpoints
-        run.store = store
+        run.store, run.workers_check = store, workers_check
         run.environment = dict(environment or {})
         return run.to_the_end()
 
@@ -162,6 +165,7 @@ class _Drive:
         self.observe, self.signals = observe, signals
         self.checkpoints = paths.checkpoints
         self.store: Store | None = None
+        self.workers_check = False
         self.environment: dict[str, str] = {}
         self.events = EventLog(paths.events)
         self.status = StatusFile(paths)
@@ -237,7 +241,7 @@ class _Drive:
 
     def _starting_point(self) -> tuple[Path | None, int]:
         """The newest whole checkpoint and its step. A run that ever committed never starts from nothing again."""
-        found = origin.newest(self.checkpoints, self.store)
+        found = origin.newest(self.checkpoints, self.store, blocks=not self.workers_check)
         for reason in found.passed_over:
             self._event("passed_over", checkpoint=reason)
         if found.checkpoint is not None:
@@ -328,8 +332,11 @@ class _Drive:
             self.stop_reason = request["reason"] if request else written.get("reason")
             control.clear(self.paths)
         elif ended in ("failed", "lost"):
-            self.failures_in_a_row += 1
             self.cause = root_cause(self.paths, self.attempt, outcome)
+            if self.workers_check and self.cause.kind == DamagedCheckpoint.__name__:
+                self.workers_check = False  # no failure of the workers': the next start passes the damaged one over
+            else:
+                self.failures_in_a_row += 1
             self._event("failure", attempt=self.attempt, outcome=outcome.kind, **self.cause.as_dict())
             log.warning("attempt %d failed: %s", self.attempt, self.cause)
         self._event("attempt_ended", attempt=self.attempt, outcome=ended, step=self.status.step)

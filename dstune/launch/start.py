@@ -173,9 +173,16 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
 
 
 def drive_with(
-    run: LoadedRun, paths: RunPaths, prepared: Prepared, executor: Executor, limits: DriveLimits, observe: Observer
+    run: LoadedRun,
+    paths: RunPaths,
+    prepared: Prepared,
+    executor: Executor,
+    limits: DriveLimits,
+    observe: Observer,
+    *,
+    restarts: bool = True,
 ) -> DriveEnd:
-    """Drive the run until it ends, on workers that `executor` places."""
+    """Drive the run until it ends, on workers that `executor` places. `restarts`: it can place them more than once."""
     return drive(
         paths,
         executor,
@@ -184,6 +191,7 @@ def drive_with(
         observe,
         checkpoints=rundir.checkpoints_of(run.config, run.base, paths),
         store=reached_store(run.config),
+        workers_check=restarts,
         environment=site_of(run).env,
     )
 

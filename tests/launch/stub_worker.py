@@ -1,6 +1,7 @@
 """A worker without a model: it keeps the files that a real one would, one step every few milliseconds, by the run's stub.json.
 
-stub.json: {"steps": N, "commit_every": n, "seconds": s, "fail": {"rank", "step", "kind", "attempts"}, "die": {"rank", "step", "attempts"}}.
+stub.json: {"steps": N, "commit_every": n, "seconds": s, "checks": it reads what it resumes from, "fail": {"rank", "step", "kind",
+"attempts"}, "die": {"rank", "step", "attempts"}}.
 Ranks go on by themselves except for the end: rank 0 alone keeps the books.
 """
 
@@ -17,6 +18,7 @@ import torch
 
 from dstune.atomic import append_line, write_json
 from dstune.checkpoint import commit as checkpoint_commit
+from dstune.checkpoint.reader import Reader
 from dstune.errors import DataError
 from dstune.launch import control, fence
 from dstune.paths import RunPaths, step_directory
@@ -32,6 +34,8 @@ def main(run_directory: Path, attempt: int) -> None:
     plan = json.loads(paths.plan(attempt).read_text())
     pause = threading.Event()
     try:
+        if stub.get("checks") and plan["resume_from"]:
+            Reader(Path(plan["resume_from"])).read("fp32", "weight")
         for step in range(plan["start_step"] + 1, stub["steps"] + 1):
             pause.wait(stub.get("seconds", 0.01) if not _waits_for_a_lost_neighbour(stub, rank, step, attempt) else 600)
             _mishaps(paths, stub, rank, step, attempt)

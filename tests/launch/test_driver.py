@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from dstune.checkpoint import resolve
 from dstune.errors import CheckpointError, DataError, UsageError
 from dstune.launch import control
 from dstune.launch.driver import DriveLimits, Observer, drive, driver_lock
@@ -145,6 +146,32 @@ def test_damaged_commits_are_passed_over_and_named(tmp_path):
     assert events(paths, "attempt_started")[-1]["from_step"] == 5
     assert "step-00000010" in events(paths, "passed_over")[0]["checkpoint"]
     assert steps(paths) == list(range(1, 21))
+
+
+def test_what_workers_find_damaged_is_passed_over_and_is_no_failure_of_theirs(tmp_path):
+    paths = stub_run(tmp_path, checks=True, die={"rank": 0, "step": 12, "attempts": [1]})
+    limits = DriveLimits(1, 1, max_failures=0)
+    assert go(paths, limits=limits).state == "failed"
+    shard = next(step_directory(paths.checkpoints, 10).glob("shard-*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + b"\x00")
+    assert go(paths, limits=limits, workers_check=True).state == "succeeded"
+    assert [event["from_step"] for event in events(paths, "attempt_started")] == [0, 10, 5]
+    assert events(paths, "failure")[-1]["error"] == "DamagedCheckpoint"
+    assert "step-00000010" in events(paths, "passed_over")[0]["checkpoint"]
+    assert shard.name in events(paths, "passed_over")[0]["checkpoint"]
+    assert steps(paths) == list(range(1, 21))
+
+
+def test_damage_that_only_the_workers_see_is_a_failure_in_the_end(tmp_path, monkeypatch):
+    paths = stub_run(tmp_path, checks=True, die={"rank": 0, "step": 12, "attempts": [1]})
+    limits = DriveLimits(1, 1, max_failures=0)
+    assert go(paths, limits=limits).state == "failed"
+    shard = next(step_directory(paths.checkpoints, 10).glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    monkeypatch.setattr(resolve, "verify", lambda checkpoint, blocks: [])
+    end = go(paths, limits=limits, workers_check=True)
+    assert end.state == "failed" and "is damaged" in end.message and len(events(paths, "attempt_started")) == 3
 
 
 def test_a_run_that_committed_never_starts_from_nothing(tmp_path):

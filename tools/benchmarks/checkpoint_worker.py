@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from dstune.atomic import write_json
+from dstune.checkpoint import origin
 from dstune.checkpoint.direct import BLOCK_BYTES
 from dstune.checkpoint.home import Home
 from dstune.checkpoint.host_memory import HostMemory, whole_pages
-from dstune.checkpoint.reader import Reader
-from dstune.checkpoint.resolve import newest_whole
+from dstune.checkpoint.loading import Loading
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
@@ -73,7 +73,8 @@ class _Bench:
         dist.barrier()
         return time.perf_counter() - began
 
-    def save(self, steps: int, rounds: int) -> dict[str, Any]:
+    def trained(self) -> tuple[ZeroEngine, Loop, CheckpointSaver]:
+        """An engine that made a step."""
         engine = self.engine()
         saver = CheckpointSaver(
             self.config.checkpoint,
@@ -98,6 +99,20 @@ class _Bench:
             device=self.world.device,
             pad_id=0,
         )
+        loop._step()
+        return engine, loop, saver
+
+    def make(self) -> dict[str, Any]:
+        """One checkpoint of each side, for the parts that only read."""
+        engine, loop, saver = self.trained()
+        saver.save(loop.state, {})
+        saver.settle()
+        engine.module.save_checkpoint(str(self.theirs), tag="last")
+        total = sum(self.control.gather(self._bytes(engine)))
+        return {"parameters": total // 12, "bytes": total}
+
+    def save(self, steps: int, rounds: int) -> dict[str, Any]:
+        engine, loop, saver = self.trained()
         stood: list[float] = []
 
         def ours() -> None:
@@ -120,7 +135,6 @@ class _Bench:
 
             return self.timed(run)
 
-        loop._step()
         ours()  # both sides once before anything counts: memory is reserved, files are compiled
         saver.settle()
         deepspeed("first")
@@ -190,27 +204,43 @@ class _Bench:
         config = {"checkpoint": {"load_universal": True}} if universal else {}
         for _ in range(rounds):
             engine = self.engine()
+            self._cache(self.paths.checkpoints)
             seconds["dstune"].append(self.timed(lambda e=engine: self._resume(e)))
             del engine
             other = self.engine(**config)
+            self._cache(Path(theirs))
             seconds["deepspeed"].append(self.timed(lambda e=other: e.module.load_checkpoint(theirs, tag="last")))
             del other
-        return {f"{side}_seconds": round(statistics.median(values), 3) for side, values in seconds.items()}
+        medians = {f"{side}_seconds": round(statistics.median(values), 3) for side, values in seconds.items()}
+        return medians | {"rounds": {side: [round(value, 3) for value in each] for side, each in seconds.items()}}
+
+    def _cache(self, directory: Path) -> None:
+        """Have the page cache hold the files: DeepSpeed's are there because they were written through it, ours are not."""
+        if self.world.rank == 0:
+            memory = bytearray(16 << 20)
+            for path in directory.rglob("*"):
+                if path.is_file():
+                    with path.open("rb", buffering=0) as file:
+                        while file.readinto(memory):
+                            pass
 
     def _resume(self, engine: ZeroEngine) -> None:
-        """Verify, as the driver does, and load."""
+        """Look for the newest checkpoint, as the driver does, and load it, every byte checked."""
         directory = ""
         if self.world.rank == 0:
-            newest, _ = newest_whole(self.paths.checkpoints)
+            newest = origin.newest(self.paths.checkpoints, None, blocks=False).checkpoint
             assert newest is not None
             directory = str(newest.directory)
-        reader = Reader(Path(self.control.broadcast(directory)))
-        engine.load(reader.fill, 1)
+        loading = Loading(Path(self.control.broadcast(directory)), self.control)
+        engine.load(loading.fill, 1)
+        loading.settle()
 
 
 def main(mode: str, run_directory: str, result: str, *more: str) -> None:
     bench = _Bench(run_directory)
-    if mode == "save":
+    if mode == "make":
+        found = bench.make()
+    elif mode == "save":
         found = bench.save(int(more[0]), int(more[1]))
     else:
         found = bench.resume(int(more[0]), more[1], more[2] == "True")
