@@ -184,23 +184,7 @@ def resume(
     on_commit: Hook | None = None,
 ) -> RunResult:
     """Go on from the newest committed step, with overrides that do not touch the data order (see `rundir.change`)."""
-    from dstune.launch import adoption, control, rundir
-    from dstune.launch.driver import driver_lock
-
-    if adoption.lost(run):
-        return train(
-            run,
-            overrides,
-            address=address,
-            progress=progress,
-            on_step=on_step,
-            on_evaluate=on_evaluate,
-            on_commit=on_commit,
-        )
-    paths = rundir.find(run)
-    with driver_lock(paths):
-        loaded = rundir.change(paths, list(overrides))
-        control.clear(paths)
+    loaded, paths = _found_again(run, overrides, progress)
     if (done := _finished(loaded, paths)) is not None:
         return done
     return _drive(loaded, paths, address, progress, (on_step, on_evaluate, on_commit))
@@ -282,15 +266,9 @@ def resubmit(
     run: str | Path, to: str, overrides: Sequence[str] = (), *, site: str | None = None, address: str | None = None
 ) -> dict[str, Any]:
     """`resume`, but as a Ray job or a Slurm batch."""
-    from dstune.launch import adoption, control, rundir, start, submission
-    from dstune.launch.driver import driver_lock
+    from dstune.launch import start, submission
 
-    if adoption.lost(run):
-        return submit(run, to, overrides, site=site, address=address)
-    paths = rundir.find(run)
-    with driver_lock(paths):
-        loaded = rundir.change(paths, list(overrides))
-        control.clear(paths)
+    loaded, paths = _found_again(run, overrides)
     return submission.submit(paths, loaded.config, to, start.site_of(loaded, site), address)
 
 
@@ -387,6 +365,21 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
     rundir.refuse_existing(loaded)
     start.check(loaded)
     return adoption.create(loaded, lambda run: prepare(run, progress=progress))
+
+
+def _found_again(run: str | Path, overrides: Sequence[str], progress: bool = False) -> tuple[LoadedRun, "RunPaths"]:
+    """A run that exists, with overrides put over it; or one that left its checkpoints alone, in a new directory."""
+    from dstune.launch import adoption, control, rundir
+    from dstune.launch.driver import driver_lock
+
+    if adoption.lost(run):
+        paths = _create(load_run(run, overrides), progress)
+        return rundir.load(paths), paths
+    paths = rundir.find(run)
+    with driver_lock(paths):
+        loaded = rundir.change(paths, list(overrides))
+        control.clear(paths)
+    return loaded, paths
 
 
 def _drive(

@@ -100,6 +100,7 @@ def test_a_resume_is_exact_from_an_object_store_with_the_disk_lost_and_with_the_
     assert weights_hash(paths, 12) == weights_hash(reference, 12)
     shown = api.checkpoints(paths.root)["checkpoints"]
     assert [one["step"] for one in shown] == [9, 9, 12, 12] and not any(one["problems"] for one in shown)
+    assert paths.verified.read_text() == "{}\n"  # what the resume read went with its checkpoint
 
 
 def relative_difference(one: list[float], other: list[float]) -> float:
