@@ -102,7 +102,7 @@ def _require_same_data(place: str, manifest: Manifest, prepared: Prepared) -> No
             "The sources, the tokenizer, the template (or the day, where it writes the date) or the data's settings are others. Bring "
             f"the prepared directory over and name it in `data.prepared`. {_ANOTHER}"
         )
-        raise DataError(str(Problem(place, came, "the very same prepared data", do)))
+        raise DataError(Problem(place, came, "the very same prepared data", do))
 
 
 def _words(value: Any) -> str:
