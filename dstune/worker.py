@@ -21,6 +21,7 @@ from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
 from dstune.checkpoint.home import Home
 from dstune.checkpoint.loading import Loading
+from dstune.config import identity
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
@@ -134,7 +135,7 @@ def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> Loop
     torch.set_num_threads(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
     _say_where(paths, plan, control)
-    home = Home.find(Path(plan.checkpoints), plan.store, control)
+    home = Home.find(Path(plan.checkpoints), plan.store, control, plan.store_owner)
     end = _train(config, plan, paths, home, world, control)
     if world.rank == 0:
         write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})
@@ -254,11 +255,7 @@ def _saver(
         engine,
         control,
         behind=world.control(),
-        fingerprints={
-            "run": config.name,
-            "model": config.model.path,
-            "prepared": plan.prepared_fingerprint,
-        }
+        fingerprints=identity.fingerprints(config, plan.prepared_fingerprint)
         | ({} if reference is None else {"base": reference}),
         events=RunBooks(paths).events,
         pinned=world.device.type == "cuda",
