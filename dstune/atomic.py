@@ -84,7 +84,15 @@ def remove_directory(directory: Path) -> None:
     doomed = directory.with_name(f".{directory.name}.{os.getpid()}.deleting")
     directory.rename(doomed)
     fsync_directory(directory.parent)
-    shutil.rmtree(doomed)
+    remove_tree(doomed)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory and all in it; of a link, or a file, that alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sha256_file(path: Path) -> str:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
+_STEP_DIRECTORY = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The commit: all workers' shards durable and hashed, then one rename. A failure anywhere leaves nothing, and all workers know it."""
 
 import hashlib
+import os
 import secrets
 import shutil
 import time
@@ -10,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dstune.atomic import commit_directory, dump_json, durable_file
+from dstune.atomic import commit_directory, dump_json, durable_file, remove_tree
 from dstune.checkpoint.agreement import agreed
 from dstune.checkpoint.layout import FileRecord, Manifest, SliceEntry, tile
 from dstune.checkpoint.resolve import Checkpoint, verify
@@ -86,10 +87,10 @@ def _prepare(checkpoints: Path, step: int) -> str:
     checkpoints.mkdir(parents=True, exist_ok=True)
     for pattern in ("step-*.tmp-*", ".step-*.deleting"):
         for leftover in checkpoints.glob(pattern):
-            shutil.rmtree(leftover)
+            remove_tree(leftover)
     final = step_directory(checkpoints, step)
     token = secrets.token_hex(4)
-    if final.exists():
+    if os.path.lexists(final):
         if not verify(Checkpoint(step, final)):
             raise CheckpointError(Problem(str(final), "is committed already", "a step that was not saved yet"))
         final.rename(final.with_name(f"{final.name}.damaged-{token}"))
