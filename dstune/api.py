@@ -370,6 +370,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
     from dstune.launch import rundir, start
 
     rundir.refuse_existing(loaded)
+    start.refuse_history(loaded)
     start.check(loaded)
     start.reached_store(loaded.config, new=True)
     return start.create(loaded, prepare(loaded, progress=progress))

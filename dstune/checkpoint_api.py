@@ -38,7 +38,7 @@ def checkpoints(run: str | Path, *, verify: bool = False, progress: bool = False
             rows = listing.stored(Store(address), verify, show.more)
             listing.add_reasons(rows, rules)
             found["checkpoints"] = sorted(found["checkpoints"] + rows, key=lambda row: row["step"])
-    trained = {record["step"]: record["loss"] for record in read_json_lines(paths.metrics)}
+    trained = {record.get("step"): record.get("loss") for record in read_json_lines(paths.metrics)}
     for row in found["checkpoints"]:
         row |= {"loss": row["metrics"].get("loss"), "train_loss": trained.get(row["step"])}
     return found | {"driven": driver_lives(paths)}

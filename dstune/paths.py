@@ -141,6 +141,11 @@ def step_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def owner_file(checkpoints: Path) -> Path:
+    """Whose run's checkpoints are in this directory."""
+    return checkpoints / "run.json"
+
+
 def step_of(directory: Path) -> int | None:
     """The step of a committed checkpoint's directory name; None for any other name (temporary ones among them)."""
     match = _STEP_DIRECTORY.fullmatch(directory.name)

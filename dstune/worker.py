@@ -20,6 +20,7 @@ from dstune.atomic import write_json, write_text
 from dstune.batch import Batch
 from dstune.checkpoint.home import Home
 from dstune.checkpoint.reader import Reader
+from dstune.config import identity
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
@@ -251,11 +252,7 @@ def _saver(
         engine,
         control,
         behind=world.control(),
-        fingerprints={
-            "run": config.name,
-            "model": config.model.path,
-            "prepared": plan.prepared_fingerprint,
-        }
+        fingerprints=identity.fingerprints(config, plan.prepared_fingerprint)
         | ({} if reference is None else {"base": reference}),
         events=RunBooks(paths).events,
         pinned=world.device.type == "cuda",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dstune.checkpoint import damage
+from dstune.checkpoint import damage, owner
 from dstune.checkpoint.hashing import OnBytes, Unreadable, hashed
 from dstune.checkpoint.header import read_whole
 from dstune.checkpoint.layout import FileRecord, Manifest, Part, load_manifest, tile
@@ -75,6 +75,8 @@ def glance(directory: Path) -> Audit:
         return Audit(directory, None, (Finding(CheckpointPaths(directory).manifest.name, kind, came),))
     workers = _workers(directory, manifest)
     findings = _naming(directory, manifest, workers)
+    if said := owner.strange(directory.parent, manifest.fingerprints):
+        findings.append(Finding(CheckpointPaths(directory).manifest.name, "foreign", said))
     for name in sorted(manifest.files):
         findings += _size(directory, manifest, name, workers.get(name))
     return Audit(directory, manifest, tuple(findings))

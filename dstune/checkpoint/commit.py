@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dstune.atomic import commit_directory, dump_json, durable_file, remove_tree
+from dstune.checkpoint import owner
 from dstune.checkpoint.agreement import agreed
-from dstune.checkpoint.layout import FileRecord, Manifest, SliceEntry, tile
+from dstune.checkpoint.layout import FileRecord, Manifest, SliceEntry, load_manifest, tile
 from dstune.checkpoint.resolve import Checkpoint, verify
 from dstune.checkpoint.shard_writer import write_shard
 from dstune.checkpoint.shards import entries, read_header
@@ -93,10 +94,18 @@ def _prepare(checkpoints: Path, step: int) -> str:
     if os.path.lexists(final):
         if not verify(Checkpoint(step, final)):
             raise CheckpointError(Problem(str(final), "is committed already", "a step that was not saved yet"))
-        final.rename(final.with_name(f"{final.name}.damaged-{token}"))
+        final.rename(final.with_name(f"{final.name}.{_what_it_is(checkpoints, final)}-{token}"))
     temporary = final.with_name(f"{final.name}.tmp-{token}")
     temporary.mkdir()
     return temporary.name
+
+
+def _what_it_is(checkpoints: Path, found: Path) -> str:
+    """Damaged ones are tidied away later; another run's checkpoint is not ours to delete."""
+    try:
+        return "foreign" if owner.strange(checkpoints, load_manifest(found).fingerprints) else "damaged"
+    except CheckpointError:
+        return "damaged"
 
 
 def _commit(directory: Path, final: Path, intent: Intent, records: list[FileRecord]) -> int:

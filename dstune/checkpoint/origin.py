@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.checkpoint import resolve
+from dstune.checkpoint import owner, resolve
 from dstune.checkpoint.keeping import BestMode, best_of
 from dstune.checkpoint.objects import Unavailable
 from dstune.checkpoint.remote import Store
@@ -43,6 +43,8 @@ def newest(checkpoints: Path, store: Store | None, into: Path | None = None) -> 
             passed_over.append(f"{here[step].directory.name} passed over: {'; '.join(problems)}")
         if store and step in there:
             try:
+                if said := owner.strange(checkpoints, store.manifest(step).fingerprints):
+                    raise CheckpointError(Problem(store.address_of(step), said))
                 return Origin(store.fetch(step, into or checkpoints), True, passed_over)
             except Unavailable:
                 raise

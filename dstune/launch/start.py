@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstune.checkpoint import owner, resolve
 from dstune.checkpoint.remote import Store
 from dstune.config.load import LoadedRun, load_site
 from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
@@ -82,7 +83,11 @@ def total_steps(run: LoadedRun, prepared: Prepared) -> int:
 
 def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
     """The last step of a run that has nothing left to do; None where there is more, or its data is gone."""
-    status, noted = read_status(paths), rundir.environment(paths).get("prepared")
+    try:
+        status, noted = read_status(paths), rundir.environment(paths).get("prepared")
+    except UsageError as error:
+        log.warning("%s", error)  # what a driver writes for others to read is nothing that a run needs
+        return None
     if status["state"] != "succeeded" or noted is None or not Path(noted["directory"]).is_dir():
         return None
     step = int(status["step"])
@@ -97,6 +102,16 @@ def check(run: LoadedRun) -> None:
         from dstune.model.build import adapted_skeleton
 
         adapted_skeleton(run.config.model, run.base)
+
+
+def refuse_history(run: LoadedRun) -> None:
+    """Raises UsageError where `checkpoint.dir` holds what a run of this name committed: a new run would go on from it."""
+    checkpoints = rundir.checkpoints_of(run.config, run.base, rundir.run_paths(run))
+    if found := resolve.committed(checkpoints):
+        came = f"holds checkpoints of a run of this name already (the newest of step {found[-1].step})"
+        raise UsageError(
+            Problem(str(checkpoints), came, do="another `name:` or another `checkpoint.dir` starts a new run")
+        )
 
 
 def reached_store(config: RunConfig, new: bool = False) -> Store | None:
@@ -178,16 +193,18 @@ def drive_with(
     run: LoadedRun, paths: RunPaths, prepared: Prepared, executor: Executor, limits: DriveLimits, observe: Observer
 ) -> DriveEnd:
     """Drive the run until it ends, on workers that `executor` places."""
-    return drive(
-        paths,
-        executor,
-        Planner(run, paths, data_facts(run.config, prepared)),
-        limits,
-        observe,
-        checkpoints=rundir.checkpoints_of(run.config, run.base, paths),
-        store=reached_store(run.config),
-        environment=site_of(run).env,
-    )
+    checkpoints = rundir.checkpoints_of(run.config, run.base, paths)
+    with owner.claimed(checkpoints, run.config, prepared.fingerprint):
+        return drive(
+            paths,
+            executor,
+            Planner(run, paths, data_facts(run.config, prepared)),
+            limits,
+            observe,
+            checkpoints=checkpoints,
+            store=reached_store(run.config),
+            environment=site_of(run).env,
+        )
 
 
 def site_of(run: LoadedRun, name: str | None = None) -> SiteConfig:
