@@ -16,7 +16,7 @@ from dstune.atomic import write_json
 from dstune.config import identity
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UsageError
-from dstune.paths import owner_file
+from dstune.paths import owner_file, step_of
 
 _ELSEWHERE = ("model.path", "model.tokenizer", "model.revision")
 """Keys that say where files are: what a checkpoint holds does not change with them."""
@@ -26,18 +26,28 @@ _ELSEWHERE = ("model.path", "model.tokenizer", "model.revision")
 def claimed(checkpoints: Path, config: RunConfig, prepared: str) -> Iterator[None]:
     """The directory is this run's (`prepared`: its data's fingerprint), and nobody else drives a run on it meanwhile.
 
-    Raises UsageError where somebody does.
+    Raises UsageError where somebody does, or where another run's checkpoints are kept.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(checkpoints, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _lock(descriptor, checkpoints)
+        _refuse_others(checkpoints, config, prepared)
         write_json(
             owner_file(checkpoints), {"prepared": prepared, "config": config.model_dump(mode="json", by_alias=True)}
         )
         yield
     finally:
         os.close(descriptor)
+
+
+def _refuse_others(checkpoints: Path, config: RunConfig, prepared: str) -> None:
+    said = strange(checkpoints, identity.fingerprints(config, prepared))
+    if said and any(step_of(path) is not None for path in checkpoints.iterdir()):
+        came = f"holds checkpoints of another run; seen from there, this one {said}"
+        raise UsageError(
+            Problem(str(checkpoints), came, do="another `name:` or another `checkpoint.dir` keeps them apart")
+        )
 
 
 def _lock(descriptor: int, checkpoints: Path) -> None:

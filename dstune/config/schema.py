@@ -335,7 +335,7 @@ class CheckpointSection(Section):
     @model_validator(mode="after")
     def _staging_is_on_the_way(self) -> "CheckpointSection":
         if self.staging is not None and (self.address is None or is_address(self.staging)):
-            raise ValueError("`staging`, a directory, goes with an address in `dir`, such as s3://bucket/runs")
+            raise ValueError("`staging` goes with an address in `dir` (s3://bucket/runs), and is a directory itself")
         return self
 
 

@@ -97,6 +97,9 @@ def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
 def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
     deepspeed.make(run.config, run.base)
+    if run.config.checkpoint.best and not run.config.data.validation and run.config.data.prepared is None:
+        came = "no rows are held out: no checkpoint would ever be the best"
+        raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
     plan.require_rows(run.config, workers_range(run.config.cluster, 1)[0])
     if run.config.model.adapter is not None:
         from dstune.model.build import adapted_skeleton

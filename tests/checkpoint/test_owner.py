@@ -81,6 +81,16 @@ def test_one_run_at_a_time_writes_there(tmp_path: Path) -> None:
     assert left_overs(tmp_path) == []
 
 
+def test_nobody_takes_another_runs_directory(mine: Path) -> None:
+    before = (mine / "run.json").read_bytes()
+    with pytest.raises(UsageError, match=r"holds checkpoints of another run; .* train.seed 7 \(here 42\)"):
+        owner.claimed(mine, config(seed=7), "data").__enter__()
+    assert (mine / "run.json").read_bytes() == before
+    with owner.claimed(mine, config(max_steps=9), "data"):
+        commit(mine, 3, config(max_steps=9))
+    assert not glance(mine / "step-00000003").findings
+
+
 def test_a_save_keeps_another_runs_checkpoint_of_its_step(mine: Path) -> None:
     commit(mine, 3, config(seed=7))
     commit(mine, 3, config())
