@@ -162,7 +162,10 @@ def train(
     on_evaluate: Hook | None = None,
     on_commit: Hook | None = None,
 ) -> RunResult:
-    """Start a new run and drive it to its end. Raises UsageError where its directory exists already."""
+    """Start a new run and drive it to its end, or one that left nothing but its checkpoints (see `launch.adoption`).
+
+    Raises UsageError where its directory exists already, or where the checkpoints there are another run's.
+    """
     from dstune.launch import rundir
 
     loaded = _loaded(run, overrides)
@@ -181,13 +184,7 @@ def resume(
     on_commit: Hook | None = None,
 ) -> RunResult:
     """Go on from the newest committed step, with overrides that do not touch the data order (see `rundir.change`)."""
-    from dstune.launch import control, rundir
-    from dstune.launch.driver import driver_lock
-
-    paths = rundir.find(run)
-    with driver_lock(paths):
-        loaded = rundir.change(paths, list(overrides))
-        control.clear(paths)
+    loaded, paths = _found_again(run, overrides, progress)
     if (done := _finished(loaded, paths)) is not None:
         return done
     return _drive(loaded, paths, address, progress, (on_step, on_evaluate, on_commit))
@@ -269,13 +266,9 @@ def resubmit(
     run: str | Path, to: str, overrides: Sequence[str] = (), *, site: str | None = None, address: str | None = None
 ) -> dict[str, Any]:
     """`resume`, but as a Ray job or a Slurm batch."""
-    from dstune.launch import control, rundir, start, submission
-    from dstune.launch.driver import driver_lock
+    from dstune.launch import start, submission
 
-    paths = rundir.find(run)
-    with driver_lock(paths):
-        loaded = rundir.change(paths, list(overrides))
-        control.clear(paths)
+    loaded, paths = _found_again(run, overrides)
     return submission.submit(paths, loaded.config, to, start.site_of(loaded, site), address)
 
 
@@ -367,13 +360,26 @@ def _loaded(run: RunFile, overrides: Sequence[str]) -> LoadedRun:
 
 def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
     """Everything that can be wrong is found before the run directory is made; the data is ready when it is there."""
-    from dstune.launch import rundir, start
+    from dstune.launch import adoption, rundir, start
 
     rundir.refuse_existing(loaded)
-    start.refuse_history(loaded)
     start.check(loaded)
-    start.reached_store(loaded.config, new=True)
-    return start.create(loaded, prepare(loaded, progress=progress))
+    return adoption.create(loaded, lambda run: prepare(run, progress=progress))
+
+
+def _found_again(run: str | Path, overrides: Sequence[str], progress: bool = False) -> tuple[LoadedRun, "RunPaths"]:
+    """A run that exists, with overrides put over it; or one that left its checkpoints alone, in a new directory."""
+    from dstune.launch import adoption, control, rundir
+    from dstune.launch.driver import driver_lock
+
+    if adoption.lost(run):
+        paths = _create(load_run(run, overrides), progress)
+        return rundir.load(paths), paths
+    paths = rundir.find(run)
+    with driver_lock(paths):
+        loaded = rundir.change(paths, list(overrides))
+        control.clear(paths)
+    return loaded, paths
 
 
 def _drive(

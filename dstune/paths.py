@@ -60,6 +60,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def verified(self) -> Path:
+        """Which checkpoints were read to the last byte, and when (`checkpoint.verified`)."""
+        return self.root / "verified.json"
+
+    @property
     def export(self) -> Path:
         return self.root / "export"
 

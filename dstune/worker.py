@@ -134,7 +134,7 @@ def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> Loop
     torch.set_num_threads(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
     _say_where(paths, plan, control)
-    home = Home.find(Path(plan.checkpoints), plan.store, control)
+    home = Home.find(Path(plan.checkpoints), plan.store, control, plan.store_owner)
     end = _train(config, plan, paths, home, world, control)
     if world.rank == 0:
         write_json(paths.outcome(attempt), {"state": end.state, "step": end.step, "reason": end.reason})

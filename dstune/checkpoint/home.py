@@ -36,13 +36,13 @@ class Home:
     """All workers see the same directory. Where they do not, the store alone holds what is committed."""
 
     @classmethod
-    def find(cls, checkpoints: Path, address: str | None, control: Control) -> "Home":
-        """Look at the disks, and write to the store from every worker.
+    def find(cls, checkpoints: Path, address: str | None, control: Control, owner: str | None = None) -> "Home":
+        """Look at the disks, and write to the store from every worker; `owner`: as whom checkpoints are put there.
 
         Raises ConfigError where there is no store and the workers do not share the directory, CheckpointError where the store
         cannot be written to.
         """
-        store = _reached(address, control) if address else None
+        store = _reached(address, owner, control) if address else None
         found = leaders(checkpoints, control)
         shared = not any(found)
         if store is None:
@@ -102,11 +102,11 @@ class Home:
         return self.store.prune(rules, control) if self.store else []
 
 
-def _reached(address: str, control: Control) -> Store:
+def _reached(address: str, owner: str | None, control: Control) -> Store:
     reached: list[Store] = []
 
     def reach() -> None:
-        store = Store(address)
+        store = Store(address, owner=owner)
         store.probe()
         reached.append(store)
 

@@ -33,12 +33,20 @@ class Objects:
 
     def sizes(self) -> dict[str, int]:
         """Every object's size in bytes."""
+        return {name: info.size for name, info in self._below("").items()}
+
+    def changes(self, folder: str) -> dict[str, tuple[int, int | None]]:
+        """Size and time of change (nanoseconds; None where the store does not say) of every object below `folder`."""
+        return {name: (info.size, info.mtime_ns) for name, info in self._below(folder).items()}
+
+    def _below(self, folder: str) -> dict[str, fs.FileInfo]:
         with self._asking():
             if isinstance(self._system, fs.PyFileSystem):
                 self._system.handler.fs.invalidate_cache()
-            found = self._system.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True))
+            selector = fs.FileSelector(self._path(folder).rstrip("/"), allow_not_found=True, recursive=True)
+            found = self._system.get_file_info(selector)
         start = len(self._root.strip("/")) + 1
-        return {info.path.strip("/")[start:]: info.size for info in found if info.type == fs.FileType.File}
+        return {info.path.strip("/")[start:]: info for info in found if info.type == fs.FileType.File}
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """An object's bytes, in blocks."""

@@ -9,6 +9,7 @@ from dstune.checkpoint.keeping import BestMode, best_of
 from dstune.checkpoint.objects import Unavailable
 from dstune.checkpoint.remote import Store
 from dstune.checkpoint.resolve import Checkpoint
+from dstune.checkpoint.verified import NO_RECORD, Verified, stamp_of
 from dstune.errors import CheckpointError, Problem
 from dstune.loggers import get_logger
 
@@ -27,29 +28,41 @@ class Origin:
     """Why newer ones were not taken."""
 
 
-def newest(checkpoints: Path, store: Store | None, into: Path | None = None) -> Origin:
+def newest(checkpoints: Path, store: Store | None, into: Path | None = None, verified: Verified = NO_RECORD) -> Origin:
     """The newest checkpoint that is whole in the directory `checkpoints` or in the store, and why newer ones were passed over.
 
     Of a step that is in both, the one on the disk is taken. What comes from the store is fetched into `into` (default:
-    `checkpoints`). Raises objects.Unavailable where the store does not answer: an older one is not taken for that.
+    `checkpoints`). What was read is noted in `verified`. Raises objects.Unavailable where the store does not answer: an older one
+    is not taken for that.
     """
     here = {one.step: one for one in resolve.committed(checkpoints)}
     there = set(store.committed()) if store else set[int]()
     passed_over: list[str] = []
+    damaged: list[str] = []
+
     for step in sorted(here.keys() | there, reverse=True):
         if step in here:
+            directory, stamp = here[step].directory, stamp_of(here[step].directory)
             if not (problems := resolve.verify(here[step])):
+                verified.note({str(directory): stamp}, damaged)
                 return Origin(here[step], False, passed_over)
-            passed_over.append(f"{here[step].directory.name} passed over: {'; '.join(problems)}")
+            damaged.append(str(directory))
+            passed_over.append(f"{directory.name} passed over: {'; '.join(problems)}")
         if store and step in there:
+            stamp = store.stamp(step)
             try:
                 if said := owner.strange(checkpoints, store.manifest(step).fingerprints):
                     raise CheckpointError(Problem(store.address_of(step), said))
-                return Origin(store.fetch(step, into or checkpoints), True, passed_over)
+                fetched = store.fetch(step, into or checkpoints)
             except Unavailable:
                 raise
             except CheckpointError as error:
+                damaged.append(store.address_of(step))
                 passed_over.append(f"{error} (in the store): passed over")
+                continue
+            verified.note({store.address_of(step): stamp}, damaged)
+            return Origin(fetched, True, passed_over)
+    verified.note({}, damaged)
     return Origin(None, False, passed_over)
 
 

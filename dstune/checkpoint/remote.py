@@ -6,6 +6,7 @@ client (`AWS_MAX_ATTEMPTS`); credentials come from the environment alone.
 """
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -15,10 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from dstune.atomic import commit_directory, durable_file
+from dstune.atomic import commit_directory, dump_json, durable_file
 from dstune.checkpoint.agreement import agreed
 from dstune.checkpoint.audit import Finding
 from dstune.checkpoint.hashing import OnBytes
@@ -26,6 +27,7 @@ from dstune.checkpoint.keeping import Found, Rules, decide, presumed, surplus
 from dstune.checkpoint.layout import FileRecord, Manifest, load_manifest, read_manifest
 from dstune.checkpoint.objects import BLOCK_BYTES, Objects, Unavailable
 from dstune.checkpoint.resolve import Checkpoint
+from dstune.checkpoint.verified import digest
 from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.paths import CheckpointPaths, step_directory, step_of
@@ -38,6 +40,7 @@ _PIECE_BYTES = 64 << 30
 _PIECE = re.compile(r"(.+)\.part-\d{5}-of-\d{5}")
 _MAX_THREADS = 8
 _MANIFEST = CheckpointPaths(Path()).manifest.name
+_OWNER = "owner.json"
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class Published:
 class Store:
     """The checkpoints of one run behind `address`. Raises ConfigError for an address that cannot be opened here."""
 
-    def __init__(self, address: str, piece_bytes: int = _PIECE_BYTES) -> None:
+    def __init__(self, address: str, piece_bytes: int = _PIECE_BYTES, owner: str | None = None) -> None:
+        """`owner`: who may put checkpoints there, as `claim` wrote it; without it nobody is asked."""
         self.address = address.rstrip("/")
-        self._piece_bytes = piece_bytes
+        self._piece_bytes, self._owner = piece_bytes, owner
         self._objects = Objects(self.address)
 
     def address_of(self, step: int) -> str:
@@ -71,6 +75,22 @@ class Store:
         """Raises CheckpointError where it is damaged, Unavailable where it cannot be read."""
         return read_manifest(self._manifest_bytes(step), f"{self.address_of(step)}/{_MANIFEST}")
 
+    def found(self, rules: Rules) -> list[Found]:
+        """What is known of each committed step without reading shards, oldest first. Raises Unavailable."""
+        found: list[Found] = []
+        for step, objects in sorted(self._steps().items()):
+            if _MANIFEST not in objects:
+                continue
+            try:
+                manifest, findings = self._look(step, objects)
+            except Unavailable:
+                if step in self.committed():
+                    raise
+                continue  # another process has removed it meanwhile
+            value = manifest.metrics.get(rules.best or "") if manifest else None
+            found.append(Found(step, False if findings else None, value))
+        return found
+
     def verify(self, step: int, part: slice | None = None, on_bytes: OnBytes | None = None) -> list[Finding]:
         """What is wrong with a checkpoint, by reading every byte (or those of a `part` of its files); empty where nothing is.
 
@@ -86,13 +106,30 @@ class Store:
 
     def glance(self, step: int) -> tuple[Manifest | None, list[Finding]]:
         """The manifest, None where it cannot be used, and what shows to be wrong without reading shards. Raises Unavailable."""
+        return self._look(step, self._steps().get(step, {}))
+
+    def _look(self, step: int, objects: Mapping[str, int]) -> tuple[Manifest | None, list[Finding]]:
         try:
             manifest = self.manifest(step)
         except Unavailable:
             raise
         except CheckpointError as error:
             return None, [Finding(_MANIFEST, "changed", error.problems[0].came)]
-        return manifest, _layout(manifest, step, self._steps().get(step, {}))
+        return manifest, _layout(manifest, step, objects)
+
+    def stamp(self, step: int) -> str | None:
+        """A hash of every object's name, size and time of change; None where the store does not tell them. Raises Unavailable."""
+        found = self._objects.changes(_name(step))
+        facts = {name: (size, time) for name, (size, time) in found.items() if time is not None}
+        return digest(facts) if facts and len(facts) == len(found) else None
+
+    def size(self, step: int) -> int:
+        """The bytes of all its objects. Raises Unavailable."""
+        return sum(self._steps().get(step, {}).values())
+
+    def unfinished(self) -> dict[int, int]:
+        """Steps of which something is there but no manifest (an upload or a removal that was cut short), and their bytes."""
+        return {step: sum(found.values()) for step, found in self._steps().items() if _MANIFEST not in found}
 
     def probe(self) -> None:
         """Write an object and delete it. Raises ConfigError where that fails: key, bucket, endpoint, rights."""
@@ -105,6 +142,28 @@ class Store:
             came = f"cannot be used: {error.problems[0].came}"
             do = "Are the address, the endpoint and the credentials (environment variables) right, on every node?"
             raise ConfigError(Problem(f"checkpoint.dir: {self.address}", came, do=do)) from None
+
+    # --- whose it is -------------------------------------------------------------------------------------------------
+
+    def claim(self, host: str) -> None:
+        """From now on `owner` alone puts checkpoints there: a run that still goes on elsewhere is refused at its next save."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._objects.put(_OWNER, dump_json({"owner": self._owner, "host": host, "time": now}).encode("utf-8"))
+
+    def require_ours(self) -> None:
+        """Raises CheckpointError where somebody else claimed it since."""
+        if self._owner is None or _OWNER not in self._objects.sizes():
+            return
+        written = b"".join(self._objects.blocks(_OWNER))
+        try:
+            found = json.loads(written)
+            owner, host, taken = found["owner"], found["host"], found["time"]
+        except (ValueError, KeyError, TypeError):
+            owner, host, taken = None, "somebody", "a time that cannot be read"
+        if owner != self._owner:
+            came = f"this run was taken over by {host} (at {taken})"
+            do = "Let it go on there; or move this run directory away, and `dstune train` with the run file takes it back."
+            raise CheckpointError(Problem(self.address, came, do=do))
 
     # --- into the store ----------------------------------------------------------------------------------------------
 
@@ -131,6 +190,7 @@ class Store:
 
     def _make_room(self, directory: Path) -> bool:
         """Remove what is in the way; False where this very checkpoint is there already."""
+        self.require_ours()
         manifest = load_manifest(directory)
         steps = self._steps()
         for step in [step for step, objects in steps.items() if _MANIFEST not in objects]:
@@ -219,11 +279,23 @@ class Store:
 
     # --- out of the way ----------------------------------------------------------------------------------------------
 
-    def remove(self, step: int) -> None:
-        """Remove a checkpoint, its manifest first: cut short, it is no checkpoint any more. Raises Unavailable."""
-        if _MANIFEST in self._steps().get(step, {}):
-            self._objects.delete(f"{_name(step)}/{_MANIFEST}")
-        self._objects.delete_below(_name(step))
+    def remove(self, step: int) -> bool:
+        """Remove a checkpoint, its manifest first: cut short, it is no checkpoint any more, and the next save removes the rest.
+
+        False where another process did it meanwhile (`dstune checkpoint prune`, or the training). Raises Unavailable.
+        """
+        there = self._steps().get(step, {})
+        try:
+            if _MANIFEST in there:
+                self._objects.delete(f"{_name(step)}/{_MANIFEST}")
+            if there:
+                self._objects.delete_below(_name(step))
+        except Unavailable as error:
+            if _MANIFEST in self._steps().get(step, {}):
+                raise
+            log.info("%s is removed by another process too: %s", self.address_of(step), error)
+            return False
+        return bool(there)
 
     def prune(self, rules: Rules, control: Control) -> list[int]:
         """Remove the committed steps that no rule keeps; returns them. A collective call.
@@ -231,7 +303,9 @@ class Store:
         Nothing goes before a newer checkpoint in the store was read back whole; the workers share the reading. Raises
         CheckpointError on every worker where the store fails.
         """
-        known = agreed(control, "look for old uploads", lambda: self._known(rules), only_first=True)[0]
+        known = agreed(control, "look for old uploads", lambda: list(map(asdict, self.found(rules))), only_first=True)[
+            0
+        ]
         found = [Found(**one) for one in known]
         part = slice(control.rank, None, control.world_size)
         while old := surplus(decide(presumed(found), rules)):
@@ -239,8 +313,7 @@ class Store:
             shares = agreed(control, "read an upload back", lambda step=newest: self._problems(step, part))
             problems = [problem for share in shares for problem in share]
             if not problems:
-                agreed(control, "remove old uploads", lambda steps=old: self._remove(steps), only_first=True)
-                return old
+                return agreed(control, "remove old uploads", lambda steps=old: self._remove(steps), only_first=True)[0]
             log.warning("%s is damaged and does not count: %s", self.address_of(newest), "; ".join(problems))
             found = [replace(one, whole=False) if one.step == newest else one for one in found]
         return []
@@ -248,20 +321,8 @@ class Store:
     def _problems(self, step: int, part: slice) -> list[str]:
         return [str(finding) for finding in self.verify(step, part)]
 
-    def _known(self, rules: Rules) -> list[dict[str, Any]]:
-        found: list[Found] = []
-        for step in self.committed():
-            try:
-                found.append(Found(step, None, self.manifest(step).metrics.get(rules.best or "")))
-            except Unavailable:
-                raise
-            except CheckpointError:
-                found.append(Found(step, False))
-        return [asdict(one) for one in found]
-
-    def _remove(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            self.remove(step)
+    def _remove(self, steps: Iterable[int]) -> list[int]:
+        return [step for step in steps if self.remove(step)]
 
     # --- requests ----------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,13 @@
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dstune.atomic import fsync_directory, remove_directory
 from dstune.checkpoint import owner
-from dstune.checkpoint.audit import Audit, audit, file_findings, glance
+from dstune.checkpoint.audit import Finding, audit, file_findings, glance
 from dstune.checkpoint.hashing import OnBytes
 from dstune.checkpoint.keeping import Found, Rules, Verdict, decide, presumed, surplus
 from dstune.checkpoint.layout import load_manifest
@@ -51,8 +51,8 @@ class Plan:
     """Of every committed step, oldest first."""
     newest_whole: int | None
     """The step that was read back; None where none is whole, or where there was nothing to read it for."""
-    looks: list[tuple[int, Audit]]
-    """What was read back, and what is damaged at a glance: with its step, newest first."""
+    looks: list[tuple[int, Sequence[Finding]]]
+    """What was read back, and what is damaged at a glance: what is wrong with it, by its step, newest first."""
     left_overs: list[LeftOver]
     """What of these may go once nobody runs."""
 
@@ -67,25 +67,40 @@ class Plan:
 
 def plan(checkpoints: Path, rules: Rules, on_bytes: OnBytes | None = None) -> Plan:
     """What the rules let go. Deletes nothing, but reads the newest ones back (past the page cache) until one is whole."""
-    facts = {one.step: one for one in _unread(checkpoints, rules)}
-    looks = {step: glance(step_directory(checkpoints, step)) for step in facts}
-    looks = {step: look for step, look in looks.items() if look.findings}
-    facts |= {step: Found(step, False) for step in looks}
-    found = left_overs(checkpoints)
-    needed = _surplus_expected(facts, rules) or any(one.kind == "damaged" for one in found)
+    found = _unread(checkpoints, rules)
+    looks = {one.step: glance(step_directory(checkpoints, one.step)).findings for one in found}
+
+    def read(step: int) -> Sequence[Finding]:
+        (look,) = audit([step_directory(checkpoints, step)], past_cache=True, on_bytes=on_bytes)
+        return look.findings
+
+    return planned(found, looks, read, left_overs(checkpoints), rules)
+
+
+def planned(
+    found: Sequence[Found],
+    glances: Mapping[int, Sequence[Finding]],
+    read: Callable[[int], Sequence[Finding]],
+    rest: Sequence[LeftOver],
+    rules: Rules,
+) -> Plan:
+    """The plan of one place: what was `found` there, what shows of each step at a glance, and how to read a step to its end."""
+    looks = {step: findings for step, findings in glances.items() if findings}
+    facts = {one.step: Found(one.step, False) if one.step in looks else one for one in found}
+    needed = _surplus_expected(facts, rules) or any(one.kind == "damaged" for one in rest)
     newest: int | None = None
     while needed and newest is None:
         candidates = [step for step, one in facts.items() if one.whole is None]
         if not candidates:
             break
         step = max(candidates)
-        (looks[step],) = audit([step_directory(checkpoints, step)], past_cache=True, on_bytes=on_bytes)
-        newest = None if looks[step].findings else step
+        looks[step] = read(step)
+        newest = None if looks[step] else step
         facts[step] = replace(facts[step], whole=newest is not None)
     verdicts = decide(presumed(list(facts.values())), rules)
-    rest = [one for one in found if _may_go(one, newest)]
+    may_go = [one for one in rest if _may_go(one, newest)]
     none_whole = bool(facts) and all(one.whole is False for one in facts.values())
-    return Plan(verdicts, newest, sorted(looks.items(), reverse=True), rest, none_whole)
+    return Plan(verdicts, newest, sorted(looks.items(), reverse=True), may_go, none_whole)
 
 
 def remove(checkpoints: Path, steps: Sequence[int], rest: Sequence[LeftOver]) -> tuple[list[int], list[LeftOver], int]:

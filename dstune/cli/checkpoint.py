@@ -1,4 +1,7 @@
-"""What is committed (list), whether every byte is right (verify), deleting what need not stay (prune), DeepSpeed's own in (import)."""
+"""What is committed (list), whether every byte is right (verify), deleting what need not stay (prune), DeepSpeed's own in (import).
+
+On the disk and, where `checkpoint.dir` is an address, in the store. Of a run whose directory is lost, give the run file.
+"""
 
 import argparse
 import sys
@@ -82,10 +85,9 @@ def _prune(args: argparse.Namespace) -> int:
     rules = {name: getattr(args, name) for name in ("keep", "keep_every", "best", "best_mode")}
     done = api.prune_checkpoints(args.run, **rules, dry_run=args.dry_run, progress=not args.json)
     emit(args, done, _account(done))
-    if done["none_whole"]:
-        print("dstune: no checkpoint is whole: none is deleted", file=sys.stderr)
-        return 1
-    return 0
+    for place in done["none_whole"]:
+        print(f"dstune: {place}: no checkpoint is whole: none is deleted there", file=sys.stderr)
+    return 1 if done["none_whole"] else 0
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -119,17 +121,27 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
 def _cells(one: dict[str, Any]) -> tuple[str, ...]:
     loss, train_loss = one["loss"], one["train_loss"]
     shown = f"{loss:.4f}" if loss is not None else f"{train_loss:.4f} (train)" if train_loss is not None else "-"
-    verified = {True: "yes", False: "no: " + ", ".join(_short(problem) for problem in one["problems"])}
-    where = " (in the store)" if is_address(one["directory"]) else ""
+    verified = {
+        True: f"yes, {_time(one['verified_at'])}",
+        False: "no: " + ", ".join(_short(problem) for problem in one["problems"]),
+    }
     return (
         str(one["step"]),
-        (one["time"] or "-").replace("T", " ").replace("+00:00", "Z"),
+        _time(one["time"]),
         size(one["bytes"]),
         str(one["world_size"] or "-"),
         shown,
-        verified.get(one["verified"], "not looked at") + where,
+        verified.get(one["verified"], "not looked at") + _where(one),
         ", ".join(one["kept_because"]) or "nothing: goes with the next save or prune",
     )
+
+
+def _time(written: str | None) -> str:
+    return (written or "-").replace("T", " ").replace("+00:00", "Z")
+
+
+def _where(one: dict[str, Any]) -> str:
+    return " (in the store)" if is_address(one["directory"]) else ""
 
 
 def _short(problem: dict[str, Any]) -> str:
@@ -139,8 +151,7 @@ def _short(problem: dict[str, Any]) -> str:
 
 def _verdicts(found: dict[str, Any]) -> Iterator[str]:
     for one in found["checkpoints"]:
-        where = "  in the store" if is_address(one["directory"]) else ""
-        yield f"step {one['step']:>8}  {size(one['bytes']):>9}  {'whole' if one['verified'] else 'DAMAGED'}{where}"
+        yield f"step {one['step']:>8}  {size(one['bytes']):>9}  {'whole' if one['verified'] else 'DAMAGED'}{_where(one)}"
         yield from (f"    {problem['text']}" for problem in one["problems"])
     if not found["checkpoints"]:
         yield "nothing is committed"
@@ -154,11 +165,11 @@ def _account(done: dict[str, Any]) -> Iterator[str]:
     would = "would be " if done["dry_run"] else ""
     for one in done["looked_at"]:
         damaged = f"is damaged: {'; '.join(one['problems'])}"
-        yield f"step {one['step']} {damaged if one['problems'] else 'was read back and is whole'}"
+        yield f"step {one['step']}{_where(one)} {damaged if one['problems'] else 'was read back and is whole'}"
     for one in done["kept"]:
-        yield f"kept     step {one['step']}: {', '.join(one['because'])}"
+        yield f"kept     step {one['step']}{_where(one)}: {', '.join(one['because'])}"
     for one in done["deleted"]:
-        yield f"{would}deleted  step {one['step']}, {size(one['bytes'])}"
+        yield f"{would}deleted  step {one['step']}{_where(one)}, {size(one['bytes'])}"
     for one in done["left_overs"]:
         yield f"{would}deleted  {one['name']}, {size(one['bytes'])}: {_LEFT_OVER[one['kind']]}"
     if done["running"]:

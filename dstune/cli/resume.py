@@ -1,4 +1,7 @@
-"""Go on from the newest committed step, on any number of workers. Overrides may change what does not touch the data order."""
+"""Go on from the newest committed step, on any number of workers. Overrides may change what does not touch the data order.
+
+Of a run whose directory is lost, give the run file: it goes on from the checkpoints in `checkpoint.dir`.
+"""
 
 import argparse
 

@@ -1,4 +1,7 @@
-"""Prepare if needed, plan, then train here: on an embedded Ray, or on the cluster this machine is in (--address auto)."""
+"""Prepare if needed, plan, then train here: on an embedded Ray, or on the cluster this machine is in (--address auto).
+
+A run that was started already is refused; one of which nothing is left but the checkpoints in `checkpoint.dir` goes on from them.
+"""
 
 import argparse
 

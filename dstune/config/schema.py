@@ -306,7 +306,8 @@ class CheckpointSection(Section):
     """Whether the metric's smallest or largest value is the best."""
     dir: Place | None = None
     """Where checkpoints go: a directory that all nodes share, or an address (s3, gs, … with credentials from the environment), below
-    which they are uploaded behind the training. Default: the run directory's `checkpoints/`."""
+    which they are uploaded behind the training. A run whose own directory is lost goes on from them: `dstune train` with the same run
+    file. Default: the run directory's `checkpoints/`."""
     staging: Place | None = None
     """Where checkpoints are written before they are uploaded to the address in `dir`; may be a disk of each node's own. Default: the
     run directory's `checkpoints/`."""

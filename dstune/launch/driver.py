@@ -22,6 +22,7 @@ from typing import Any
 from dstune.atomic import read_json_lines
 from dstune.checkpoint import origin
 from dstune.checkpoint.remote import Store
+from dstune.checkpoint.verified import Verified
 from dstune.errors import EXIT_FAILED, CheckpointError, DstuneError, Problem, UsageError
 from dstune.launch import control, fence
 from dstune.launch.attempts import RESIZE, Again, DriveLimits, Ended, Facts, Stop, Wait, can_grow, decide
@@ -30,13 +31,14 @@ from dstune.launch.follow import LineFollower, cut_back
 from dstune.launch.signals import StopSignals
 from dstune.launch.status import StatusFile
 from dstune.loggers import get_logger
-from dstune.paths import RunPaths
+from dstune.paths import RunPaths, step_directory
 from dstune.protocols import AttemptOutcome, Executor
 from dstune.records.sinks import EventLog
 
 MakePlan = Callable[[int, int, Path | None, int], object]
 """`make_plan(attempt, world_size, resume_from, start_step)` writes attempts/K/plan.json and ds_config.json."""
 
+_COMMITTED = ("commit", "adopted", "fetched")
 _LOOK_SECONDS = 0.2
 _WAIT_SECONDS = 1.0
 _LOCK_TRIES = 10
@@ -162,6 +164,7 @@ class _Drive:
         self.observe, self.signals = observe, signals
         self.checkpoints = paths.checkpoints
         self.store: Store | None = None
+        self.verified = Verified(paths.verified)
         self.environment: dict[str, str] = {}
         self.events = EventLog(paths.events)
         self.status = StatusFile(paths)
@@ -237,17 +240,18 @@ class _Drive:
 
     def _starting_point(self) -> tuple[Path | None, int]:
         """The newest whole checkpoint and its step. A run that ever committed never starts from nothing again."""
-        found = origin.newest(self.checkpoints, self.store)
+        found = origin.newest(self.checkpoints, self.store, verified=self.verified)
         for reason in found.passed_over:
             self._event("passed_over", checkpoint=reason)
         if found.checkpoint is not None:
             if self.store and found.fetched:
                 self._event("fetched", step=found.checkpoint.step, store=self.store.address)
             return found.checkpoint.directory, found.checkpoint.step
-        committed = [r["step"] for r in read_json_lines(self.paths.events) if r.get("event") == "commit"]
-        if not committed:
+        committed = self._committed_steps()
+        if not committed and not found.passed_over:
             return None, 0
-        came = f"the run committed step {committed[-1]}, but no checkpoint is whole" + "".join(
+        said = f"the run committed step {committed[-1]}" if committed else "there are checkpoints"
+        came = f"{said}, but no checkpoint is whole" + "".join(
             f"\n    {reason}" for reason in found.passed_over or ["the directory is empty"]
         )
         do = "bring a checkpoint back from a copy, or start a new run under another name; this one will not restart at step 0"
@@ -312,6 +316,10 @@ class _Drive:
                 self.commits_seen += 1
                 self.status.progress(committed_step=record["step"])
                 self.observe.on_commit(record)
+            elif record.get("event") == "removed":
+                self.verified.note({}, (str(step_directory(self.checkpoints, step)) for step in record["steps"]))
+            elif record.get("event") == "removed_from_store" and self.store:
+                self.verified.note({}, map(self.store.address_of, record["steps"]))
             self.observe.on_event(record)
 
     def _book(self, outcome: AttemptOutcome) -> Ended:
@@ -343,16 +351,16 @@ class _Drive:
         message = stop.why
         if stop.state == "failed" and self.cause is not None:
             message = f"{self.cause}\n    {stop.why}" if stop.exit_status == EXIT_FAILED else str(self.cause)
-        step = self.status.step if stop.state == "succeeded" else self._committed_step()
+        step = self.status.step if stop.state == "succeeded" else (self._committed_steps() or [0])[-1]
         self._event("drive_ended", state=stop.state, step=step, why=stop.why)
         facts = {"exit_status": stop.exit_status, "reason": stop.why, "message": message}
         self.status.write(state=stop.state, step=step, attempt=self.attempt, **facts)
         self._look()
         return DriveEnd(stop.state, step, stop.exit_status, message)
 
-    def _committed_step(self) -> int:
-        committed = [r["step"] for r in read_json_lines(self.paths.events) if r.get("event") == "commit"]
-        return int(committed[-1]) if committed else 0
+    def _committed_steps(self) -> list[int]:
+        """What this directory knows to be committed, by itself or (where it was adopted) before, in the order of the events."""
+        return [int(r["step"]) for r in read_json_lines(self.paths.events) if r.get("event") in _COMMITTED]
 
     def _event(self, kind: str, **facts: Any) -> None:
         self.events.event(kind, **facts)

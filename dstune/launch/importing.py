@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dstune.checkpoint import importer, resolve
 from dstune.checkpoint.deepspeed_files import DeepSpeedCheckpoint
+from dstune.config import identity
 from dstune.config.load import LoadedRun, load_run
 from dstune.data.shards import Prepared
 from dstune.engine.optimizers import Settings, rule_of
@@ -111,12 +112,8 @@ def _commit(
     source: DeepSpeedCheckpoint, loaded: LoadedRun, paths: RunPaths, renamed: Mapping[str, str], state: TrainState
 ) -> Imported:
     shards = [partial(_slices, source, rank, renamed) for rank in range(source.world_size)]
-    fingerprints = {
-        "run": loaded.config.name,
-        "model": loaded.config.model.path,
-        "prepared": state.prepared_fingerprint,
-        "imported_from": source.directory.name,
-    }
+    fingerprints = identity.fingerprints(loaded.config, state.prepared_fingerprint)
+    fingerprints["imported_from"] = source.directory.name
     checkpoints = rundir.checkpoints_of(loaded.config, loaded.base, paths)
     record = importer.commit_shards(checkpoints, state.step, shards, state.to_json(), fingerprints)
     seconds = round(record.seconds, 3)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.atomic import write_json, write_text
+from dstune.config import identity
 from dstune.config.load import LoadedRun, dump, load_run, resolve
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UsageError
@@ -34,34 +35,21 @@ _PACKAGES = (
     "tokenizers",
 )
 
-_MAY_CHANGE = (
-    "cluster",
-    "deepspeed",
-    "checkpoint",
-    "validate",
-    "report",
-    "site",
-    "train.epochs",
-    "train.max_steps",
-    "train.micro_batch_size",
-    "train.nonfinite_limit",
-    "model.activation_checkpointing",
-    "model.attention",
-    "data.num_processes",
-)
-"""Keys that a resume may change: they do not touch what has been learnt, in which order, or how."""
-
 
 def run_paths(run: LoadedRun) -> RunPaths:
     """The directory of the run that a run file describes (whether it is there or not)."""
     return RunPaths(resolve(run.config.runs_dir, run.base) / run.config.name)
 
 
-def find_checkpoints(run: str | Path) -> tuple[Path, str | None]:
-    """Where the checkpoints of an existing run are: a directory, and a store's address. Raises as `find` and `load`."""
+def known(run: str | Path) -> tuple[RunPaths, LoadedRun]:
+    """An existing run; or what a run file describes whose checkpoints go to a store, where they may be all that is left of it.
+
+    Then there is no directory of it here. Raises as `find` and `load`.
+    """
+    if Path(run).suffix in (".yaml", ".yml") and not exists(run) and store_of((loaded := load_run(run)).config):
+        return run_paths(loaded), loaded
     paths = find(run)
-    loaded = load(paths)
-    return checkpoints_of(loaded.config, loaded.base, paths), store_of(loaded.config)
+    return paths, load(paths)
 
 
 def checkpoints_of(config: RunConfig, base: Path, paths: RunPaths) -> Path:
@@ -136,12 +124,12 @@ def change(paths: RunPaths, overrides: list[str]) -> LoadedRun:
     """Put overrides into config.yaml. Raises UsageError for a key that needs a new run."""
     before = load(paths)
     after = load_run(paths.config, overrides).config
-    refused = [key for key in _changed_keys(before.config, after) if not key.startswith(_MAY_CHANGE)]
+    refused = [key for key in identity.changed(before.config, after) if not key.startswith(identity.MAY_CHANGE)]
     if refused:
         problem = Problem(
             ", ".join(refused),
             "a resume cannot change this",
-            do=f"it may change {', '.join(_MAY_CHANGE)}; the others need a new run",
+            do=f"it may change {', '.join(identity.MAY_CHANGE)}; the others need a new run",
         )
         raise UsageError(problem)
     if after != before.config:
@@ -151,9 +139,8 @@ def change(paths: RunPaths, overrides: list[str]) -> LoadedRun:
 
 
 def _tell_change(paths: RunPaths, before: RunConfig, after: RunConfig) -> None:
-    old, new = _flat(before.model_dump(by_alias=True)), _flat(after.model_dump(by_alias=True))
-    changed = {key: [old.get(key), new.get(key)] for key in _changed_keys(before, after)}
-    EventLog(paths.events).event("config_changed", changed=changed)
+    changed = identity.changed(before, after)
+    EventLog(paths.events).event("config_changed", changed={key: list(pair) for key, pair in changed.items()})
     for key, (was, now) in changed.items():
         stays = "; the schedule is fitted to the new length" if key in ("train.epochs", "train.max_steps") else ""
         log.info("%s: %s -> %s%s", key, was, now, stays)
@@ -185,18 +172,6 @@ def find(run: str | Path) -> RunPaths:
     near = difflib.get_close_matches(str(run), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"runs in {named.parent}: {', '.join(known) or 'none'}"
     raise UsageError(Problem(str(run), "no run of this name, and no run file or run directory", do=hint))
-
-
-def _changed_keys(before: RunConfig, after: RunConfig) -> list[str]:
-    old, new = _flat(before.model_dump(by_alias=True)), _flat(after.model_dump(by_alias=True))
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, item in value.items():
-        result |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {prefix + key: item}
-    return result
 
 
 def _environment(run: LoadedRun) -> dict[str, Any]:

@@ -1,19 +1,22 @@
 """From a run file to a driven run: the data prepared and checked, the directory made, each attempt planned, the driver started."""
 
 import glob
+import secrets
+import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstune.checkpoint import owner, resolve
+from dstune.checkpoint.owner import claimed
 from dstune.checkpoint.remote import Store
 from dstune.config.load import LoadedRun, load_site
 from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
 from dstune.data import order
 from dstune.data.shards import Prepared
 from dstune.data.task import vocabulary_size
-from dstune.errors import ConfigError, DataError, Problem, UsageError
+from dstune.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from dstune.launch import rundir
 from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer, drive
@@ -47,6 +50,7 @@ class Planner:
             world_size=world_size,
             checkpoints=rundir.checkpoints_of(config, base, self.paths),
             store=rundir.store_of(config),
+            store_owner=rundir.environment(self.paths).get("store_owner"),
             resume_from=resume_from,
             start_step=start_step,
         )
@@ -107,26 +111,18 @@ def check(run: LoadedRun) -> None:
         adapted_skeleton(run.config.model, run.base)
 
 
-def refuse_history(run: LoadedRun) -> None:
-    """Raises UsageError where `checkpoint.dir` holds what a run of this name committed: a new run would go on from it."""
-    checkpoints = rundir.checkpoints_of(run.config, run.base, rundir.run_paths(run))
-    if found := resolve.committed(checkpoints):
-        came = f"holds checkpoints of a run of this name already (the newest of step {found[-1].step})"
-        raise UsageError(
-            Problem(str(checkpoints), came, do="another `name:` or another `checkpoint.dir` starts a new run")
-        )
-
-
-def reached_store(config: RunConfig, new: bool = False) -> Store | None:
+def reached_store(config: RunConfig, new: bool = False, owner: str | None = None) -> Store | None:
     """The store that the run's checkpoints go to, found to take objects; None where they stay on a disk.
 
-    Raises ConfigError where it does not take them, UsageError where it holds checkpoints already and the run is `new`.
+    Raises ConfigError where it does not take them, UsageError where it holds checkpoints already and the run is `new`,
+    CheckpointError where it was taken over from `owner`.
     """
     address = rundir.store_of(config)
     if address is None:
         return None
-    store = Store(address)
+    store = Store(address, owner=owner)
     store.probe()
+    store.require_ours()
     if new and (steps := store.committed()):
         came = f"holds checkpoints of a run of this name already (the newest of step {steps[-1]})"
         raise UsageError(Problem(address, came, do="another `name:` or another `checkpoint.dir` starts a new run"))
@@ -154,11 +150,22 @@ def require_vocabulary(run: LoadedRun, prepared: Prepared) -> None:
 
 
 def create(run: LoadedRun, prepared: Prepared) -> RunPaths:
-    """The directory of a new run with its data, once the two are known to fit. Raises ConfigError, UsageError."""
+    """The directory of a new run with its data, once the two are known to fit; its store is this directory's from now on.
+
+    Raises ConfigError, UsageError, CheckpointError.
+    """
     require_vocabulary(run, prepared)
     warn_of_few_rows(run, prepared)
     paths = rundir.create(run)
     rundir.note(paths, prepared={"directory": str(prepared.root), "fingerprint": prepared.fingerprint})
+    if address := rundir.store_of(run.config):
+        owner = secrets.token_hex(8)
+        rundir.note(paths, store_owner=owner)
+        try:
+            Store(address, owner=owner).claim(socket.gethostname())
+        except CheckpointError:
+            shutil.rmtree(paths.root)
+            raise
     return paths
 
 
@@ -197,7 +204,7 @@ def drive_with(
 ) -> DriveEnd:
     """Drive the run until it ends, on workers that `executor` places."""
     checkpoints = rundir.checkpoints_of(run.config, run.base, paths)
-    with owner.claimed(checkpoints, run.config, prepared.fingerprint):
+    with claimed(checkpoints, run.config, prepared.fingerprint):
         return drive(
             paths,
             executor,
@@ -205,7 +212,7 @@ def drive_with(
             limits,
             observe,
             checkpoints=checkpoints,
-            store=reached_store(run.config),
+            store=reached_store(run.config, owner=rundir.environment(paths).get("store_owner")),
             environment=site_of(run).env,
         )
 

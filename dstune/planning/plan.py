@@ -52,6 +52,8 @@ class Plan:
     """A directory; where there is a store, they are staged there."""
     store: str | None
     """The address that checkpoints are uploaded to."""
+    store_owner: str | None
+    """As whom: a run that was taken over elsewhere uploads no more."""
     resume_from: str | None
     start_step: int
     cpus_per_worker: int
@@ -71,6 +73,7 @@ def make(
     world_size: int,
     checkpoints: Path,
     store: str | None = None,
+    store_owner: str | None = None,
     resume_from: Path | None,
     start_step: int,
 ) -> Plan:
@@ -94,6 +97,7 @@ def make(
         base=str(base),
         checkpoints=str(checkpoints),
         store=store,
+        store_owner=store_owner,
         resume_from=str(resume_from) if resume_from else None,
         start_step=start_step,
         cpus_per_worker=config.cluster.cpus_per_worker,

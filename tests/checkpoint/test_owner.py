@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import dstune
 from dstune.checkpoint import owner, retention
 from dstune.checkpoint.audit import glance
 from dstune.checkpoint.commit import save
@@ -99,14 +98,3 @@ def test_a_save_keeps_another_runs_checkpoint_of_its_step(mine: Path) -> None:
     assert [one.path.name.partition("-0000")[2][4:11] for one in left_overs(mine)] == [".foreig"]
     assert retention.prune(mine, Rules(keep=1), Alone()) == [1, 2]
     assert len(left_overs(mine)) == 1
-
-
-def test_a_new_run_does_not_go_on_from_an_old_ones_directory(tmp_path: Path) -> None:
-    commit(tmp_path / "kept" / "mine", 4, config())
-    run = tmp_path / "run.yaml"
-    run.write_text(
-        "name: mine\nmodel: {path: builtin:tiny-llama}\ndata: {sources: [{path: builtin:instructions}]}\ncheckpoint: {dir: kept}\n"
-    )
-    with pytest.raises(UsageError, match="holds checkpoints of a run of this name already"):
-        dstune.train(run)
-    assert not (tmp_path / "runs").exists()

@@ -100,7 +100,7 @@ def test_a_plan_reads_back_until_one_is_whole(tmp_path: Path) -> None:
         commit(tmp_path, step)
     _damage(tmp_path, 4)
     planned = plan(tmp_path, Rules(keep=1))
-    assert [(step, bool(look.findings)) for step, look in planned.looks] == [(4, True), (3, False)]
+    assert [(step, bool(findings)) for step, findings in planned.looks] == [(4, True), (3, False)]
     assert (planned.newest_whole, planned.steps) == (3, [1, 2])
     assert steps(tmp_path) == [1, 2, 3, 4], "a plan deletes nothing"
     assert plan(tmp_path, Rules(keep=4)).looks == [], "nothing to go, nothing to read"

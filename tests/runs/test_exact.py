@@ -12,12 +12,12 @@ from pyarrow import fs
 from dstune import api
 from dstune.config.load import load_run
 from dstune.data.shards import Prepared
-from dstune.errors import UsageError
-from dstune.launch import control, rundir, start
+from dstune.errors import CheckpointError, UsageError
+from dstune.launch import adoption, control, rundir, start
 from dstune.launch.driver import Observer
 from dstune.paths import RunPaths
 from tests.conftest import BUCKET
-from tests.runs.tiny import assert_exact, drive, finished, metrics, write_run
+from tests.runs.tiny import assert_exact, drive, finished, metrics, weights_hash, write_run
 from tests.spawn import read_lines
 
 pytestmark = pytest.mark.dist
@@ -70,14 +70,13 @@ def test_a_killed_worker_costs_at_most_an_interval_and_nothing_else(
     assert started[1] > step - 2 * 3
 
 
-def test_a_resume_is_exact_from_the_disk_and_from_an_object_store(
+def test_a_resume_is_exact_from_an_object_store_with_the_disk_lost_and_with_the_machine_lost(
     reference: RunPaths, s3: fs.S3FileSystem, tmp_path: Path
 ) -> None:
     run = write_run(tmp_path, checkpoint={"dir": f"s3://{BUCKET}/runs", "keep": 2})
-    first = StopAt(rundir.run_paths(load_run(run)), 2)
-    end = drive(run, 2, new=True, observe=first)
+    paths = adoption.create(load_run(run), api.prepare)
+    end = drive(paths.root, 2, new=False, observe=StopAt(paths, 2))
     assert (end.state, end.exit_status) == ("stopped", 75)
-    paths = rundir.find(run)
     stopped_at = end.step
     assert stopped_at == len(read_lines(paths.metrics))
     with pytest.raises(UsageError, match="holds checkpoints of a run of this name already"):
@@ -86,10 +85,22 @@ def test_a_resume_is_exact_from_the_disk_and_from_an_object_store(
     (*_, listed) = api.checkpoints(paths.root, verify=True)["checkpoints"]
     assert listed["step"] == stopped_at and listed["verified"] and listed["directory"].startswith("s3://")
     assert api.verify_checkpoints(paths.root)["newest_whole"] == stopped_at
-    assert drive(paths.root, 2, new=False).state == "succeeded"
+    assert drive(paths.root, 2, new=False, observe=StopAt(paths, 6)).state == "stopped"
     assert [record["step"] for record in read_lines(paths.events) if record["event"] == "fetched"] == [stopped_at]
-    assert_exact(paths, reference)
-    assert [one["step"] for one in api.checkpoints(paths.root)["checkpoints"]] == [9, 9, 12, 12]
+
+    old = RunPaths(paths.root.rename(tmp_path / "old"))
+    before = metrics(old, "loss")
+    assert adoption.create(load_run(run), api.prepare) == paths
+    with pytest.raises(CheckpointError, match="taken over"):
+        drive(old.root, 2, new=False)
+    assert drive(paths.root, 2, new=False).state == "succeeded"
+    after = read_lines(paths.metrics)
+    assert [record["step"] for record in after] == list(range(len(before) + 1, 13))
+    assert before + [record["loss"] for record in after] == metrics(reference, "loss")
+    assert weights_hash(paths, 12) == weights_hash(reference, 12)
+    shown = api.checkpoints(paths.root)["checkpoints"]
+    assert [one["step"] for one in shown] == [9, 9, 12, 12] and not any(one["problems"] for one in shown)
+    assert paths.verified.read_text() == "{}\n"  # what the resume read went with its checkpoint
 
 
 def relative_difference(one: list[float], other: list[float]) -> float:
