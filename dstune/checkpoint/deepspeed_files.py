@@ -290,7 +290,7 @@ def _tag_directory(directory: Path, tag: str | None) -> Path:
     if tag is None:
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     named = directory / tag
-    if not tag or Path(tag).name != tag or not named.is_dir():
+    if tag in ("", "..") or Path(tag).name != tag or not named.is_dir():
         tags = sorted(path.parent.name for path in directory.glob("*/*rank_0_mp_rank_00_optim_states.pt"))
         raise CheckpointError(
             Problem(str(directory), f"no directory for the tag {tag!r}", f"one of: {', '.join(tags) or 'none'}")

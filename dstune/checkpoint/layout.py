@@ -169,7 +169,7 @@ def _text(value: Any) -> str:
 
 def _plain(name: str) -> str:
     """A file's name that leads nowhere else."""
-    if name != Path(name).name or "\0" in name:
+    if name in ("", "..") or name != Path(name).name or "\0" in name:
         raise ValueError(f"{name!r} is no name of a file")
     return name
 

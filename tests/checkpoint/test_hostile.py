@@ -92,6 +92,8 @@ EDITS: dict[str, Callable[[Content], object]] = {
     "a fractional shape": lambda content: content["tensors"]["fp32"].update({"norm.weight": [7.0]}),
     "no shape": lambda content: content["tensors"]["fp32"].update({"norm.weight": None}),
     "a way up": lambda content: content["files"].update({"../x": {"bytes": 0, "sha256": ""}}),
+    "the way up itself": lambda content: content["files"].update({"..": {"bytes": 0, "sha256": ""}}),
+    "no name": lambda content: content["files"].update({"": {"bytes": 0, "sha256": ""}}),
     "an absolute path": lambda content: content["files"].update({"/dev/zero": {"bytes": 0, "sha256": ""}}),
     "a name with a zero": lambda content: content["files"].update({"a\0b": {"bytes": 0, "sha256": ""}}),
 }

@@ -84,6 +84,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         load(tmp_path / "rank.pt")
     with pytest.raises(CheckpointError, match="no `latest`"):
         DeepSpeedCheckpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no directory for the tag"):
+        DeepSpeedCheckpoint(tmp_path, "..")
 
 
 def test_tensors_are_mapped_not_read(tmp_path: Path) -> None:
