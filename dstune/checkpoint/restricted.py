@@ -33,8 +33,8 @@ _STAND_INS: Mapping[str, Any] = {
 }
 
 
-_BEHIND_ADVICE = "WeightsUnpickler error:"
-"""What torch says before it is how to run what the file brings: not to be passed on."""
+_ADVICE = "weights_only"
+"""Where torch speaks of it, it says how to run what the file brings: not to be passed on."""
 
 
 def load(file: Path, skip_objects: bool = False) -> Any:
@@ -45,6 +45,7 @@ def load(file: Path, skip_objects: bool = False) -> Any:
     """
     if not file.is_file():  # to open a pipe would be to wait for a writer
         raise CheckpointError(Problem(str(file), "is no file", "a file that torch.save wrote"))
+    unknown: list[str] = []
     try:
         unknown = sorted(set(get_unsafe_globals_in_checkpoint(str(file))) - _STAND_INS.keys())
         if unknown and not skip_objects:
@@ -60,8 +61,10 @@ def load(file: Path, skip_objects: bool = False) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # noqa: BLE001 - what a damaged or hostile file makes torch raise is not foreseeable
-        said = str(error).rpartition(_BEHIND_ADVICE)[2]
-        came = f"cannot be read safely: {' '.join(said.split())[:300] or repr(error)}"
+        said = " ".join(str(error).split())[:300] or repr(error)
+        if _ADVICE in said:
+            said = f"torch's restricted reader refuses it{': ' * bool(unknown)}{', '.join(unknown[:8])}"
+        came = f"cannot be read safely: {said}"
         raise CheckpointError(Problem(str(file), came, "a file that torch.save wrote")) from None
 
 
