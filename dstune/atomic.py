@@ -1,6 +1,7 @@
 """Files and directories that exist whole or not at all: written beside their place, flushed to the disk, renamed into it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -59,10 +60,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a log of lines in a single write, so that two writers never mix within a line."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Add one line to a log of lines in a single write, so that two writers never mix within a line.
+
+    Behind a line that a full disk has cut short it begins a new one. Raises OSError where it could not be written whole.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, (line + "\n").encode("utf-8"))
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        written = ("\n" * torn + line + "\n").encode("utf-8")
+        if os.write(descriptor, written) < len(written):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
@@ -84,7 +92,15 @@ def remove_directory(directory: Path) -> None:
     doomed = directory.with_name(f".{directory.name}.{os.getpid()}.deleting")
     directory.rename(doomed)
     fsync_directory(directory.parent)
-    shutil.rmtree(doomed)
+    remove_tree(doomed)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory and all in it; of a link, or a file, that alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sha256_file(path: Path) -> str:
@@ -97,11 +113,19 @@ def sha256_file(path: Path) -> str:
 
 
 def read_json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The records of a log of lines that dstune itself wrote; a last line cut by a crash is left out."""
+    """The records of a log of lines that dstune itself wrote; what is none (a line cut by a full disk or a crash) is left out."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                return
-            yield json.loads(line)
+            if line.endswith(b"\n") and (record := json_record(line)) is not None:
+                yield record
+
+
+def json_record(line: bytes) -> dict[str, Any] | None:
+    """A line of such a log; None where it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -42,7 +42,7 @@ def checkpoints(run: str | Path, *, verify: bool = False, progress: bool = False
             rows = place.rows(verify, show.more, verified=record)
             listing.add_reasons(rows, Rules.of(loaded.config.checkpoint))
             found += rows
-    trained = {record["step"]: record["loss"] for record in read_json_lines(paths.metrics)}
+    trained = {record.get("step"): record.get("loss") for record in read_json_lines(paths.metrics)}
     for row in found:
         row |= {"loss": row["metrics"].get("loss"), "train_loss": trained.get(row["step"])}
     return {

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
+_STEP_DIRECTORY = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,11 @@ class CheckpointPaths:
 def step_directory(checkpoints: Path, step: int) -> Path:
     """Where the committed checkpoint of `step` stands."""
     return checkpoints / f"step-{step:08d}"
+
+
+def owner_file(checkpoints: Path) -> Path:
+    """Whose run's checkpoints are in this directory."""
+    return checkpoints / "run.json"
 
 
 def step_of(directory: Path) -> int | None:

@@ -1,11 +1,12 @@
 """What is wrong with a checkpoint: which file, whose shard, how, and which parameters lie in the damaged part."""
 
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dstune.checkpoint import damage
+from dstune.checkpoint import damage, owner
 from dstune.checkpoint.checking import Changed, Content, Span, checked, compared
 from dstune.checkpoint.hashing import OnBytes, Unreadable, hashed
 from dstune.checkpoint.header import read_whole
@@ -94,6 +95,8 @@ def glance(directory: Path) -> Audit:
         return Audit(directory, None, (Finding(CheckpointPaths(directory).manifest.name, kind, came),))
     workers = _workers(directory, manifest)
     findings = _naming(directory, manifest, workers)
+    if said := owner.strange(directory.parent, manifest.fingerprints):
+        findings.append(Finding(CheckpointPaths(directory).manifest.name, "foreign", said))
     for name in sorted(manifest.files):
         findings += _size(directory, manifest, name, workers.get(name))
     return Audit(directory, manifest, tuple(findings))
@@ -151,7 +154,10 @@ def _naming(directory: Path, manifest: Manifest, shards: Mapping[str, int]) -> l
 def _size(directory: Path, manifest: Manifest, name: str, worker: int | None) -> list[Finding]:
     expected = manifest.files[name].bytes
     try:
-        size = (directory / name).stat().st_size
+        found = (directory / name).stat()
+        if not stat.S_ISREG(found.st_mode):
+            return [Finding(name, "unreadable", "is no file", worker)]
+        size = found.st_size
     except FileNotFoundError:
         size = None
     except OSError as error:
@@ -194,6 +200,10 @@ def _tiling(directory: Path, manifest: Manifest) -> list[Finding]:
     except CheckpointError as error:
         problem = error.problems[0]
         return [Finding(Path(problem.where).name, "inconsistent", problem.came)]
+    for rank, header in enumerate(headers):
+        if header.step != manifest.step:
+            name = paths.shard(rank, manifest.world_size).name
+            return [Finding(name, "foreign", f"its header says step {header.step}", rank)]
     shapes, problems = tile(piece.entry for header in headers for piece in header.slices)
     found = [Finding(paths.manifest.name, "inconsistent", problem) for problem in problems]
     if shapes != manifest.tensors:

@@ -8,17 +8,15 @@ from collections.abc import Iterator
 
 import xxhash
 
-from dstune.checkpoint.layout import FileRecord
+from dstune.checkpoint.layout import HASH_DIGITS, MIN_BLOCK_BYTES, FileRecord
 
-_MIN_BLOCK_BYTES = 256 << 10
 _MAX_BLOCKS = 4096
 """Of a file: what keeps manifests small. Slices grow with the files, and so may blocks."""
-_DIGITS = 16
 
 
 def block_bytes_for(num_bytes: int) -> int:
     """The length of blocks for a file of `num_bytes`: a power of two, 256 KiB up to 1 GiB, twice that up to 2 GiB, …"""
-    size = _MIN_BLOCK_BYTES
+    size = MIN_BLOCK_BYTES
     while size * _MAX_BLOCKS < num_bytes:
         size *= 2
     return size
@@ -73,10 +71,10 @@ class Blocks:
 
     def changed(self, begin: int, hashes: str) -> list[tuple[int, int]]:
         """Which blocks have other hashes than these, which are of the blocks from `begin` on: where each begins and ends."""
-        end = begin + len(hashes) // _DIGITS * self.block_bytes
-        found = [hashes[at : at + _DIGITS] for at in range(0, len(hashes), _DIGITS)]
+        end = begin + len(hashes) // HASH_DIGITS * self.block_bytes
+        found = [hashes[at : at + HASH_DIGITS] for at in range(0, len(hashes), HASH_DIGITS)]
         return [span for span, one in zip(self.around(begin, end), found, strict=True) if one != self._hash(span[0])]
 
     def _hash(self, begin: int) -> str:
-        at = begin // self.block_bytes * _DIGITS
-        return self._hashes[at : at + _DIGITS]
+        at = begin // self.block_bytes * HASH_DIGITS
+        return self._hashes[at : at + HASH_DIGITS]

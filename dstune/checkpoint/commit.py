@@ -1,6 +1,7 @@
 """The commit: all workers' shards durable and hashed, then one rename. A failure anywhere leaves nothing, and all workers know it."""
 
 import hashlib
+import os
 import secrets
 import shutil
 import time
@@ -10,9 +11,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dstune.atomic import commit_directory, dump_json, durable_file
+from dstune.atomic import commit_directory, dump_json, durable_file, remove_tree
+from dstune.checkpoint import owner
 from dstune.checkpoint.agreement import agreed
-from dstune.checkpoint.layout import FileRecord, Manifest, SliceEntry, tile
+from dstune.checkpoint.layout import FileRecord, Manifest, SliceEntry, load_manifest, tile
 from dstune.checkpoint.resolve import Checkpoint, verify
 from dstune.checkpoint.shard_writer import write_shard
 from dstune.checkpoint.shards import entries, read_header
@@ -86,16 +88,24 @@ def _prepare(checkpoints: Path, step: int) -> str:
     checkpoints.mkdir(parents=True, exist_ok=True)
     for pattern in ("step-*.tmp-*", ".step-*.deleting"):
         for leftover in checkpoints.glob(pattern):
-            shutil.rmtree(leftover)
+            remove_tree(leftover)
     final = step_directory(checkpoints, step)
     token = secrets.token_hex(4)
-    if final.exists():
+    if os.path.lexists(final):
         if not verify(Checkpoint(step, final)):
             raise CheckpointError(Problem(str(final), "is committed already", "a step that was not saved yet"))
-        final.rename(final.with_name(f"{final.name}.damaged-{token}"))
+        final.rename(final.with_name(f"{final.name}.{_what_it_is(checkpoints, final)}-{token}"))
     temporary = final.with_name(f"{final.name}.tmp-{token}")
     temporary.mkdir()
     return temporary.name
+
+
+def _what_it_is(checkpoints: Path, found: Path) -> str:
+    """Damaged ones are tidied away later; another run's checkpoint is not ours to delete."""
+    try:
+        return "foreign" if owner.strange(checkpoints, load_manifest(found).fingerprints) else "damaged"
+    except CheckpointError:
+        return "damaged"
 
 
 def _commit(directory: Path, final: Path, intent: Intent, records: list[FileRecord]) -> int:

@@ -283,18 +283,14 @@ def _tag_directory(directory: Path, tag: str | None) -> Path:
     latest = directory / "latest"
     if tag is None and any(directory.glob("*_optim_states.pt")):
         return directory
+    if tag is None and not latest.is_file():
+        came = "no `latest` and no *_optim_states.pt" if directory.is_dir() else "no such directory"
+        expected, do = "the directory that save_checkpoint was given", "--tag names a save in it"
+        raise CheckpointError(Problem(str(directory), came, expected, do))
     if tag is None:
-        try:
-            tag = latest.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            came = "no `latest` and no *_optim_states.pt" if directory.is_dir() else "no such directory"
-            raise CheckpointError(
-                Problem(
-                    str(directory), came, "the directory that save_checkpoint was given", "--tag names a save in it"
-                )
-            ) from None
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     named = directory / tag
-    if not tag or Path(tag).name != tag or not named.is_dir():
+    if tag in ("", "..") or Path(tag).name != tag or not named.is_dir():
         tags = sorted(path.parent.name for path in directory.glob("*/*rank_0_mp_rank_00_optim_states.pt"))
         raise CheckpointError(
             Problem(str(directory), f"no directory for the tag {tag!r}", f"one of: {', '.join(tags) or 'none'}")

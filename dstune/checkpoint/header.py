@@ -1,6 +1,7 @@
 """What a shard says of itself at its beginning: a safetensors header. Read without torch, so that looking at checkpoints starts at once."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ def read_whole(path: Path) -> ShardHeader:
 def parse(path: Path) -> ShardHeader:
     """The same of a file that may have been cut behind its header."""
     try:
+        if not path.is_file():  # to open a pipe would be to wait for a writer
+            raise ValueError("no file")
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -59,20 +62,29 @@ def parse(path: Path) -> ShardHeader:
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         layout = json.loads(metadata["slices"])
-        start = _LENGTH_BYTES + length
-        slices = [_slice(layout[key], record, start) for key, record in header.items()]
-        return ShardHeader(int(metadata["step"]), slices, start + sum(piece.num_bytes for piece in slices))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        end = _LENGTH_BYTES + length
+        slices: list[HeaderSlice] = []
+        for key, record in header.items():
+            slices.append(_slice(layout[key], record, _LENGTH_BYTES + length))
+            if slices[-1].first_byte != end:
+                raise ValueError(f"{key}: does not begin where the tensor before it ends")
+            end += slices[-1].num_bytes
+        return ShardHeader(int(metadata["step"]), slices, end)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(Problem(str(path), f"is no shard of a checkpoint: {error!r}")) from None
 
 
 def _slice(layout: Mapping[str, Any], record: Mapping[str, Any], data_start: int) -> HeaderSlice:
     begin, end = record["data_offsets"]
     (length,) = record["shape"]
-    entry = SliceEntry(layout["state"], layout["name"], tuple(layout["shape"]), layout["offset"], length)
-    piece = HeaderSlice(entry, record["dtype"], data_start + begin)
-    if not all(isinstance(number, int) for number in (begin, end, length, entry.offset)):
-        raise ValueError(f"{layout['name']}: a place that is no whole number")
+    state, name, shape, offset = (layout[key] for key in ("state", "name", "shape", "offset"))
+    if not isinstance(state, str) or not isinstance(name, str):
+        raise ValueError(f"{state!r}/{name!r}: a name that is no text")
+    if not all(type(number) is int and number >= 0 for number in (begin, end, length, offset, *shape)):
+        raise ValueError(f"{name}: a place that is no whole number")
+    if offset + length > math.prod(shape):
+        raise ValueError(f"{name}: elements {offset} to {offset + length} of {math.prod(shape)}")
+    piece = HeaderSlice(SliceEntry(state, name, tuple(shape), offset, length), record["dtype"], data_start + begin)
     if end - begin != piece.num_bytes:
-        raise ValueError(f"{layout['name']}: {length} elements in {end - begin} bytes")
+        raise ValueError(f"{name}: {length} elements in {end - begin} bytes")
     return piece

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,10 @@ from dstune.paths import CheckpointPaths
 
 FORMAT = "dstune-checkpoint"
 VERSION = 1
+_MAX_MANIFEST_BYTES = 1 << 30
+MIN_BLOCK_BYTES = 256 << 10
+HASH_DIGITS = 16
+"""Of a block, in hexadecimal (`blocks.py`)."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +98,36 @@ def load_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or of another version."""
     path = CheckpointPaths(directory).manifest
     try:
-        return read_manifest(path.read_bytes(), str(path))
+        return read_manifest(_file_content(path), str(path))
     except FileNotFoundError:
         raise CheckpointError(Problem(str(path), "is missing")) from None
     except OSError as error:
         raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from None
 
 
+def _file_content(path: Path) -> bytes:
+    """Raises OSError; also for what is no file (a pipe would keep its reader waiting for ever, a device never ends)."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("is no file")
+        if found.st_size > _MAX_MANIFEST_BYTES:
+            raise OSError(f"{found.st_size} bytes are no manifest")
+        return file.read()
+
+
 def read_manifest(written: bytes, where: str) -> Manifest:
     """The manifest whose file, at `where`, holds `written`. Raises CheckpointError where it is damaged or of another version."""
     try:
-        text = written.decode("utf-8")
-        content = json.loads(text)
-    except ValueError as error:
+        return _read(written.decode("utf-8"), where)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(Problem(where, f"cannot be read: {error}")) from None
+
+
+def _read(text: str, where: str) -> Manifest:
+    content = json.loads(text)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(Problem(where, "is no manifest of a dstune checkpoint"))
     if content.get("version") != VERSION:
@@ -113,22 +135,64 @@ def read_manifest(written: bytes, where: str) -> Manifest:
     stated = content.pop("sha256", None)
     if stated != _digest(content) or text != dump_json(content | {"sha256": stated}):
         raise CheckpointError(Problem(where, "its content does not match its own hash: it is damaged"))
-    return _parse(content)
+    try:
+        return _parse(content)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"it is not what dstune writes: {error!r}") from None
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
+    """A right hash says that it came as it was written, not that dstune wrote it: nothing is believed that others rely on."""
+    files = {_plain(name): _record(one) for name, one in content["files"].items()}
     return Manifest(
-        step=content["step"],
-        world_size=content["world_size"],
-        time=content["time"],
-        files={name: FileRecord(**record) for name, record in content["files"].items()},
+        step=_count(content["step"]),
+        world_size=_count(content["world_size"], 1, len(files)),
+        time=_text(content["time"]),
+        files=files,
         tensors={
-            state: {name: tuple(shape) for name, shape in shapes.items()}
+            state: {name: tuple(map(_count, shape)) for name, shape in shapes.items()}
             for state, shapes in content["tensors"].items()
         },
-        fingerprints=content["fingerprints"],
-        metrics=content["metrics"],
+        fingerprints=dict(content["fingerprints"].items()),
+        metrics={name: _finite(value) for name, value in content["metrics"].items()},
     )
+
+
+def _record(one: Mapping[str, Any]) -> FileRecord:
+    """A checkpoint of before block hashes has none."""
+    num_bytes, block, hashes = (
+        _count(one["bytes"]),
+        _count(one.get("block_bytes", 0)),
+        _text(one.get("block_hashes", "")),
+    )
+    if block and (block < MIN_BLOCK_BYTES or len(hashes) != -(-num_bytes // block) * HASH_DIGITS):
+        raise ValueError(f"{len(hashes)} digits of hashes for {num_bytes} bytes in blocks of {block}")
+    return FileRecord(num_bytes, _text(one["sha256"]), block, hashes)
+
+
+def _count(value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{value!r} is no number from {least} to {most}")
+    return value
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _plain(name: str) -> str:
+    """A file's name that leads nowhere else."""
+    if name in ("", "..") or name != Path(name).name or "\0" in name:
+        raise ValueError(f"{name!r} is no name of a file")
+    return name
 
 
 def tile(entries: Iterable[SliceEntry]) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dstune.paths import step_of
+from dstune.paths import owner_file, step_of
 
 Kind = Literal["unfinished", "deleting", "damaged", "other"]
 
@@ -32,7 +32,8 @@ def left_overs(checkpoints: Path) -> list[LeftOver]:
     """Everything there that is not committed, by name."""
     if not checkpoints.is_dir():
         return []
-    return [_left_over(path) for path in sorted(checkpoints.iterdir()) if step_of(path) is None or not path.is_dir()]
+    beside = [path for path in sorted(checkpoints.iterdir()) if step_of(path) is None or not path.is_dir()]
+    return [_left_over(path) for path in beside if path != owner_file(checkpoints)]
 
 
 def tree_bytes(path: Path) -> int:

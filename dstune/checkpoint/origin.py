@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.checkpoint import resolve
+from dstune.checkpoint import owner, resolve
 from dstune.checkpoint.keeping import BestMode, best_of
 from dstune.checkpoint.objects import Unavailable
 from dstune.checkpoint.remote import Store
@@ -57,6 +57,8 @@ def newest(
         if store and step in there:
             stamp = store.stamp(step)
             try:
+                if said := owner.strange(checkpoints, store.manifest(step).fingerprints):
+                    raise CheckpointError(Problem(store.address_of(step), said))
                 fetched = store.fetch(step, into or checkpoints)
             except Unavailable:
                 raise

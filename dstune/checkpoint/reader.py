@@ -48,7 +48,10 @@ class Reader:
         content, record = self._paths.state.read_bytes(), self.manifest.files[self._paths.state.name]
         if not record.is_like(FileRecord(len(content), hashlib.sha256(content).hexdigest())):
             raise DamagedCheckpoint(Problem(str(self._paths.state), "is damaged: it is not what was written"))
-        return json.loads(content)
+        state = json.loads(content)
+        if state.get("step", self.step) != self.step:
+            raise DamagedCheckpoint(Problem(str(self._paths.state), f"is of step {state['step']}", f"step {self.step}"))
+        return state
 
     def tensors(self, state: str) -> Mapping[str, tuple[int, ...]]:
         """Every parameter's name and whole shape in `state` (`fp32`, `exp_avg`, …). Raises CheckpointError for no such state."""

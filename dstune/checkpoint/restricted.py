@@ -33,12 +33,19 @@ _STAND_INS: Mapping[str, Any] = {
 }
 
 
+_ADVICE = "weights_only"
+"""Where torch speaks of it, it says how to run what the file brings: not to be passed on."""
+
+
 def load(file: Path, skip_objects: bool = False) -> Any:
     """What a file of `torch.save` holds, its tensors mapped. Nothing that it names is imported or called.
 
     Raises CheckpointError where it cannot be read, or names what is neither torch's nor a record of DeepSpeed's;
     with `skip_objects` the latter are stood in for by empty objects (not so names of modules that torch itself blocks).
     """
+    if not file.is_file():  # to open a pipe would be to wait for a writer
+        raise CheckpointError(Problem(str(file), "is no file", "a file that torch.save wrote"))
+    unknown: list[str] = []
     try:
         unknown = sorted(set(get_unsafe_globals_in_checkpoint(str(file))) - _STAND_INS.keys())
         if unknown and not skip_objects:
@@ -54,7 +61,10 @@ def load(file: Path, skip_objects: bool = False) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # noqa: BLE001 - what a damaged or hostile file makes torch raise is not foreseeable
-        came = f"cannot be read safely: {' '.join(str(error).split())[:300] or repr(error)}"
+        said = " ".join(str(error).split())[:300] or repr(error)
+        if _ADVICE in said:
+            said = f"torch's restricted reader refuses it{': ' * bool(unknown)}{', '.join(unknown[:8])}"
+        came = f"cannot be read safely: {said}"
         raise CheckpointError(Problem(str(file), came, "a file that torch.save wrote")) from None
 
 

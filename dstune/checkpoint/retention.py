@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dstune.atomic import fsync_directory, remove_directory
+from dstune.checkpoint import owner
 from dstune.checkpoint.audit import Finding, audit, file_findings, glance
 from dstune.checkpoint.hashing import OnBytes
 from dstune.checkpoint.keeping import Found, Rules, Verdict, decide, presumed, surplus
@@ -162,7 +163,9 @@ def _share_problems(checkpoints: Path, step: int, control: Control) -> list[str]
         return [str(error)]
     share = sorted(manifest.files)[control.rank :: control.world_size]
     problems = [str(found) for found in file_findings(directory, manifest, share, past_cache=True)]
-    return problems + ([f"manifest.json: is of step {manifest.step}"] if manifest.step != step else [])
+    said = owner.strange(checkpoints, manifest.fingerprints)
+    said = said or (f"is of step {manifest.step}" if manifest.step != step else "")
+    return problems + ([f"manifest.json: {said}"] if said else [])
 
 
 def _removed(directory: Path) -> bool:

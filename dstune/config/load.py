@@ -218,7 +218,9 @@ def _problem(place: Path_, details: Sequence[Any], model: type[BaseModel], where
         fields = fields_at(model, place[:-1])
         elsewhere = _ELSEWHERE.get(str(place[-1]))
         near = (
-            [elsewhere] if elsewhere in fields else difflib.get_close_matches(str(place[-1]), fields, n=1, cutoff=0.5)
+            [elsewhere]
+            if elsewhere in fields
+            else difflib.get_close_matches(str(place[-1]).lower(), fields, n=1, cutoff=0.5)
         )
         known = ", ".join(fields)
         return Problem(

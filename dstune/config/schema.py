@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.adapter import AdapterSection
 from dstune.config.section import SECTION
-from dstune.config.units import parse_every
+from dstune.config.units import parse_every, place
 from dstune.paths import is_address
 
 _FILE = "file://"
@@ -288,6 +288,7 @@ class ClusterSection(Section):
 
 
 Every = Annotated[int | str, BeforeValidator(parse_every)]
+Place = Annotated[str, AfterValidator(place)]
 
 
 class CheckpointSection(Section):
@@ -299,15 +300,15 @@ class CheckpointSection(Section):
     """Newest checkpoints that stay."""
     keep_every: int | None = Field(default=None, ge=1)
     """Saves at steps that this divides stay for ever (`1000`, with `every: 200`)."""
-    best: str | None = None
+    best: Literal["loss"] | None = None
     """A metric of the validation (`loss`), which is then measured before every save; its best checkpoint is kept too."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the metric's smallest or largest value is the best."""
-    dir: str | None = None
+    dir: Place | None = None
     """Where checkpoints go: a directory that all nodes share, or an address (s3, gs, … with credentials from the environment), below
     which they are uploaded behind the training. A run whose own directory is lost goes on from them: `dstune train` with the same run
     file. Default: the run directory's `checkpoints/`."""
-    staging: str | None = None
+    staging: Place | None = None
     """Where checkpoints are written before they are uploaded to the address in `dir`; may be a disk of each node's own. Default: the
     run directory's `checkpoints/`."""
     background: Literal["auto"] | bool = "auto"
@@ -336,8 +337,8 @@ class CheckpointSection(Section):
 
     @model_validator(mode="after")
     def _staging_is_on_the_way(self) -> "CheckpointSection":
-        if self.staging is not None and self.address is None:
-            raise ValueError("`staging` goes with an address in `dir`, such as s3://bucket/runs")
+        if self.staging is not None and (self.address is None or is_address(self.staging)):
+            raise ValueError("`staging` goes with an address in `dir` (s3://bucket/runs), and is a directory itself")
         return self
 
 

@@ -16,6 +16,7 @@ _BYTES = {
     "tib": 2**40,
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)?")
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)/?|file://(?!/)")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 
 
@@ -40,6 +41,17 @@ def parse_every(value: Any) -> int | str:
         duration_seconds(value)
         return value
     raise ValueError("a number of steps, or a duration such as 30min")
+
+
+def place(written: str) -> str:
+    """A directory or an address. Raises ValueError for what looks like one of these and would be taken for another."""
+    if not written.strip() or written != written.strip() or not written.isprintable():
+        raise ValueError(f"{written!r} is no directory and no address")
+    if _ONE_SLASH.match(written):
+        raise ValueError(f"{written!r} is no address; write s3://bucket/runs, file:///directory")
+    if "$" in written:
+        raise ValueError(f"{written!r}: variables are not put in; write the path, or ~ for your home")
+    return written
 
 
 def size_bytes(value: str | int) -> int:

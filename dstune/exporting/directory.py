@@ -12,7 +12,7 @@ from dstune.errors import Problem, RunFailed, UsageError
 
 def require_new(out: Path) -> None:
     """Raises UsageError where `out` is there: an export replaces nothing."""
-    if out.exists():
+    if os.path.lexists(out):  # a link that leads nowhere is in the way too
         raise UsageError(Problem(str(out), "exists already", do="Name another directory, or remove this one."))
 
 

@@ -57,9 +57,14 @@ def export(run: str | Path, out: str | Path | None, step: str | int, form: Form,
         raise UsageError(Problem("--to", f"{form.to} is fp32 weights alone", "neither --dtype nor --push with it"))
     token = push.require_token(hub.id) if hub else ""
     paths = rundir.find(run)
-    _require_sense(form, rundir.load(paths).config)
+    loaded = rundir.load(paths)
+    _require_sense(form, loaded.config)
     target = Path(out).absolute() if out is not None else paths.export
     require_new(target)
+    checkpoints = rundir.checkpoints_of(loaded.config, loaded.base, paths)
+    if target.resolve().is_relative_to(checkpoints.resolve()):
+        came = "is among the run's checkpoints, where retention would delete it"
+        raise UsageError(Problem(str(target), came, do="Name a directory of its own."))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         _write(paths, _checkpoint(paths, step, Path(scratch)), target, form)
@@ -69,7 +74,9 @@ def export(run: str | Path, out: str | Path | None, step: str | int, form: Form,
 
 
 def _require_sense(form: Form, config: RunConfig) -> None:
-    """Raises UsageError for a form that a run with an adapter, or one without, does not have."""
+    """Raises UsageError for a form that a run with an adapter, or one without, does not have, or that nobody has."""
+    if form.threads is not None and form.threads < 1:
+        raise UsageError(Problem("--threads", str(form.threads), "at least 1"))
     if config.model.adapter is None:
         if form.merged:
             came = f"{config.name} trained the model itself, not an adapter (model.adapter)"

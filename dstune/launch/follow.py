@@ -1,10 +1,9 @@
 """Logs of JSON lines as the driver needs them: read what is new, cut back to a step."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from dstune.atomic import write_bytes
+from dstune.atomic import json_record, write_bytes
 
 
 class LineFollower:
@@ -24,31 +23,28 @@ class LineFollower:
         if not newline:
             return []
         self._offset += len(whole) + 1
-        return [json.loads(line) for line in whole.split(b"\n") if line]
+        records = map(json_record, whole.split(b"\n"))
+        return [record for record in records if record is not None]
 
 
 def cut_back(path: Path, step: int) -> int:
     """Leave only records whose `step` is at most `step`, atomically; returns how many were cut.
 
-    The first line that is behind `step`, or that a crash cut in the middle, ends what is kept: records stand in order.
+    A line that is damaged is cut too.
     """
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = 0
-    for line in lines:
-        if not _is_kept(line, step):
-            break
-        kept += 1
-    if kept < len(lines):
-        write_bytes(path, b"".join(lines[:kept]))
-    return len(lines) - kept
+    kept = [line for line in lines if _is_kept(line, step)]
+    if len(kept) < len(lines):
+        write_bytes(path, b"".join(kept))
+    return len(lines) - len(kept)
 
 
 def _is_kept(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:
-        return int(json.loads(line)["step"]) <= step
+        return int((json_record(line) or {})["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False

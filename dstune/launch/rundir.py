@@ -103,8 +103,15 @@ def note(paths: RunPaths, **facts: Any) -> None:
 
 
 def environment(paths: RunPaths) -> dict[str, Any]:
-    """env.json: versions, the run file's place, the prepared directory."""
-    return json.loads(paths.env.read_text(encoding="utf-8"))
+    """env.json: versions, the run file's place, the prepared directory. Raises UsageError where it is damaged."""
+    try:
+        noted = json.loads(paths.env.read_text(encoding="utf-8"))
+    except ValueError as error:
+        noted = error
+    if not isinstance(noted, dict) or not isinstance(noted.get("base"), str):
+        do = 'at least {"base": DIRECTORY} has to stand there: what the relative paths of the run file are relative to'
+        raise UsageError(Problem(str(paths.env), f"is damaged: {noted}", do=do))
+    return noted
 
 
 def load(paths: RunPaths) -> LoadedRun:

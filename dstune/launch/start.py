@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstune.checkpoint.owner import claimed
 from dstune.checkpoint.remote import Store
 from dstune.config.load import LoadedRun, load_site
 from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
@@ -84,7 +85,11 @@ def total_steps(run: LoadedRun, prepared: Prepared) -> int:
 
 def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
     """The last step of a run that has nothing left to do; None where there is more, or its data is gone."""
-    status, noted = read_status(paths), rundir.environment(paths).get("prepared")
+    try:
+        status, noted = read_status(paths), rundir.environment(paths).get("prepared")
+    except UsageError as error:
+        log.warning("%s", error)  # what a driver writes for others to read is nothing that a run needs
+        return None
     if status["state"] != "succeeded" or noted is None or not Path(noted["directory"]).is_dir():
         return None
     step = int(status["step"])
@@ -94,6 +99,9 @@ def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
 def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
     deepspeed.make(run.config, run.base)
+    if run.config.checkpoint.best and not run.config.data.validation and run.config.data.prepared is None:
+        came = "no rows are held out: no checkpoint would ever be the best"
+        raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
     plan.require_rows(run.config, workers_range(run.config.cluster, 1)[0])
     if run.config.model.adapter is not None:
         from dstune.model.build import adapted_skeleton
@@ -200,17 +208,19 @@ def drive_with(
     restarts: bool = True,
 ) -> DriveEnd:
     """Drive the run until it ends, on workers that `executor` places. `restarts`: it can place them more than once."""
-    return drive(
-        paths,
-        executor,
-        Planner(run, paths, data_facts(run.config, prepared)),
-        limits,
-        observe,
-        checkpoints=rundir.checkpoints_of(run.config, run.base, paths),
-        store=reached_store(run.config, owner=rundir.environment(paths).get("store_owner")),
-        workers_check=restarts,
-        environment=site_of(run).env,
-    )
+    checkpoints = rundir.checkpoints_of(run.config, run.base, paths)
+    with claimed(checkpoints, run.config, prepared.fingerprint):
+        return drive(
+            paths,
+            executor,
+            Planner(run, paths, data_facts(run.config, prepared)),
+            limits,
+            observe,
+            checkpoints=checkpoints,
+            store=reached_store(run.config, owner=rundir.environment(paths).get("store_owner")),
+            workers_check=restarts,
+            environment=site_of(run).env,
+        )
 
 
 def site_of(run: LoadedRun, name: str | None = None) -> SiteConfig:

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from dstune.atomic import write_json
-from dstune.errors import UsageError
+from dstune.errors import Problem, UsageError
 from dstune.paths import RunPaths
 
 ACTIVE = ("queued", "running")
@@ -50,9 +50,14 @@ class StatusFile:
 def read_status(paths: RunPaths) -> dict[str, Any]:
     """status.json as it stands. Raises UsageError where the run directory has none."""
     try:
-        return json.loads(paths.status.read_text("utf-8"))
+        value = json.loads(paths.status.read_text("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{paths.root}: no run here (it has no {paths.status.name})") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("state"), str):
+        raise UsageError(Problem(str(paths.status), "is damaged", do="`dstune resume` writes it anew"))
+    return value
 
 
 def driver_lives(paths: RunPaths) -> bool:

@@ -1,6 +1,7 @@
 """Saving while training goes on: it waits for a copy into host memory, and the rest happens behind it, on a thread of its own."""
 
 import contextlib
+import math
 import os
 import socket
 import threading
@@ -60,12 +61,16 @@ class CheckpointSaver:
         self._saving: tuple[int, Future[None]] | None = None
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Begin to commit `state`. Raises CheckpointError on every worker where a save failed and `on_error` is `stop`."""
+        """Begin to commit `state`, with those metrics that are finite.
+
+        Raises CheckpointError on every worker where a save failed and `on_error` is `stop`.
+        """
         began = time.monotonic()
         self.settle()
         writer = self._ready()
         value = state.to_json() | {"engine": self._engine.extra_state()}
-        intent = Intent(state.step, value, self._fingerprints, dict(metrics))
+        known = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN
+        intent = Intent(state.step, value, self._fingerprints, known)
         if self._copies:
             writer.copy()
             waited = time.monotonic() - began

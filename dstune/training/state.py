@@ -54,6 +54,8 @@ class TrainState:
         if saved.get("format") != FORMAT:
             raise CheckpointError(Problem(where, f"state format {saved.get('format')!r}", f"{FORMAT}"))
         for name in ("prepared_fingerprint", "seed", "global_batch_size"):
+            if name not in saved:
+                raise CheckpointError(Problem(where, f"{name} is missing"))
             if saved[name] != self.__dict__[name]:
                 problem = Problem(
                     where,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dstune.checkpoint.deepspeed_files import DeepSpeedCheckpoint
 from dstune.checkpoint.restricted import load, require_checksums
 from dstune.errors import CheckpointError
 
@@ -66,6 +67,25 @@ def test_what_a_trainer_added_is_named_and_can_be_read_past(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"argparse\.Namespace.*\n.*--skip-objects"):
         load(file)
     assert torch.equal(load(file, skip_objects=True)["flat"], torch.arange(3))
+
+
+def test_how_to_run_it_all_the_same_is_not_said(tmp_path: Path) -> None:
+    file = tmp_path / "rank.pt"
+    torch.save({"x": _Call(os.system, "true")}, file)
+    with pytest.raises(CheckpointError) as caught:
+        load(file, skip_objects=True)
+    assert "os" in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rank.pt")
+    os.mkfifo(tmp_path / "latest")
+    with pytest.raises(CheckpointError, match="is no file"):
+        load(tmp_path / "rank.pt")
+    with pytest.raises(CheckpointError, match="no `latest`"):
+        DeepSpeedCheckpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no directory for the tag"):
+        DeepSpeedCheckpoint(tmp_path, "..")
 
 
 def test_tensors_are_mapped_not_read(tmp_path: Path) -> None:

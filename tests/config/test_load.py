@@ -180,3 +180,24 @@ def test_checkpoints_go_to_a_directory_or_to_an_address() -> None:
     ):
         section = CheckpointSection(**written)
         assert (section.directory, section.address) == (directory, address)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "dir: ''",
+        "dir: s3:/bucket",
+        "dir: file://host/x",
+        "dir: $HOME/x",
+        "dir: ' s3://b/x'",
+        r'dir: "a\0b"',
+        "{dir: 's3://b/x', staging: 's3://b/y'}",
+        "best: accuracy",
+        "best: ''",
+    ],
+)
+def test_where_checkpoints_go_and_what_is_best_cannot_be_mistaken(tmp_path: Path, written: str) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(f"name: t\nmodel: {{path: x}}\ndata: {{sources: [{{path: x}}]}}\ncheckpoint:\n  {written}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml:[45]: checkpoint"):
+        load_run(run)

@@ -1,5 +1,6 @@
 """Saving behind the training: what is committed is what was copied; failures surface once, at every worker alike."""
 
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_what_is_committed_is_the_state_of_the_call(tmp_path: Path, background: 
     assert torch.equal(reader.read("fp32", "embed.weight"), before)
     assert reader.manifest.metrics == {"loss": 1.5}
     assert told.kinds == ["commit"] and told.events[0][1]["standstill_seconds"] >= 0
+
+
+def test_a_metric_that_is_not_finite_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
+    saver, _, told = made(tmp_path)
+    saver.save(state(3), {"loss": math.nan, "accuracy": 0.5})
+    saver.settle()
+    assert told.kinds == ["commit"]
+    assert Reader(tmp_path / "step-00000003").manifest.metrics == {"accuracy": 0.5}
 
 
 def test_training_goes_on_while_a_save_is_written_and_the_next_one_waits(
