@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dstune.atomic import dump_json
-from dstune.checkpoint import blocks, checking
+from dstune.checkpoint import blocks, checking, layout
 from dstune.checkpoint.audit import audit, check
 from dstune.checkpoint.blocks import BlockHasher, Blocks, block_bytes_for
 from dstune.checkpoint.checking import Changed, checked
@@ -33,7 +33,8 @@ _BLOCK = 4096
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_MIN_BLOCK_BYTES", _BLOCK)
+    for room in (blocks, layout):
+        monkeypatch.setattr(room, "MIN_BLOCK_BYTES", _BLOCK)
 
 
 def _flip(path: Path, byte: int) -> None:
