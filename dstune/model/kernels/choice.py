@@ -1,0 +1,2 @@
+from dstune.model.kernels.linear_cross_entropy import summed_linear_cross_entropy
+def linear_cross_entropy(device): return summed_linear_cross_entropy
