@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from dstune.model.kernels import choice
+from dstune.model.kernels.fused_loss import fastest
 from dstune.model.kernels.linear_cross_entropy import Logits
 from dstune.model.loss import IGNORED
 
@@ -51,7 +51,7 @@ def trl(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> to
 
 def dstune(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     mask = targets != IGNORED
-    function = choice.linear_cross_entropy(hidden.device.type)
+    function = fastest(hidden.device.type)
     return function(hidden[mask], weight, None, targets[mask], Logits()) / mask.sum()
 
 
