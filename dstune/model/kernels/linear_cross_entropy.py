@@ -12,7 +12,7 @@ import torch
 
 _CHUNK_BYTES = 96 << 20
 """Of a chunk's logits."""
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20
 """Of the weight's rows that one product takes: a processor packs them anew for each."""
 _CACHED_ELEMENTS = 1 << 17
 """Logits whose fp32 copies stay in a core's cache from the first look at them to the last."""
