@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from dstune.model import attention, freezing, isolation
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
-from dstune.model.loss import summed_token_loss
+from dstune.model.kernels import choice as kernels
+from dstune.model.kernels.kernel import TokenLoss
 from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
@@ -165,6 +166,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
     freezing.freeze(module, config.train.freeze)
+    device = world.device.type
+    loss = _summed(kernels.put_in(kernels.chosen(config.model, module, device), module, device))
     frozen = ""
     if config.train.freeze:
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
@@ -182,7 +185,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     )
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
-    validator = _validator(config, plan, engine, prepared, control, world, pad_id)
+    validator = _validator(config, plan, engine, loss, prepared, control, world, pad_id)
     saver = _saver(config, plan, paths, home, engine, control, world, reference)
     state, whole = _initial_state(config, plan, engine, frozen, home, control, reference)
     if not whole and control.rank == 0:
@@ -193,7 +196,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         config=config,
         plan=plan,
         engine=engine,
-        loss=_loss,
+        loss=loss,
         prepared=prepared,
         validator=validator,
         control=control,
@@ -215,14 +218,16 @@ def _utilisation(config: RunConfig, base: Path, world: World) -> Utilisation | N
     return Utilisation(shape, peak_flops(world.device, DTYPES[config.model.dtype]))
 
 
-def _loss(module: Any, batch: Batch) -> torch.Tensor:
-    return summed_token_loss(module, batch)[0]
+def _summed(loss: TokenLoss) -> Callable[[Any, Batch], torch.Tensor]:
+    """`loss` without its count, which the plan knows already."""
+    return lambda module, batch: loss(module, batch)[0]
 
 
 def _validator(
     config: RunConfig,
     plan: Plan,
     engine: ZeroEngine,
+    loss: Callable[[Any, Batch], torch.Tensor],
     prepared: Prepared,
     control: Control,
     world: World,
@@ -233,7 +238,7 @@ def _validator(
         return None
     return Validator(
         module=engine.module,
-        loss=_loss,
+        loss=loss,
         prepared=held_out,
         max_rows=config.validate_.max_rows,
         micro_batch_size=plan.micro_batch_size,

@@ -18,6 +18,9 @@ class Section(BaseModel):
     model_config = SECTION
 
 
+KernelName = Literal["linear-cross-entropy", "rms-norm", "rotary", "gated-mlp"]
+
+
 class ModelSection(Section):
     """What is tuned."""
 
@@ -37,6 +40,9 @@ class ModelSection(Section):
     """Run Python code that comes with the model. Off unless you write it here."""
     attention: Literal["auto", "eager", "sdpa", "per-example"] = "auto"
     """Attention kernel; `auto` takes the fastest that keeps packed examples apart on this device."""
+    kernels: Literal["auto", "off"] | list[KernelName] | dict[KernelName, bool] = "auto"
+    """Faster ways to compute the same. `auto` uses each that is shown to work here; a list only those in it, or an error;
+    `{rotary: false}` turns one off and leaves the others to `auto`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more compute, far less memory."""
     overrides: dict[str, Any] = {}
