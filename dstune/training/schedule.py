@@ -2,7 +2,7 @@
 
 import math
 
-from dstune.config.schema import TrainSection
+from dstune.config.train import TrainSection
 
 
 def warmup_steps(train: TrainSection, total_steps: int) -> int:

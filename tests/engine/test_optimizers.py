@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from dstune.config.schema import TrainSection
+from dstune.config.train import TrainSection
 from dstune.engine.optimizers import Lion, Settings, rule_of
 from dstune.engine.world import World
 from dstune.errors import CheckpointError

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dstune.config.schema import TrainSection
+from dstune.config.train import TrainSection
 from dstune.training.schedule import learning_rate, warmup_steps
 
 
