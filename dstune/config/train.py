@@ -18,6 +18,11 @@ _OPTIMIZER_SETTINGS: dict[str, dict[str, Any]] = {
 """The settings that each optimizer knows, with its defaults; the others' do not belong to it."""
 
 
+_DECAY_RATIO = 0.2
+_DECAY_SHAPE = "1-sqrt"
+"""What Hägele et al. 2024 ("Scaling laws and compute-optimal training beyond fixed training durations") found best, or near it."""
+
+
 class TrainSection(BaseModel):
     """How it is tuned."""
 
@@ -33,8 +38,15 @@ class TrainSection(BaseModel):
     """Rows per forward pass and worker; does not change the loss."""
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up; cosine and linear end at zero."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up. `cosine` and `linear` fall to the last step; `wsd` stays at the peak and falls at the end only, so that
+    a run can be lengthened (`dstune resume RUN train.max_steps=…`) from any step before its decay."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """What the schedule falls to behind the last step, as a share of `lr`."""
+    decay_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Share of all steps in which `wsd` falls (0.2)."""
+    decay_shape: Literal["1-sqrt", "linear", "cosine"] | None = None
+    """How `wsd` falls (1-sqrt: fast at first)."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of all steps that warm up linearly; 0 when `warmup_steps` is not given either."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -75,10 +87,28 @@ class TrainSection(BaseModel):
                 raise ValueError(f"`{key}` belongs to {owners}, not to {values.get('optimizer', 'adamw')}")
         return values | {key: default for key, default in known.items() if values.get(key) is None}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_the_schedule(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        schedule = values.get("schedule", "cosine")
+        defaults = {"decay_ratio": _DECAY_RATIO, "decay_shape": _DECAY_SHAPE}
+        if schedule == "wsd":
+            return values | {key: default for key, default in defaults.items() if values.get(key) is None}
+        for key in defaults:
+            if values.get(key) is not None:
+                raise ValueError(f"`{key}` belongs to wsd, not to {schedule}")
+        if schedule == "constant" and values.get("min_lr_ratio"):
+            raise ValueError("`min_lr_ratio` belongs to cosine, linear and wsd: constant never falls")
+        return values
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("give either `epochs` or `max_steps`")
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ValueError("give either `warmup_ratio` or `warmup_steps`")
+        if (self.warmup_ratio or 0.0) + (self.decay_ratio or 0.0) > 1:
+            raise ValueError("`warmup_ratio` and `decay_ratio` are more than all steps together")
         return self
