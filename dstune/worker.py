@@ -29,7 +29,7 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, freezing, isolation
+from dstune.model import attention, freezing, isolation, patterns
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.loss import summed_token_loss
@@ -165,6 +165,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     frozen = ""
     if config.train.freeze:
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
+    stored = checkpoint_names(module, config.model)
     engine = ZeroEngine(
         module,
         lr=config.train.lr,
@@ -173,9 +174,10 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         eps=config.train.eps,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
+        lr_scales=patterns.lr_scales(module, config.train.lr_scales, stored),
         ds_config=ds_config,
         world=world,
-        names=checkpoint_names(module, config.model),
+        names=stored,
     )
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0

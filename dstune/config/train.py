@@ -65,6 +65,9 @@ class TrainSection(BaseModel):
     """SGD's (0.9), Muon's (0.95)."""
     freeze: list[str] = []
     """Parameters that stay as they are: patterns on their names (`model.embed_tokens.*`, `model.layers.[0-3].*`)."""
+    lr_scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    """Learning rates by layer: patterns on parameters' names, each with the factor on `lr` (`{model.layers.[0-3].*: 0.1, lm_head.*:
+    2}`; with an adapter `{"*.lora_B.*": 16}` is LoRA+). A parameter that several fit takes the product; others take `lr`."""
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Clip the global gradient norm; 0: never."""
     seed: int = Field(default=42, ge=0, lt=2**63)

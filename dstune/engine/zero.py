@@ -25,8 +25,8 @@ class ZeroEngine:
 
     `names` maps a run-time parameter name to the one that `save_pretrained` writes; names not in it stay.
     `ds_config` may leave out what `construction.complete` adds; gradients are clipped to its `gradient_clipping`.
-    The model's dtype is that of its parameters. Weight decay acts on matrices only. Parameters without
-    `requires_grad` are neither updated nor part of the slices.
+    The model's dtype is that of its parameters. Weight decay acts on matrices only. `lr_scales`: run-time names of
+    parameters and the factors on their learning rate. Parameters without `requires_grad` are neither updated nor part of the slices.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class ZeroEngine:
         eps: float | None = None,
         momentum: float | None = None,
         weight_decay: float = 0.0,
+        lr_scales: Mapping[str, float] | None = None,
         names: Mapping[str, str] | None = None,
     ) -> None:
         import deepspeed
@@ -53,7 +54,7 @@ class ZeroEngine:
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config)
         self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
-        self._optimizer = self._rule.build(self._rule.groups(module, weight_decay), lr)
+        self._optimizer = self._rule.build(self._rule.groups(module, weight_decay, lr_scales or {}), lr)
         engine, zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=config, dist_init_required=False
         )
@@ -93,7 +94,7 @@ class ZeroEngine:
         `grad_norm` is infinite where the update was skipped.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         scaler = self._loss_scaler()
         had_room = scaler is not None and scaler.cur_scale > scaler.min_scale
         self._engine.step()

@@ -27,6 +27,7 @@ def _computes_fp16() -> bool:
 
 HAS_FP16 = _computes_fp16()
 needs_fp16 = pytest.mark.skipif(not HAS_FP16, reason="this processor has no instructions for fp16")
+LR_SCALES = {"*.mlp.*": 0.1, "*norm*": 3.0, "model.layers.1.*": 0.5}
 SCALE = {"initial_scale_power": 10, "loss_scale_window": 5, "hysteresis": 2}
 """Grows after five updates in a row; forgives one overflow, then halves: a state that is more than a number."""
 CASES: dict[str, dict[str, Any]] = {
@@ -43,8 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-frozen": {"stage": 2, "frozen": "model.layers.0"},
     "zero3-sgd": {"stage": 3, "optimizer": "sgd"},
     "zero1-lion": {"stage": 1, "optimizer": "lion"},
-    "zero3-offload-lion": {"stage": 3, "optimizer": "lion", "offload": True},
-    "zero1-muon": {"stage": 1, "optimizer": "muon"},
+    "zero3-offload-lion": {"stage": 3, "optimizer": "lion", "offload": True, "lr_scales": LR_SCALES},
+    "zero1-muon": {"stage": 1, "optimizer": "muon", "lr_scales": LR_SCALES},
     "zero3-offload-muon": {"stage": 3, "optimizer": "muon", "offload": True},
     "zero2-adagrad": {"stage": 2, "optimizer": "adagrad"},
     "zero3-lora-muon": {"stage": 3, "kind": "qwen2", "adapter": True, "optimizer": "muon"},
@@ -147,7 +148,7 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
     """2 workers on ZeRO-3 -> 1 on ZeRO-2 -> 3 on ZeRO-1 -> 2 on ZeRO-3 with offload: the same states, the same losses."""
     common: dict[str, dict[str, Any]] = {
         "adamw": {"dtype": "fp32"},
-        "lion": {"dtype": "fp32", "optimizer": "lion"},
+        "lion": {"dtype": "fp32", "optimizer": "lion", "lr_scales": LR_SCALES},
         "experts": {"dtype": "fp32", "kind": "qwen3_moe", "optimizer": "muon"},
         "t5-lora": {"dtype": "fp32", "kind": "t5", "adapter": True, "optimizer": "muon"},
     }
