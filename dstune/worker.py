@@ -29,7 +29,7 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, freezing, isolation, patterns
+from dstune.model import attention, freezing, isolation, neftune, patterns
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.loss import summed_token_loss
@@ -162,6 +162,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
     freezing.freeze(module, config.train.freeze)
+    if config.train.neftune_alpha is not None:
+        neftune.add_noise(module, config.train.neftune_alpha)
     frozen = ""
     if config.train.freeze:
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)

@@ -68,6 +68,9 @@ class TrainSection(BaseModel):
     lr_scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     """Learning rates by layer: patterns on parameters' names, each with the factor on `lr` (`{model.layers.[0-3].*: 0.1, lm_head.*:
     2}`; with an adapter `{"*.lora_B.*": 16}` is LoRA+). A parameter that several fit takes the product; others take `lr`."""
+    neftune_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Noise on the input embeddings while training (NEFTune; 5 to 15 is usual): uniform in +-alpha / sqrt(tokens * width), of each
+    example's own length, however it is packed."""
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Clip the global gradient norm; 0: never."""
     seed: int = Field(default=42, ge=0, lt=2**63)
