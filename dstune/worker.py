@@ -176,6 +176,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         eps=config.train.eps,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
+        ema=config.train.ema,
         lr_scales=patterns.lr_scales(module, config.train.lr_scales, stored),
         ds_config=ds_config,
         world=world,

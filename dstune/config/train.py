@@ -68,6 +68,10 @@ class TrainSection(BaseModel):
     lr_scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     """Learning rates by layer: patterns on parameters' names, each with the factor on `lr` (`{model.layers.[0-3].*: 0.1, lm_head.*:
     2}`; with an adapter `{"*.lora_B.*": 16}` is LoRA+). A parameter that several fit takes the product; others take `lr`."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an average of the weights beside them (4 bytes a parameter more, over all workers): behind each update
+    average = ema * average + (1 - ema) * weights, so of about the last 1 / (1 - ema) updates. It begins at the first weights,
+    checkpoints keep it, and `dstune export --weights ema` writes it."""
     neftune_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Noise on the input embeddings while training (NEFTune; 5 to 15 is usual): uniform in +-alpha / sqrt(tokens * width), of each
     example's own length, however it is packed."""

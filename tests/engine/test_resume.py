@@ -147,7 +147,7 @@ def test_the_loss_scale_goes_on_where_it_was(runs: Callable[..., Any], case: str
 def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
     """2 workers on ZeRO-3 -> 1 on ZeRO-2 -> 3 on ZeRO-1 -> 2 on ZeRO-3 with offload: the same states, the same losses."""
     common: dict[str, dict[str, Any]] = {
-        "adamw": {"dtype": "fp32"},
+        "adamw": {"dtype": "fp32", "ema": 0.9},
         "lion": {"dtype": "fp32", "optimizer": "lion", "lr_scales": LR_SCALES},
         "experts": {"dtype": "fp32", "kind": "qwen3_moe", "optimizer": "muon"},
         "t5-lora": {"dtype": "fp32", "kind": "t5", "adapter": True, "optimizer": "muon"},
@@ -168,7 +168,7 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
             ratios = torch.tensor([float(x) for x in losses]) / torch.tensor([float(x) for x in losses_before])
             assert (ratios - 1).abs().max() < (1e-3 if name == "fp16" else 5e-5), name
     assert [sorted(original[name].manifest.tensors) for name in ("adamw", "lion", "experts")] == [
-        ["exp_avg", "exp_avg_sq", "fp32"],
+        ["ema", "exp_avg", "exp_avg_sq", "fp32"],
         ["exp_avg", "fp32"],
         ["exp_avg", "exp_avg_sq", "fp32", "momentum_buffer"],
     ]
