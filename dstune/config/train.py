@@ -18,6 +18,20 @@ _OPTIMIZER_SETTINGS: dict[str, dict[str, Any]] = {
 """The settings that each optimizer knows, with its defaults; the others' do not belong to it."""
 
 
+_8_BIT = (
+    "keeps its moments in blocks of 8 bits with a scale each (bitsandbytes, on GPUs alone), which neither ZeRO nor a checkpoint for "
+    "another world could cut by element; `lion` keeps half of AdamW's states, and `deepspeed.preset: zero3-offload-optimizer` keeps "
+    "AdamW's in the host's memory"
+)
+_REFUSED = {
+    "adafactor": "keeps sums over the rows and columns of each matrix, and ZeRO cuts matrices into flat pieces that have neither; `lion` "
+    "and `sgd` keep one number an element where AdamW keeps two",
+    **dict.fromkeys(
+        ("adam8bit", "adamw8bit", "adam_8bit", "adamw_8bit", "adamw-8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), _8_BIT
+    ),
+}
+"""What other trainers have and this one cannot run, with `checkpoint.weights_only` or without, and why."""
+
 _DECAY_RATIO = 0.2
 _DECAY_SHAPE = "1-sqrt"
 """What Hägele et al. 2024 ("Scaling laws and compute-optimal training beyond fixed training durations") found best, or near it."""
@@ -87,6 +101,8 @@ class TrainSection(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_optimizer(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (why := _REFUSED.get(str(values.get("optimizer")).lower())):
+            raise ValueError(f"the optimizer {values['optimizer']} {why}")
         known = _OPTIMIZER_SETTINGS.get(str(values.get("optimizer", "adamw"))) if isinstance(values, dict) else None
         if known is None:
             return values

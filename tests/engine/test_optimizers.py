@@ -125,3 +125,12 @@ def test_each_optimizer_has_its_own_settings_and_defaults() -> None:
     ]:
         with pytest.raises(ValidationError, match=f"belongs to {owners}, not to {optimizer}"):
             TrainSection.model_validate({"optimizer": optimizer, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [("adafactor", "rows and columns"), ("adamw_8bit", "8 bits"), ("paged_adamw_8bit", "bitsandbytes")],
+)
+def test_optimizers_whose_states_cannot_be_cut_are_refused_with_the_reason(optimizer: str, why: str) -> None:
+    with pytest.raises(ValidationError, match=f"the optimizer {optimizer} keeps .*{why}.*`lion`"):
+        TrainSection.model_validate({"optimizer": optimizer})
