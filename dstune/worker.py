@@ -37,7 +37,7 @@ from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
-from dstune.protocols import Control
+from dstune.protocols import MODEL_STATES, WEIGHTS, Control, Slice
 from dstune.training.books import RunBooks
 from dstune.training.loop import Loop, LoopEnd, require_targets
 from dstune.training.saver import CheckpointSaver
@@ -285,6 +285,8 @@ def _initial_state(
         frozen=frozen,
     )
     if plan.resume_from is None:
+        if config.model.start is not None:
+            _start_from(Path(config.model.start), engine, control, reference)
         return state, True
     loading = Loading(home.bring(Path(plan.resume_from), control), control)
     reader = loading.reader
@@ -299,3 +301,18 @@ def _initial_state(
     loading.settle()
     log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state, whole
+
+
+def _start_from(checkpoint: Path, engine: ZeroEngine, control: Control, reference: Mapping[str, Any] | None) -> None:
+    """Take the weights of another run's checkpoint, in fp32 as they are there; this run's average of them begins with them too."""
+    loading = Loading(checkpoint, control)
+    if reference is not None:
+        require_same(loading.reader.manifest.fingerprints.get("base"), reference, str(checkpoint))
+
+    def fill(piece: Slice) -> None:
+        if piece.state in MODEL_STATES:
+            loading.fill(replace(piece, state=WEIGHTS))
+
+    engine.load(fill, 0)
+    loading.settle()
+    log.info("begins with the weights of %s", checkpoint)

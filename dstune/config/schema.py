@@ -23,7 +23,10 @@ class ModelSection(Section):
     """What is tuned."""
 
     path: str
-    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`."""
+    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`; or another run (`runs/NAME`, `runs/NAME@STEP`), whose weights,
+    or whose adapter where this one is alike, are read from its checkpoint."""
+    start: str | None = None
+    """That run's checkpoint; `path` is then the model that it began with. Written by dstune."""
     revision: str | None = None
     """The hub's commit: pin it, or the same run file gives another model tomorrow."""
     tokenizer: str | None = None

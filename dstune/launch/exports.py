@@ -107,6 +107,8 @@ def _checkpoint(paths: RunPaths, step: str | int, scratch: Path) -> Path:
     loaded = rundir.load(paths)
     checkpoints = rundir.checkpoints_of(loaded.config, loaded.base, paths)
     if str(step) == "0" and all(one.step != 0 for one in resolve.committed(checkpoints)):
+        if loaded.config.model.start is not None:
+            return Path(loaded.config.model.start)
         return initial.commit_initial(scratch, loaded.config, loaded.base)
     kept = loaded.config.checkpoint
     store = rundir.store_of(loaded.config)
