@@ -243,7 +243,8 @@ class CheckpointSection(Section):
     """Write behind the training, from a copy in host memory (12 bytes a parameter over all workers with AdamW); `auto`: where that
     memory is free. Otherwise the training waits for the disk."""
     weights_only: bool = False
-    """Keep the fp32 weights alone, of AdamW's states a third: a resume is not exact then, its optimizer begins anew from them."""
+    """Keep the fp32 weights (and their average) alone, of AdamW's states a third: a resume is not exact then, its optimizer begins
+    anew from them."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
 

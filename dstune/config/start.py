@@ -23,7 +23,7 @@ def begun(config: RunConfig, base: Path, load: Callable[[Path], RunConfig]) -> R
     if not RunPaths(directory).config.is_file() or not RunPaths(directory).env.is_file():
         return config
     theirs = load(RunPaths(directory).config)
-    their_base = Path(json.loads(RunPaths(directory).env.read_text(encoding="utf-8"))["base"])
+    their_base = _base_of(RunPaths(directory).env)
     if problems := _differences(config, theirs, written):
         raise ConfigError(problems)
     checkpoint = _checkpoint(_checkpoints(theirs, their_base, directory), step)
@@ -40,6 +40,16 @@ def begun(config: RunConfig, base: Path, load: Callable[[Path], RunConfig]) -> R
         }
     )
     return RunConfig.model_validate(config.model_dump(by_alias=True) | {"model": model.model_dump()})
+
+
+def _base_of(env: Path) -> Path:
+    """What the relative paths of the other run's file are relative to."""
+    try:
+        return Path(json.loads(env.read_text(encoding="utf-8"))["base"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            Problem(_WHERE, f"{env} cannot be read: {error!r}", "a run's directory as dstune made it")
+        ) from None
 
 
 def _differences(config: RunConfig, theirs: RunConfig, written: str) -> list[Problem]:

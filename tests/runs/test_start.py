@@ -59,6 +59,9 @@ def test_the_newest_step_is_taken_and_the_first_models_place_is_kept(tmp_path: P
     assert model.overrides["hidden_size"] == 32 and model.overrides["a"] == 1
     with pytest.raises(ConfigError, match=r"no committed step 5 .*one of: 3, 12"):
         load_run(write_run(tmp_path, model={"path": f"{theirs.root}@5"}))
+    theirs.env.write_text("{}")
+    with pytest.raises(ConfigError, match=r"env\.json cannot be read"):
+        load_run(write_run(tmp_path, model={"path": str(theirs.root)}))
 
 
 @pytest.mark.parametrize(
