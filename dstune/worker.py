@@ -30,7 +30,7 @@ from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, freezing, isolation
+from dstune.model import attention, freezing, isolation, neftune, patterns
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
@@ -40,7 +40,7 @@ from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
-from dstune.protocols import Control
+from dstune.protocols import MODEL_STATES, WEIGHTS, Control, Slice
 from dstune.training.books import RunBooks
 from dstune.training.loop import Loop, LoopEnd, require_targets
 from dstune.training.phases import Utilisation, peak_flops
@@ -168,9 +168,12 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     freezing.freeze(module, config.train.freeze)
     device = world.device.type
     loss = _summed(kernels.put_in(kernels.chosen(config.model, module, device), module, device))
+    if config.train.neftune_alpha is not None:
+        neftune.add_noise(module, config.train.neftune_alpha)
     frozen = ""
     if config.train.freeze:
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
+    stored = checkpoint_names(module, config.model)
     engine = ZeroEngine(
         module,
         lr=config.train.lr,
@@ -179,9 +182,11 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         eps=config.train.eps,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
+        ema=config.train.ema,
+        lr_scales=patterns.lr_scales(module, config.train.lr_scales, stored),
         ds_config=ds_config,
         world=world,
-        names=checkpoint_names(module, config.model),
+        names=stored,
     )
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
@@ -297,6 +302,8 @@ def _initial_state(
         frozen=frozen,
     )
     if plan.resume_from is None:
+        if config.model.start is not None:
+            _start_from(Path(config.model.start), engine, control, reference)
         return state, True
     loading = Loading(home.bring(Path(plan.resume_from), control), control)
     reader = loading.reader
@@ -311,3 +318,18 @@ def _initial_state(
     loading.settle()
     log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state, whole
+
+
+def _start_from(checkpoint: Path, engine: ZeroEngine, control: Control, reference: Mapping[str, Any] | None) -> None:
+    """Take the weights of another run's checkpoint, in fp32 as they are there; this run's average of them begins with them too."""
+    loading = Loading(checkpoint, control)
+    if reference is not None:
+        require_same(loading.reader.manifest.fingerprints.get("base"), reference, str(checkpoint))
+
+    def fill(piece: Slice) -> None:
+        if piece.state in MODEL_STATES:
+            loading.fill(replace(piece, state=WEIGHTS))
+
+    engine.load(fill, 0)
+    loading.settle()
+    log.info("begins with the weights of %s", checkpoint)

@@ -13,6 +13,7 @@ from dstune.engine.construction import DTYPES, construction
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.model import build as model
+from dstune.model import patterns
 from tests.model.architectures import tiny_config
 
 VOCABULARY = 256
@@ -69,6 +70,8 @@ def engine(
     kind: str = "",
     adapter: bool = False,
     sizes: dict[str, int] | None = None,
+    lr_scales: dict[str, float] | None = None,
+    ema: float | None = None,
     **extra: Any,
 ) -> ZeroEngine:
     """`frozen`: what the names of parameters begin with that are not trained. `kind`: another architecture, `adapter`: with LoRA."""
@@ -82,7 +85,8 @@ def engine(
     for name, parameter in module.named_parameters():
         if frozen:
             parameter.requires_grad_(not name.startswith(frozen))
-    settings = {"optimizer": optimizer} | OPTIMIZERS[optimizer]
+    settings: dict[str, Any] = {"optimizer": optimizer, "ema": ema} | OPTIMIZERS[optimizer]
+    settings["lr_scales"] = patterns.lr_scales(module, lr_scales or {}, names)
     return ZeroEngine(module, lr=1e-3, weight_decay=0.1, ds_config=config, world=world, names=names, **settings)
 
 
