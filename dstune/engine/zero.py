@@ -1,11 +1,12 @@
 """`protocols.Engine` on DeepSpeed ZeRO 1, 2 and 3, with the optimizers of `optimizers.py`: nothing is compiled, on any device."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dstune.engine import leaves
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.muon import Muon, Share
 from dstune.engine.optimizers import Settings, rule_of
@@ -52,6 +53,9 @@ class ZeroEngine:
         if uses_nvme(config):
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config)
+        if stage_of(config) == 3:
+            for name in leaves.routed_modules(module):
+                leaves.gather_whole(module.get_submodule(name))
         self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
         self._optimizer = self._rule.build(self._rule.groups(module, weight_decay), lr)
         engine, zero, _, _ = deepspeed.initialize(
@@ -59,6 +63,8 @@ class ZeroEngine:
         )
         self._engine: Any = engine
         self._zero: Any = zero
+        self.leaf_modules: Sequence[str] = leaves.gathered_whole(module) if stage_of(config) == 3 else []
+        """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
         self._names = dict(names or {})
         self._partitions: Partitions = (
