@@ -10,7 +10,7 @@ from dstune.engine import leaves
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.muon import Muon, Share
 from dstune.engine.optimizers import Settings, rule_of
-from dstune.engine.parameters import full_shape
+from dstune.engine.parameters import forget_copies, full_shape
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
 from dstune.engine.swapping import SwapFolder
 from dstune.engine.world import World
@@ -67,6 +67,7 @@ class ZeroEngine:
         """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
         self._names = dict(names or {})
+        forget_copies(module)
         self._partitions: Partitions = (
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
         )
