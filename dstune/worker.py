@@ -27,12 +27,14 @@ from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
 from dstune.engine import leaves
+from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
 from dstune.model import attention, freezing, isolation
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
+from dstune.model.footprint import footprint
 from dstune.model.loss import summed_token_loss
 from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
@@ -41,6 +43,7 @@ from dstune.planning.plan import Plan
 from dstune.protocols import Control
 from dstune.training.books import RunBooks
 from dstune.training.loop import Loop, LoopEnd, require_targets
+from dstune.training.phases import Utilisation, peak_flops
 from dstune.training.saver import CheckpointSaver
 from dstune.training.state import TrainState
 from dstune.training.validation import Validator
@@ -202,8 +205,17 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         books=RunBooks(paths),
         device=world.device,
         pad_id=pad_id,
+        utilisation=_utilisation(config, base, world),
     )
     return loop.run()
+
+
+def _utilisation(config: RunConfig, base: Path, world: World) -> Utilisation | None:
+    """Worker 0 counts for all."""
+    if world.rank != 0:
+        return None
+    shape = footprint(config.model, base, config.train.freeze)
+    return Utilisation(shape, peak_flops(world.device, DTYPES[config.model.dtype]))
 
 
 def _loss(module: Any, batch: Batch) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """What a run would do and need, before it is started: `dstune plan`. No GPU and no weights are looked at, only sizes."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,11 +11,13 @@ from dstune.config.load import LoadedRun
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
 from dstune.errors import ConfigError
-from dstune.launch import rundir, start
+from dstune.launch import machine, rundir, start
 from dstune.planning import choose, cost, deepspeed, hardware, plan
 from dstune.planning.shapes import ModelShape
 
 _SHOWN = 12
+_ASSUMED = "h100-80gb"
+"""The device of machines that nobody named."""
 _FAILURE_HOURS = 50_700
 """Mean hours of one GPU between failures: 419 in 54 days on 16,384 (Llama 3's report, section 3.3.4)."""
 _SAVE_RATE = 2e9
@@ -59,8 +60,7 @@ def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, An
         recompute=bool(config.model.activation_checkpointing) or None,
         usable=lambda preset: "" if preset != "zero3-nvme" or cluster.nvme else "no NVMe is named (--nvme SIZE)",
     )
-    own = config.deepspeed.preset != "auto"
-    chosen = next((one for one in found if one.fits and (not own or one.preset == config.deepspeed.preset)), None)
+    chosen = next((one for one in found if one.fits), None)
     paths = rundir.run_paths(run)
     made = plan.make(
         config,
@@ -100,25 +100,23 @@ def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, An
 
 def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
     section = config.cluster
-    gpus = start.local_gpus()
-    on_gpus = asked.gpu is not None or asked.gpu_memory is not None or gpus > 0 or section.gpus_per_node is not None
+    here = machine.gpus()
     nodes = asked.nodes or section.nodes or 1
     per_node = asked.gpus_per_node or section.gpus_per_node
     if asked.workers is not None:
         per_node = math.ceil(asked.workers / nodes)
     elif per_node is None:
-        per_node = math.ceil(start.workers_range(section, gpus or 1)[1] / nodes)
-    host = asked.host_memory or _host_bytes()
-    if on_gpus:
-        memory = asked.gpu_memory
-        device = hardware.find_device(asked.gpu or "h100-80gb", memory)
+        per_node = math.ceil(start.workers_range(section, len(here) or 1)[1] / nodes)
+    host = asked.host_memory or machine.memory_bytes()
+    if asked.gpu is not None or asked.gpu_memory is not None:
+        device = hardware.find_device(asked.gpu or _ASSUMED, asked.gpu_memory)
+    elif here:
+        device = hardware.recognised(here[0].name, here[0].memory)
+    elif section.gpus_per_node is not None:
+        device = hardware.find_device(_ASSUMED)
     else:
         device = hardware.cpu(section.cpus_per_worker, host // per_node)
     return hardware.Cluster(nodes=nodes, per_node=per_node, device=device, host_memory=host, nvme=asked.nvme or 0)
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _load(config: RunConfig, prepared: Prepared) -> choose.Load:
@@ -181,11 +179,18 @@ def _machines(cluster: hardware.Cluster, asked: Asked) -> dict[str, Any]:
     return {
         "nodes": cluster.nodes,
         "workers_per_node": cluster.per_node,
-        "device": "cpu" if cluster.device.is_cpu else asked.gpu or "h100-80gb",
+        "device": _device_name(cluster, asked),
         "device_memory_bytes": cluster.device.memory,
         "host_memory_bytes": cluster.host_memory,
         "nvme_bytes": cluster.nvme,
     }
+
+
+def _device_name(cluster: hardware.Cluster, asked: Asked) -> str:
+    if cluster.device.is_cpu:
+        return "cpu"
+    here = machine.gpus()
+    return asked.gpu or (here[0].name if here and asked.gpu_memory is None else _ASSUMED)
 
 
 def _row(one: choose.Candidate, per_step: float) -> dict[str, Any]:

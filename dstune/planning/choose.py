@@ -154,11 +154,14 @@ def gib(count: float) -> str:
 
 
 def shown(found: Sequence[Candidate], most: int) -> list[Candidate]:
-    """The first of each preset, then the next best, `most` at most: a table that shows every preset's fate."""
-    firsts: dict[str, Candidate] = {}
+    """What a table shows of `candidates`: the fastest ways that fit, and of each preset without one the way that needs least."""
+    fitting = [one for one in found if one.fits]
+    firsts = list({one.preset: one for one in reversed(fitting)}.values())
+    least: dict[str, Candidate] = {}
     for one in found:
-        firsts.setdefault(one.preset, one)
-    chosen = [*firsts.values()]
-    chosen += [one for one in found if one.fits and one not in chosen]
-    kept = chosen[:most] if len(firsts) <= most else list(firsts.values())
-    return [one for one in found if one in kept]
+        if one.preset not in {way.preset for way in firsts}:
+            other = least.setdefault(one.preset, one)
+            least[one.preset] = min(other, one, key=lambda way: way.memory.peak + way.memory.host_peak)
+    room = max(0, most - len(firsts) - len(least))
+    more = [one for one in fitting if one not in firsts][:room]
+    return [one for one in fitting if one in firsts or one in more] + list(least.values())

@@ -88,6 +88,15 @@ def find_device(name: str, memory: int | None = None) -> Device:
     return known if memory is None else replace(known, memory=memory)
 
 
+def recognised(name: str, memory: int) -> Device:
+    """The device that a driver calls `name` (`NVIDIA H100 80GB HBM3`), with its memory; an unknown one is reckoned as an A100."""
+    words = name.lower().replace("-", " ").split()
+    for key, known in DEVICES.items():
+        if all(any(word.startswith(part) for word in words) for part in key.split("-")):
+            return replace(known, memory=memory)
+    return replace(DEVICES["a100-80gb"], memory=memory)
+
+
 def cpu(cores: int, memory: int) -> Device:
     """The share of a machine's CPU that one worker of `cores` threads has."""
     return Device(memory, _CORE_FLOPS * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)

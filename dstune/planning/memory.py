@@ -85,7 +85,7 @@ class Process:
     """Whether a bucket takes its room before it is filled."""
 
 
-CPU_PROCESS = Process(fixed=520 << 20, workspace=5.5, fragments=0.0, whole_buckets=False)
+CPU_PROCESS = Process(fixed=560 << 20, workspace=5.5, fragments=0.0, whole_buckets=False)
 """Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`."""
 GPU_PROCESS = Process(fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True)
 """The CUDA context, NCCL's and cuBLAS's buffers, and the caching allocator's fragments: not measured here yet."""

@@ -24,11 +24,18 @@ class StepRecord:
     """Hash of the sorted example numbers: equal digests = equal data."""
     step_seconds: float
     data_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    """Of the slowest worker, like `data_seconds`; what ZeRO sends is inside them."""
+    waiting_seconds: float
+    """From the end of a worker's own update until all had ended theirs, of the one that waited longest."""
     checkpoint_seconds: float
     """What a save between the last step and this one took."""
     tokens_per_second: float
+    supervised_tokens_per_second: float
     mfu: float | None
-    """Share of the devices' peak, counted causally; None where the peak is not known (CPUs)."""
+    """Share of the devices' peak, counted causally; of a CPU's own rate of matrix products. None where nobody counts."""
     peak_memory_bytes: int
     """The largest of the workers: device memory on GPUs, resident memory on CPUs."""
     world: int

@@ -20,12 +20,15 @@ from dstune.planning.plan import Plan
 from dstune.protocols import Control, Engine
 from dstune.records.step import StepRecord
 from dstune.training.cadence import SaveCadence
+from dstune.training.phases import PhaseClock, Utilisation
 from dstune.training.schedule import learning_rate
 from dstune.training.seeds import forward_seed
 from dstune.training.state import TrainState
 from dstune.training.validation import ValidationRecord, Validator
 
 log = get_logger(__name__)
+
+_PHASES = ("data", "forward", "backward", "optimizer")
 
 Loss = Callable[[Any, Batch], torch.Tensor]
 """`loss(module, batch)`: the sum of the token losses over the batch's targets, fp32."""
@@ -86,11 +89,12 @@ class Loop:
         books: Books,
         device: torch.device,
         pad_id: int,
+        utilisation: Utilisation | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.loss = config, plan, engine, loss
         self.prepared, self.validator, self.control = prepared, validator, control
         self.state, self.saver, self.books = state, saver, books
-        self.device, self.pad_id = device, pad_id
+        self.device, self.pad_id, self.utilisation = device, pad_id, utilisation
         self._cadence = SaveCadence(config.checkpoint.every)
         self._saved_step = state.step
         self._checkpoint_seconds = 0.0
@@ -124,31 +128,36 @@ class Loop:
 
     def _step(self) -> tuple[str | None, bool]:
         """One update; whether worker 0 was asked to stop, and whether a checkpoint is due."""
-        started = time.perf_counter()
+        started = time.monotonic()
         step, plan = self.state.step, self.plan
         rows = order.rows_of_step(
             plan.num_rows, self.config.train.seed, plan.global_batch_size, plan.total_positions, step
         )
         supervised = int(self.prepared.rows_supervised[rows].sum())
         scale = self.control.world_size / supervised
-        total, data_seconds, nonfinite = 0.0, 0.0, list[int]()
+        total, squares, nonfinite, clock = 0.0, 0, list[int](), PhaseClock(self.device)
         shares = order.share(rows, self.control.rank, self.control.world_size, plan.micro_batch_size)
         for number, micro in enumerate(shares):
-            moment = time.perf_counter()
-            batch = collate(self.prepared, micro, plan.layout, self.pad_id).to(self.device)
-            data_seconds += time.perf_counter() - moment
+            with clock.phase("data"):
+                batch = collate(self.prepared, micro, plan.layout, self.pad_id).to(self.device)
+            squares += sum(length * length for length in batch.lengths)
             torch.manual_seed(forward_seed(self.config.train.seed, step, micro[0]))
-            loss_sum = self.loss(self.engine.module, batch)
-            self.engine.backward(loss_sum * scale, last=number == len(shares) - 1)
+            with clock.phase("forward"):
+                loss_sum = self.loss(self.engine.module, batch)
+            with clock.phase("backward"):
+                self.engine.backward(loss_sum * scale, last=number == len(shares) - 1)
             value = float(loss_sum.detach())
             total += value
             if not math.isfinite(value):
                 nonfinite += [row for row in micro if row is not None]
-        result = self.engine.step(learning_rate(self.config.train, step, plan.total_steps))
+        with clock.phase("optimizer"):
+            result = self.engine.step(learning_rate(self.config.train, step, plan.total_steps))
         mine = {
             "loss": total if math.isfinite(total) else None,
             "nonfinite": nonfinite,
-            "data_seconds": data_seconds,
+            "seconds": clock.seconds(),
+            "ended": time.monotonic() - started,
+            "squares": squares,
             "memory": _peak_memory_bytes(self.device),
             "stop": self.books.stop_reason() if self.control.rank == 0 else None,
             "due": self._cadence.due(step + 1),
@@ -180,7 +189,7 @@ class Loop:
         started: float,
         skipped: bool,
     ) -> StepRecord:
-        seconds = time.perf_counter() - started
+        seconds = time.monotonic() - started
         tokens = int(self.prepared.rows_tokens[rows].sum())
         checkpoint_seconds, self._checkpoint_seconds = self._checkpoint_seconds, 0.0
         position = min(self.state.step * self.plan.global_batch_size, self.plan.total_positions)
@@ -195,15 +204,22 @@ class Loop:
             rows=len(rows),
             batch_digest=order.digest(np.concatenate([self.prepared.row(int(row)) for row in rows])),
             step_seconds=round(seconds, 6),
-            data_seconds=round(max(one["data_seconds"] for one in everyone), 6),
+            **{f"{name}_seconds": round(max(one["seconds"][name] for one in everyone), 6) for name in _PHASES},
+            waiting_seconds=round(seconds - min(one["ended"] for one in everyone), 6),
             checkpoint_seconds=round(checkpoint_seconds, 6),
             tokens_per_second=round(tokens / seconds, 3),
-            mfu=None,
+            supervised_tokens_per_second=round(supervised / seconds, 3),
+            mfu=self._mfu(tokens, sum(one["squares"] for one in everyone), seconds),
             peak_memory_bytes=max(one["memory"] for one in everyone),
             world=self.control.world_size,
             attempt=self.plan.attempt,
             skipped=skipped,
         )
+
+    def _mfu(self, tokens: int, squares: int, seconds: float) -> float | None:
+        if self.utilisation is None:
+            return None
+        return round(self.utilisation.mfu(tokens, squares, seconds, self.control.world_size), 4)
 
     def _report_skip(self, rows: list[int]) -> None:
         """Count a step that updated nothing, and name what it saw in `rows` (none: its loss scale was too high).

@@ -162,3 +162,20 @@ def test_an_unknown_device_is_refused_with_its_neighbour():
     with pytest.raises(UsageError, match="did you mean h100-80gb"):
         hardware.find_device("h100-80g")
     assert hardware.find_device("H100-80GB", 40).memory == 40
+
+
+def test_the_table_shows_every_preset_once_at_least_and_what_a_refused_one_would_need():
+    found = choose.candidates(BILLION, cluster(9), LOAD, POLICIES)
+    table = choose.shown(found, 6)
+    assert {one.preset for one in table} == set(POLICIES) and len(table) <= 6
+    (refused,) = [one for one in table if one.preset == "zero1"]
+    assert refused.memory.peak == min(one.memory.peak for one in found if one.preset == "zero1")
+    assert [one.fits for one in table] == sorted((one.fits for one in table), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA L4", "l4")],
+)
+def test_a_device_is_recognised_by_its_drivers_name(driver, name):
+    assert hardware.recognised(driver, 7) == hardware.find_device(name, 7)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_run(
-    folder: Path, model: dict[str, Any], train: dict[str, Any], workers: int, max_length: int, **more: Any
+    folder: Path,
+    model: dict[str, Any],
+    train: dict[str, Any],
+    workers: int,
+    max_length: int,
+    model_settings: Mapping[str, Any] = {},
+    **more: Any,
 ) -> Path:
     """The run directory of a planned attempt, as the launcher would write it; `model` overrides a tiny Llama's config.
 
-    Inside `folder`; `more`: further sections of the run file. DSTUNE_CACHE is set to a directory there.
+    Inside `folder`; `model_settings`: more of its section; `more`: further sections. DSTUNE_CACHE is set to a directory there.
     """
     from ruamel.yaml import YAML
 
@@ -25,7 +32,7 @@ def make_run(
 
     document = {
         "name": "bench",
-        "model": {"path": "builtin:tiny-llama", "overrides": model},
+        "model": {"path": "builtin:tiny-llama", "overrides": model, **model_settings},
         "data": {"sources": [{"path": "builtin:instructions"}], "max_length": max_length, "num_processes": 2},
         "train": train,
         "cluster": {"workers": workers},

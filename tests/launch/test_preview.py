@@ -1,0 +1,81 @@
+"""`dstune plan`: what a person or a program reads of a run before it is started, for machines that are not here."""
+
+import json
+
+import pytest
+
+from dstune.cli.main import main
+
+RUN = """
+name: planned
+model: {path: "builtin:tiny-llama", overrides: {hidden_size: 4096, intermediate_size: 14336, num_hidden_layers: 32,
+  num_attention_heads: 32, num_key_value_heads: 8, head_dim: 128, vocab_size: 128256, tie_word_embeddings: false}}
+data: {sources: [{path: "builtin:instructions", limit: 300}], max_length: 1024}
+train: {global_batch_size: 16}
+"""
+EIGHT = ["--nodes", "1", "--gpus-per-node", "8", "--gpu", "h100-80gb", "--host-memory", "1TB", "--price", "2"]
+
+
+@pytest.fixture
+def run_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return str(path)
+
+
+def planned(capsys, *words: str) -> dict:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_eight_billion_on_eight_gpus(run_file, capsys):
+    found = planned(capsys, run_file, *EIGHT)
+    assert found["workers"] == 8 and found["model"]["parameters"] == 8_030_261_248
+    this = found["this_run"]
+    assert sum(this["device_parts"].values()) == this["device_bytes"]
+    assert this["device_parts"]["masters and moments"] == 12 * 8_030_261_248 / 8
+    assert this["checkpoint"]["bytes"] == 12 * 8_030_261_248
+    assert this["price"] == pytest.approx(this["device_hours"] * 2, abs=0.01)
+    assert found["best"]["fits"] and {way["preset"] for way in found["ways"]} >= {"zero1", "zero2", "zero3"}
+
+
+def test_one_small_gpu_takes_offload_or_nothing(run_file, capsys):
+    words = [
+        "--gpus-per-node",
+        "1",
+        "--gpu",
+        "rtx-4090",
+        "--host-memory",
+        "256GB",
+        "model.activation_checkpointing=true",
+    ]
+    found = planned(capsys, run_file, *words)
+    assert {way["preset"] for way in found["ways"] if way["fits"]} <= {"zero3-offload-all", "zero3-offload-optimizer"}
+    assert not found["this_run"]["fits"] and "of the device's memory" in found["this_run"]["why"]
+
+
+def test_a_person_reads_parts_ways_and_time(run_file, capsys):
+    assert main(["plan", run_file, *EIGHT]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "masters and moments",
+        "ways to run",
+        "best saved every",
+        "host memory a machine",
+        "to pay",
+        '"stage": 3',
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--gpu", "h10"], "did you mean"), (["--gpu-memory", "lots"], "is no size"), (["--workers", "0"], "is no count")],
+)
+def test_what_nobody_can_plan_for_is_refused(run_file, capsys, words, said):
+    try:
+        status = main(["plan", run_file, *words])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2 and said in capsys.readouterr().err
