@@ -11,7 +11,10 @@ import torch.distributed as dist
 
 from dstune.engine.swapping import require_async_io
 from dstune.errors import ConfigError, Problem
+from dstune.loggers import get_logger
 from dstune.planning.reachable import HPZ, QUANTIZED, unreachable, uses_nvme
+
+log = get_logger(__name__)
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` of the run file as torch's."""
@@ -91,10 +94,12 @@ def _without_cuda(config: Mapping[str, Any]) -> list[Problem]:
 
 def _fit_to_world(config: dict[str, Any]) -> None:
     """Leave hpZ's copies out where the workers do not divide into its groups: what is learnt is the same without them."""
-    zero = config.get("zero_optimization") or {}
-    size = zero.get(HPZ, 1)
-    if dist.is_initialized() and (size > dist.get_world_size() or dist.get_world_size() % size):
-        zero[HPZ] = 1
+    if dist.is_initialized() and dist.get_world_size() % _copies(config):
+        config["zero_optimization"][HPZ] = 1
+
+
+def _copies(ds_config: Mapping[str, Any]) -> int:
+    return int((ds_config.get("zero_optimization") or {}).get(HPZ) or 1)
 
 
 def computes_fp16() -> bool:
@@ -116,6 +121,11 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
     importlib.import_module("torch._dynamo")
 
     config = complete(ds_config, dtype)
+    if _copies(config) < _copies(ds_config):
+        log.warning(
+            "no copies of the weights within machines (%s: %d): %d workers do not divide into groups of that size",
+            HPZ, _copies(ds_config), dist.get_world_size(),
+        )  # fmt: skip
     if dtype is torch.float16 and not computes_fp16():
         raise ConfigError(
             Problem("model.dtype", "'fp16', which the processor of this machine cannot compute", "bf16 or fp32")

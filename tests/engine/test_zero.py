@@ -175,6 +175,14 @@ def test_settings_that_cannot_work_are_refused(config: dict[str, Any], words: st
         complete(config, torch.bfloat16)
 
 
+def test_copies_are_left_out_where_the_workers_do_not_divide_into_their_groups(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for workers, size in [(8, 8), (16, 8), (12, 1), (4, 1), (9, 1)]:
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda count=workers: count)
+        config = complete({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, torch.bfloat16)
+        assert config["zero_optimization"]["zero_hpz_partition_size"] == size
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have the kernels")
 def test_what_wants_a_gpu_is_refused_without_one() -> None:
     zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True}
