@@ -1,9 +1,10 @@
 """A model whose training states are larger than this machine's memory takes steps from NVMe, saves, and goes on from what it saved.
 
-Two workers over gloo, a thread each, preset zero3-nvme. The states (fp32 masters and AdamW's two moments, 12 bytes a parameter) are
-`--factor` times the machine's memory, the weights in bf16 and the gradients' sums beside them. The run takes `--steps` steps, saves
-and ends; new workers load that and take as many again. With `--compare` a third run, not interrupted, must have the same losses. The
-disk is asked first: states, gradients and checkpoints take about 40 bytes a parameter at once, 28 with `--weights-only`.
+Two workers over gloo, a thread each, preset zero3-nvme. What training keeps of a parameter is 18 bytes: 2 of the bf16 weight in
+memory, and on the disk fp32 masters, AdamW's two moments and the gradient's sum; `--factor` times the machine's memory in all. The run
+takes `--steps` steps, saves and ends; new workers load that and take as many again. With `--compare` a third run, not interrupted, must
+have the same losses. The disk is asked first: it takes 28 bytes a parameter (20 with `--weights-only`), as the first checkpoint is
+removed when it has been loaded.
 """
 
 import argparse
@@ -22,17 +23,19 @@ from tools.benchmarks import planned
 _HIDDEN = 2048
 _LAYER = 12 * _HIDDEN**2
 """Parameters of a layer of `planned.llama`, nearly."""
-_STATES = 12
-"""Bytes a parameter: fp32 masters and two moments."""
+_STATES = 18
+"""Bytes a parameter that training keeps."""
 _SWAPPED = 16
-"""What DeepSpeed swaps: the states, and the gradients' sums in fp32."""
+"""Those of them that DeepSpeed swaps."""
+_SAVED = 12
+"""Those that a checkpoint has; the weights alone are 4."""
 _ROOM = 2 << 30
 """Bytes of the disk that are left alone."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/bench very-large", description=__doc__)
-    parser.add_argument("--factor", type=float, default=1.25, help="states / the machine's memory (default 1.25)")
+    parser.add_argument("--factor", type=float, default=1.25, help="states of the machine's memory (default 1.25)")
     parser.add_argument("--states", type=float, default=None, help="GB of states, in place of --factor")
     parser.add_argument("--hidden", type=int, default=_HIDDEN)
     parser.add_argument("--steps", type=int, default=2, help="before the save, and again after it")
@@ -57,14 +60,12 @@ def _memory_bytes() -> int:
 
 
 def _require_disk(folder: Path, states: int, weights_only: bool) -> None:
-    """Two checkpoints are there at once, for a moment: the older one goes when the newer one was read back."""
-    parameters = states // _STATES
-    wanted = parameters * (_SWAPPED + 2 * (4 if weights_only else _STATES)) + _ROOM
+    wanted = states // _STATES * (_SWAPPED + (4 if weights_only else _SAVED)) + _ROOM
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise SystemExit(
-            f"{folder}: {free / 1e9:.0f} GB are free, and {states / 1e9:.0f} GB of states take {wanted / 1e9:.0f} GB: swapped with "
-            f"their gradients, and saved twice. Name another disk (--folder), or fewer (--states GB, --weights-only)."
+            f"{folder}: {free / 1e9:.0f} GB are free, and {states / 1e9:.0f} GB of states take {wanted / 1e9:.0f} GB there, "
+            "swapped and saved. Name another disk (--folder), fewer (--states GB), or save less (--weights-only)."
         )
 
 
@@ -76,7 +77,7 @@ class _Bench:
         run = self._make("interrupted", self.args.steps)
         first = self._train(run)
         self._lengthen(run, 2 * self.args.steps)
-        second = self._train(run)
+        second = self._train(run, loads=next((run / "checkpoints").glob("step-*")))
         steps = _lines(run)
         found = self._facts(run) | {
             "losses": [one["loss"] for one in steps],
@@ -97,8 +98,16 @@ class _Bench:
     def _make(self, name: str, steps: int) -> Path:
         (self.folder / name).mkdir()
         swap = {"nvme_path": str(self.folder / name / "swap")}
-        # Groups of two layers: a few of them are in memory at once.
-        zero = {"offload_optimizer": swap, "sub_group_size": int(_LAYER * (self.args.hidden / _HIDDEN) ** 2)}
+        layer = int(_LAYER * (self.args.hidden / _HIDDEN) ** 2)
+        # Of what a worker handles at once it holds several copies: a layer here, and four of them gathered.
+        zero = {
+            "offload_optimizer": swap,
+            "sub_group_size": layer,
+            "reduce_bucket_size": layer,
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": 4 * layer,
+            "stage3_max_reuse_distance": 4 * layer,
+        }
         train = {"global_batch_size": 2, "micro_batch_size": 1, "max_steps": steps, "schedule": "constant"}
         return planned.make_run(
             self.folder / name,
@@ -115,13 +124,16 @@ class _Bench:
 
         rundir.change(rundir.find(run), [f"train.max_steps={steps}"])
 
-    def _train(self, run: Path) -> dict[str, Any]:
+    def _train(self, run: Path, loads: Path | None = None) -> dict[str, Any]:
+        """`loads`: the checkpoint that is gone on from, which is removed when a step was taken from it."""
         largest, done = [0], threading.Event()
         swap = run.parents[1] / "swap"
 
         def look() -> None:
             while not done.wait(1.0):
                 largest.append(sum(_size(file) for file in swap.rglob("*.swp")))
+                if loads is not None and loads.is_dir() and _num_steps(run) > self.args.steps:
+                    shutil.rmtree(loads)
 
         watcher = threading.Thread(target=look)
         watcher.start()
@@ -148,6 +160,10 @@ class _Bench:
 
 def _lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _num_steps(run: Path) -> int:
+    return (run / "metrics.jsonl").read_bytes().count(b"\n")
 
 
 def _size(file: Path) -> int:
