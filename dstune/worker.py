@@ -26,6 +26,7 @@ from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
+from dstune.engine import leaves
 from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
@@ -188,6 +189,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         world=world,
         names=stored,
     )
+    if engine.leaf_modules:
+        log.info("gathered whole: %s", leaves.summary(engine.leaf_modules))
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, loss, prepared, control, world, pad_id)

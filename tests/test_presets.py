@@ -1,4 +1,7 @@
-"""Every DeepSpeed preset: policy only, in keys that the installed DeepSpeed knows, and the stage that its name says."""
+"""Every DeepSpeed preset: policy only, in keys that the installed DeepSpeed knows, and the stage that its name says.
+
+Those of which no checkpoint could be made are refused, with what to take instead; `tests/engine/test_preset_steps.py` trains the others.
+"""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +16,8 @@ from dstune.paths import shared_files
 from dstune.planning import deepspeed as planning
 
 NAMES = planning.preset_names()
-
+REFUSED = ["zero3-superoffload", "zero3-zenflow"]
+"""DeepSpeed keeps their states where nobody else reaches them."""
 
 _WITH_A_DISK = {"zero_optimization": {"offload_optimizer": {"nvme_path": "/local_nvme"}}}
 
@@ -37,7 +41,8 @@ def values(node: Any) -> Iterator[Any]:
 
 
 def test_the_presets_are_all_there() -> None:
-    assert set(NAMES) == {"zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all", "zero3-nvme"}
+    offloading = {"zero3-offload-optimizer", "zero3-offload-all", "zero3-nvme", "zero3-zenflow", "zero3-superoffload"}
+    assert set(NAMES) == {"zero1", "zero2", "zero3", "zero++"} | offloading
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,8 +50,8 @@ def test_a_preset_is_policy_only(name: str) -> None:
     preset = json.loads((shared_files("ds_configs") / f"{name}.json").read_text())
     assert set(preset) == {"zero_optimization"}
     assert "auto" not in list(values(preset))
-    assert preset["zero_optimization"]["stage"] == int(name[4])
-    assert ("offload_optimizer" in preset["zero_optimization"]) == (name not in ("zero1", "zero2", "zero3"))
+    assert preset["zero_optimization"]["stage"] == (3 if name == "zero++" else int(name[4]))
+    assert ("offload_optimizer" in preset["zero_optimization"]) == name.startswith("zero3-")
     assert ("offload_param" in preset["zero_optimization"]) == name.endswith("-all")
 
 
@@ -61,11 +66,23 @@ def test_deepspeed_knows_every_key(name: str) -> None:
         assert made.prefetch_bucket_size == settings["stage3_prefetch_bucket_size"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(REFUSED)))
 def test_a_preset_makes_a_whole_config(name: str) -> None:
     made = planning.make(config(name), shared_files("ds_configs"))
-    assert made["zero_optimization"]["stage"] == int(name[4])
+    assert made["zero_optimization"]["stage"] == (3 if name == "zero++" else int(name[4]))
     assert made["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_checkpoint_could_be_made_of_names_what_to_take_instead(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"no checkpoint could be made\. The preset zero3-offload-optimizer"):
+        planning.make(config(name), shared_files("ds_configs"))
+
+
+def test_slices_of_autotp_are_refused() -> None:
+    section = config("zero3").deepspeed.model_copy(update={"overrides": {"tensor_parallel": {"autotp_size": 2}}})
+    with pytest.raises(ConfigError, match=r"tensor_parallel: AutoTP is on; expected off"):
+        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
 
 
 def test_what_no_checkpoint_could_be_made_of_is_refused_before_anything_starts() -> None:

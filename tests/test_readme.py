@@ -57,7 +57,7 @@ def test_the_run_file_loads_with_the_overrides_that_are_shown(page: str, tmp_pat
 @pytest.mark.parametrize("page", PAGES)
 def test_presets_and_exit_statuses_are_all_told(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    told = set(re.findall(r"^\| `(zero[\w-]+)` \|", text, re.M))
+    told = set(re.findall(r"^\| `(zero[\w+-]+)` \|", text, re.M))
     assert told == set(preset_names())
     statuses = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
     assert {int(number) for number in re.findall(r"^\| (\d+) \|", text, re.M)} == statuses

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "train.nonfinite_limit",
     "model.activation_checkpointing",
     "model.attention",
+    "model.mlp_tile",
     "data.num_processes",
 )
 """Keys that a resume may change: they do not touch what has been learnt, in which order, or how."""

@@ -47,8 +47,11 @@ class ModelSection(Section):
     kernels: Literal["auto", "off"] | list[KernelName] | dict[KernelName, bool] = "auto"
     """Faster ways to compute the same. `auto` uses each that is shown to work here; a list only those in it, or an error;
     `{rotary: false}` turns one off and leaves the others to `auto`."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more compute, far less memory."""
+    activation_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations in the backward pass: about a third more compute, far less memory. `offload`: what each layer starts
+    from waits in main memory, for sequences so long that even this does not fit the GPU."""
+    mlp_tile: Literal["off", "auto"] | Annotated[int, Field(ge=1)] = "off"
+    """Tokens that go through a feed-forward layer at a time, for long sequences; `auto`: as many as the hidden size. Same loss."""
     overrides: dict[str, Any] = {}
     """Values put over the model's config.json (`{attention_dropout: 0.0}`)."""
     adapter: AdapterSection | None = None

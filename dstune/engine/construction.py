@@ -7,10 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dstune.engine.swapping import require_async_io
 from dstune.errors import ConfigError, Problem
-from dstune.planning.reachable import unreachable, uses_nvme
+from dstune.loggers import get_logger
+from dstune.planning.reachable import HPZ, QUANTIZED, unreachable, uses_nvme
+
+log = get_logger(__name__)
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` of the run file as torch's."""
@@ -58,6 +62,8 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
         if key in config
     ]
     problems += unreachable(config)
+    problems += _without_cuda(config)
+    _fit_to_world(config)
     _fill(config, required, problems)
     _fill(config, DEFAULTS, None)
     if problems:
@@ -74,6 +80,26 @@ def _fill(config: dict[str, Any], values: Mapping[str, Any], problems: list[Prob
             problems.append(
                 Problem(f"deepspeed: {path}{key}", f"{config[key]!r}", f"{value!r}, which dstune sets itself")
             )
+
+
+def _without_cuda(config: Mapping[str, Any]) -> list[Problem]:
+    """What of ZeRO++ works on GPUs alone, where there are none."""
+    zero = config.get("zero_optimization") or {}
+    if torch.cuda.is_available():
+        return []
+    keys = [key for key in QUANTIZED if zero.get(key)]
+    do = f"overrides: {{zero_optimization: {{{', '.join(f'{key}: false' for key in keys)}}}}} leaves the rest of the preset on"
+    return [Problem(f"deepspeed: zero_optimization.{key}", "is on, and there is no GPU", "off", do) for key in keys]
+
+
+def _fit_to_world(config: dict[str, Any]) -> None:
+    """Leave hpZ's copies out where the workers do not divide into its groups: what is learnt is the same without them."""
+    if dist.is_initialized() and dist.get_world_size() % _copies(config):
+        config["zero_optimization"][HPZ] = 1
+
+
+def _copies(ds_config: Mapping[str, Any]) -> int:
+    return int((ds_config.get("zero_optimization") or {}).get(HPZ) or 1)
 
 
 def computes_fp16() -> bool:
@@ -95,6 +121,11 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
     importlib.import_module("torch._dynamo")
 
     config = complete(ds_config, dtype)
+    if _copies(config) < _copies(ds_config):
+        log.warning(
+            "no copies of the weights within machines (%s: %d): %d workers do not divide into groups of that size",
+            HPZ, _copies(ds_config), dist.get_world_size(),
+        )  # fmt: skip
     if dtype is torch.float16 and not computes_fp16():
         raise ConfigError(
             Problem("model.dtype", "'fp16', which the processor of this machine cannot compute", "bf16 or fp32")

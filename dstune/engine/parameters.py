@@ -71,6 +71,17 @@ def share(module: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> 
         deepspeed.zero.register_external_parameter(module, parameter)
 
 
+def forget_copies(module: torch.nn.Module) -> None:
+    """Drop the node's own copies of the weights (hpZ), so that the next pass makes them again.
+
+    NOTE: DeepSpeed makes them as a model is built, of weights that nobody has read yet, and trains with them without a word.
+    """
+    parameters: Iterable[Any] = module.parameters()
+    for parameter in parameters:
+        if is_partitioned(parameter):
+            parameter.ds_secondary_tensor = None
+
+
 def is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 holds it in pieces."""
     return hasattr(parameter, "ds_tensor")

@@ -1,16 +1,17 @@
 """`protocols.Engine` on DeepSpeed ZeRO 1, 2 and 3, with the optimizers of `optimizers.py`: nothing is compiled, on any device."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dstune.engine import leaves
 from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.muon import Muon, Share
 from dstune.engine.optimizers import Settings, rule_of
-from dstune.engine.parameters import full_shape
+from dstune.engine.parameters import forget_copies, full_shape
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
 from dstune.engine.swapping import SwapFolder
 from dstune.engine.world import World
@@ -56,6 +57,9 @@ class ZeroEngine:
         if uses_nvme(config):
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config, more_states=int(ema is not None))
+        if stage_of(config) == 3:
+            for name in leaves.routed_modules(module):
+                leaves.gather_whole(module.get_submodule(name))
         self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
         self._optimizer = self._rule.build(self._rule.groups(module, weight_decay, lr_scales or {}), lr)
         self._average = None if ema is None else Average(self._optimizer, ema)
@@ -64,8 +68,11 @@ class ZeroEngine:
         )
         self._engine: Any = engine
         self._zero: Any = zero
+        self.leaf_modules: Sequence[str] = leaves.gathered_whole(module) if stage_of(config) == 3 else []
+        """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
         self._names = dict(names or {})
+        forget_copies(module)
         self._partitions: Partitions = (
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
         )

@@ -60,7 +60,7 @@ def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, An
         load,
         _policies(run),
         micro_batch_size=config.train.micro_batch_size if config.train.micro_batch_size != "auto" else None,
-        recompute=config.model.activation_checkpointing or None,
+        recompute=bool(config.model.activation_checkpointing) or None,
         usable=lambda preset: "" if preset != "zero3-nvme" or cluster.nvme else "no NVMe is named (--nvme SIZE)",
     )
     chosen = next((one for one in found if one.fits), None)
@@ -163,7 +163,7 @@ def _this_run(
         load,
         {config.deepspeed.preset: deepspeed.make(config, run.base)},
         micro_batch_size=made.micro_batch_size,
-        recompute=config.model.activation_checkpointing,
+        recompute=bool(config.model.activation_checkpointing),
     )
     return found
 

@@ -13,7 +13,7 @@ from dstune.config.schema import ModelSection
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
-from dstune.model import adapters, per_example
+from dstune.model import adapters, per_example, tiling
 from dstune.model.config import is_builtin, load_config, model_directory, task_of
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
@@ -31,10 +31,12 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
         initialise(module, seed)
     else:
         load_weights(module, model_directory(model, base))
+    if model.mlp_tile != "off":
+        tiling.tile(module, None if model.mlp_tile == "auto" else model.mlp_tile)
     if model.adapter is not None:
         adapters.attach(module, model.adapter, seed)
     if model.activation_checkpointing:
-        checkpoint_activations(module)
+        checkpoint_activations(module, offload=model.activation_checkpointing == "offload")
     return module.train()
 
 
@@ -130,10 +132,15 @@ def initialise(module: PreTrainedModel, seed: int) -> None:
             module.initialize_weights()
 
 
-def checkpoint_activations(module: PreTrainedModel) -> None:
-    """Recompute each layer's activations in the backward pass. Raises ConfigError where the architecture cannot."""
+def checkpoint_activations(module: PreTrainedModel, offload: bool = False) -> None:
+    """Recompute each layer's activations in the backward pass. Raises ConfigError where the architecture cannot.
+
+    `offload`: the layers' inputs wait in pinned main memory, copied on the stream that computes; on a CPU they are there already.
+    """
     if not module.supports_gradient_checkpointing:
         raise ConfigError(
             Problem("model.activation_checkpointing", f"{type(module).__name__} does not support it", "false")
         )
-    module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    module.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload and torch.accelerator.is_available()
+    )

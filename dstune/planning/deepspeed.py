@@ -35,6 +35,7 @@ _POLICY_KEYS = (
     "seq_parallel_communication_data_type",
     "use_data_before_expert_parallelism",
     "timers",
+    "tensor_parallel",
 )
 _OWN_KEYS = {
     "train_batch_size": "train.global_batch_size",

@@ -12,23 +12,41 @@ _WHERE = "deepspeed: zero_optimization."
 _NO_CHECKPOINT = "no checkpoint could be made"
 _ELSEWHERE = "keeps states in another optimizer, of its own"
 
+HPZ = "zero_hpz_partition_size"
+"""ZeRO++: workers of a machine that keep a copy of the weights between them. The states are cut as without it."""
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+"""ZeRO++: what travels in 8 bits or fewer, by kernels for GPUs. The states are as without it."""
+
 _UNREACHABLE: Mapping[str, str] = {
     "zenflow": "keeps its states in another process, and lays the weights out in an order of its own",
-    "zero_hpz_partition_size": "partitions parameters over a part of the workers",
     "mics_shard_size": "partitions parameters over a part of the workers",
 }
-_OFF: Mapping[str, Any] = {"zero_hpz_partition_size": 1, "mics_shard_size": -1}
+_OFF: Mapping[str, Any] = {"mics_shard_size": -1}
+_INSTEAD: Mapping[str, str] = {
+    "zenflow": " The preset zero3-offload-optimizer keeps the states in main memory too.",
+    "mics_shard_size": f" {HPZ} (preset zero++) keeps copies within a machine.",
+    "super_offload": " The preset zero3-offload-optimizer keeps the states in main memory too.",
+}
 
 
 def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the offloads and partitions of a DeepSpeed config, as far as the config itself says."""
     zero = ds_config.get("zero_optimization") or {}
     problems = [
-        Problem(_WHERE + key, f"{zero[key]!r}", "off", f"It {why}: {_NO_CHECKPOINT}.")
+        Problem(_WHERE + key, f"{zero[key]!r}", "off", f"It {why}: {_NO_CHECKPOINT}.{_INSTEAD[key]}")
         for key, why in _UNREACHABLE.items()
         if zero.get(key) and zero[key] != _OFF.get(key)
     ]
+    if _tensor_parallel(ds_config):
+        do = (
+            f"AutoTP cuts matrices along their own axes: {_NO_CHECKPOINT}. ZeRO-3 splits them over all workers as well."
+        )
+        problems.append(Problem("deepspeed: tensor_parallel", "AutoTP is on", "off", do))
     return problems + _parameters(zero) + _optimizer(zero)
+
+
+def _tensor_parallel(ds_config: Mapping[str, Any]) -> bool:
+    return int((ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1
 
 
 def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
@@ -48,7 +66,9 @@ def _optimizer(zero: Mapping[str, Any]) -> list[Problem]:
     offload = zero.get("offload_optimizer") or {}
     where = f"{_WHERE}offload_optimizer."
     problems = [
-        Problem(where + key, f"{offload[key]!r}", f"{plain!r}", f"It {_ELSEWHERE}: {_NO_CHECKPOINT}.")
+        Problem(
+            where + key, f"{offload[key]!r}", f"{plain!r}", f"It {_ELSEWHERE}: {_NO_CHECKPOINT}.{_INSTEAD.get(key, '')}"
+        )
         for key, plain in {"ratio": 1.0, "super_offload": False}.items()
         if offload.get(key, plain) != plain
     ]

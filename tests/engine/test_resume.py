@@ -56,6 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
 if HAS_FP16:
     CASES["zero1-fp16"] = {"stage": 1, "dtype": "fp16", "fp16": SCALE}
     CASES["zero3-offload-fp16"] = {"stage": 3, "dtype": "fp16", "offload": True, "fp16": SCALE}
+CASES["zero3-plain"] = {"stage": 3, "kind": "qwen2", "zero": tiny.GATHERED}
+# The last one: DeepSpeed makes hpZ's groups once in a process, and takes them for every engine after it.
+CASES["zero3-hpz"] = {"stage": 3, "kind": "qwen2", "zero": tiny.GATHERED | {"zero_hpz_partition_size": 2}}
 STEP = 4
 LATER = range(STEP, STEP + 4)
 Later = tuple[list[str], dict[str, Any]]
@@ -133,6 +136,10 @@ def test_every_later_loss_is_equal_to_the_last_digit(runs: Callable[..., Any], c
     without, resumed_later = runs(case)
     assert resumed_later == without
     assert len(set(resumed_later[0])) == len(LATER)
+
+
+def test_a_machines_own_copies_of_the_weights_change_nothing(runs: Callable[..., Any]) -> None:
+    assert runs("zero3-hpz") == runs("zero3-plain")
 
 
 @needs_fp16

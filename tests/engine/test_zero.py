@@ -158,7 +158,8 @@ def test_dstunes_own_settings_are_filled_in() -> None:
         ({"optimizer": {"type": "Adam"}}, "deepspeed: optimizer"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4; expected 1"),
         ({"bf16": {"enabled": False}}, r"bf16\.enabled"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        ({"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}}, "AutoTP is on"),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, r"offload_optimizer\.device"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param\.device"),
@@ -172,6 +173,21 @@ def test_dstunes_own_settings_are_filled_in() -> None:
 def test_settings_that_cannot_work_are_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         complete(config, torch.bfloat16)
+
+
+def test_copies_are_left_out_where_the_workers_do_not_divide_into_their_groups(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for workers, size in [(8, 8), (16, 8), (12, 1), (4, 1), (9, 1)]:
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda count=workers: count)
+        config = complete({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, torch.bfloat16)
+        assert config["zero_optimization"]["zero_hpz_partition_size"] == size
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have the kernels")
+def test_what_wants_a_gpu_is_refused_without_one() -> None:
+    zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True}
+    with pytest.raises(ConfigError, match=r"(?s)weights: is on, and there is no GPU.*gradients: is on"):
+        complete({"zero_optimization": zero}, torch.bfloat16)
 
 
 @pytest.mark.parametrize("stage", [0, 4, "3", None])

@@ -23,6 +23,7 @@ LENGTH = 33
 
 def ds_config(stage: int, **extra: Any) -> dict[str, Any]:
     zero = {"stage": stage, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 50_000}
+    zero |= extra.pop("zero", {})
     if extra.pop("offload", False):
         zero["offload_optimizer"] = {"device": "cpu"}
     return {"zero_optimization": zero, "gradient_clipping": 1.0} | extra
@@ -40,14 +41,25 @@ def build(tied: bool = False, dtype: str = "bf16", **sizes: int) -> nn.Module:
     return LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
 
 
-def build_kind(kind: str, adapter: bool, dtype: str, config: dict[str, Any]) -> tuple[nn.Module, dict[str, str]]:
+GATHERED = {"stage3_param_persistence_threshold": 0}
+"""Of `zero_optimization`: gather even what is small, as all of a tiny model is."""
+
+
+def build_kind(
+    kind: str, adapter: bool, dtype: str, config: dict[str, Any], **model_settings: Any
+) -> tuple[nn.Module, dict[str, str]]:
     """A tiny model of another architecture, random, the same on every world, with LoRA or without; and its names in checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
         tiny_config(kind).save_pretrained(folder)
         section = ModelSection(
-            path=folder, init="random", dtype=dtype, adapter=AdapterSection(rank=4) if adapter else None
+            path=folder,
+            init="random",
+            dtype=dtype,
+            adapter=AdapterSection(rank=4) if adapter else None,
+            **model_settings,
         )
-        module = model.build(section, Path(folder), "sdpa", 0, config)
+        attention = "eager" if kind == "switch_transformers" else "sdpa"
+        module = model.build(section, Path(folder), attention, 0, config)
     return module, model.checkpoint_names(module, section)
 
 
@@ -72,22 +84,25 @@ def engine(
     sizes: dict[str, int] | None = None,
     lr_scales: dict[str, float] | None = None,
     ema: float | None = None,
+    settings: dict[str, Any] | None = None,
     **extra: Any,
 ) -> ZeroEngine:
-    """`frozen`: what the names of parameters begin with that are not trained. `kind`: another architecture, `adapter`: with LoRA."""
+    """`frozen`: what the names of parameters begin with that are not trained. `kind`: another architecture, `adapter`: with LoRA,
+    `settings`: further keys of its `model` section. `zero`: keys of `zero_optimization`.
+    """
     config = ds_config(stage, **extra)
     names: dict[str, str] = {}
     if kind:
-        module, names = build_kind(kind, adapter, dtype, config)
+        module, names = build_kind(kind, adapter, dtype, config, **settings or {})
     else:
         with construction(config, DTYPES[dtype]):
             module = build(tied, dtype, **sizes or {})
     for name, parameter in module.named_parameters():
         if frozen:
             parameter.requires_grad_(not name.startswith(frozen))
-    settings: dict[str, Any] = {"optimizer": optimizer, "ema": ema} | OPTIMIZERS[optimizer]
-    settings["lr_scales"] = patterns.lr_scales(module, lr_scales or {}, names)
-    return ZeroEngine(module, lr=1e-3, weight_decay=0.1, ds_config=config, world=world, names=names, **settings)
+    rule: dict[str, Any] = {"optimizer": optimizer, "ema": ema} | OPTIMIZERS[optimizer]
+    rule["lr_scales"] = patterns.lr_scales(module, lr_scales or {}, names)
+    return ZeroEngine(module, lr=1e-3, weight_decay=0.1, ds_config=config, world=world, names=names, **rule)
 
 
 _SUCCESSOR = torch.randint(0, VOCABULARY, (VOCABULARY,), generator=torch.Generator().manual_seed(7))

@@ -49,6 +49,13 @@ _SETTINGS = {
     },
     "mixtral": {**_COMMON, "num_local_experts": 4},
     "qwen3_moe": {**_COMMON, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "switch_transformers": {
+        **_T5,
+        "num_experts": 4,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "router_jitter_noise": 0.0,
+    },
     "bart": {
         **_IDS,
         "d_model": 32,

@@ -15,7 +15,7 @@ from dstune.config.schema import ModelSection
 from dstune.engine.parameters import full_shape, local_piece
 from dstune.engine.world import World
 from dstune.errors import ConfigError
-from dstune.model.build import build, skeleton
+from dstune.model.build import build, checkpoint_activations, skeleton
 from dstune.model.config import load_config
 from dstune.model.weights import WeightFiles
 from tests.model.architectures import tiny
@@ -193,7 +193,7 @@ def test_a_built_model_computes_what_transformers_computes(tmp_path, single_work
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path, single_worker):
     gradients = []
-    for on in (False, True):
+    for on in (False, True, "offload"):
         module = build(
             ModelSection(path="builtin:tiny-llama", dtype="fp32", activation_checkpointing=on),
             Path(),
@@ -203,7 +203,35 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path, single_worker):
         )
         module(input_ids=torch.arange(30)[None], use_cache=False).logits.square().sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])
-        assert module.is_activation_checkpointing is on
+        assert module.is_activation_checkpointing is bool(on)
+    for kept, again, offloaded in zip(*gradients, strict=True):
+        assert torch.equal(kept, again) and torch.equal(kept, offloaded)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_layers_inputs_leave_the_gpu_where_there_is_one(gpu, monkeypatch):
+    module, asked = tiny("llama"), []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    monkeypatch.setattr(module, "activation_checkpointing_enable", lambda **settings: asked.append(settings["offload"]))
+    for offload in (False, True):
+        checkpoint_activations(module, offload)
+    assert asked == [False, gpu]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+def test_offloaded_inputs_free_the_gpu():
+    ids = torch.zeros(4, 512, dtype=torch.long, device="cuda")
+    peaks, gradients = [], []
+    for offload in (False, True):
+        module = tiny("llama").cuda().train()
+        checkpoint_activations(module, offload)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        logits = module(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        peaks.append(torch.cuda.memory_allocated())
+        logits.square().sum().backward()
+        gradients.append([parameter.grad.cpu() for parameter in module.parameters()])
+    assert peaks[1] < peaks[0]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
