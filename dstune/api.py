@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint_api import checkpoints as checkpoints
+from dstune.checkpoint_api import export as export
 from dstune.checkpoint_api import prune_checkpoints as prune_checkpoints
 from dstune.checkpoint_api import verify_checkpoints as verify_checkpoints
 from dstune.config.load import LoadedRun, load_run
@@ -286,30 +287,6 @@ def import_deepspeed(
     from dstune.launch import importing
 
     return asdict(importing.import_deepspeed(run, prepare, Path(directory), tag, step, skip_objects))
-
-
-def export(
-    run: str | Path,
-    out: str | Path | None = None,
-    *,
-    step: str | int = "newest",
-    dtype: str | None = None,
-    to: str = "huggingface",
-    merged: bool = False,
-    max_shard_size: str | int | None = None,
-    threads: int | None = None,
-    push: str | None = None,
-    public: bool = False,
-) -> Path:
-    """Write a committed checkpoint as a Hugging Face directory (or `to` another form); `push` it to the hub then. See `launch.exports`.
-
-    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. `merged`: the whole model of a
-    run with an adapter, and not the adapter alone. Raises UsageError, CheckpointError.
-    """
-    from dstune.launch import exports
-
-    form = exports.Form(to=to, dtype=dtype, merged=merged, max_shard_size=max_shard_size, threads=threads)
-    return exports.export(run, out, step, form, exports.Hub(push, public) if push else None)
 
 
 def evaluate(

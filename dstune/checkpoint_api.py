@@ -1,4 +1,4 @@
-"""What `dstune checkpoint` does, as typed functions: `dstune.api` hands them on.
+"""What `dstune checkpoint` and `dstune export` do, as typed functions: `dstune.api` hands them on.
 
 `RUN` is a run file, a run's name or its directory; of a run whose directory is lost, the run file finds what is in the store.
 Functions raise `dstune.errors.DstuneError`s.
@@ -18,6 +18,33 @@ if TYPE_CHECKING:
     from dstune.checkpoint.whereabouts import Place
     from dstune.config.load import LoadedRun
     from dstune.paths import RunPaths
+
+
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    step: str | int = "newest",
+    dtype: str | None = None,
+    weights: str = "fp32",
+    to: str = "huggingface",
+    merged: bool = False,
+    max_shard_size: str | int | None = None,
+    threads: int | None = None,
+    push: str | None = None,
+    public: bool = False,
+) -> Path:
+    """Write a committed checkpoint as a Hugging Face directory (or `to` another form); `push` it to the hub then. See `launch.exports`.
+
+    `step`: a committed step, `newest`, `best`, or 0: the model as it was before the first step. `weights`: `fp32`, or `ema`, their
+    average. `merged`: the whole model of a run with an adapter, and not the adapter alone. Raises UsageError, CheckpointError.
+    """
+    from dstune.launch import exports
+
+    form = exports.Form(
+        to=to, dtype=dtype, weights=weights, merged=merged, max_shard_size=max_shard_size, threads=threads
+    )
+    return exports.export(run, out, step, form, exports.Hub(push, public) if push else None)
 
 
 def checkpoints(run: str | Path, *, verify: bool = False, progress: bool = False) -> dict[str, Any]:

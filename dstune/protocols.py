@@ -11,7 +11,11 @@ T = TypeVar("T")
 
 
 WEIGHTS = "fp32"
-"""The state that a model is made of: its master weights. The others are the optimizer's."""
+"""The state that a model is made of: its master weights."""
+AVERAGE = "ema"
+"""Their moving average, where the run keeps one."""
+MODEL_STATES = (WEIGHTS, AVERAGE)
+"""What is a model by itself. The other states are the optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Slice:
     """This worker's piece of one training state of one parameter, cut from the parameter's flattened tensor."""
 
     state: str
-    """`fp32` (master weights), `exp_avg`, `exp_avg_sq`, …"""
+    """`fp32` (master weights), `ema`, `exp_avg`, `exp_avg_sq`, …"""
     name: str
     """The parameter's name as `save_pretrained` writes it."""
     shape: tuple[int, ...]
@@ -130,4 +134,14 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-__all__: Sequence[str] = ["WEIGHTS", "AttemptOutcome", "Control", "Engine", "Executor", "Slice", "StepResult"]
+__all__: Sequence[str] = [
+    "AVERAGE",
+    "MODEL_STATES",
+    "WEIGHTS",
+    "AttemptOutcome",
+    "Control",
+    "Engine",
+    "Executor",
+    "Slice",
+    "StepResult",
+]

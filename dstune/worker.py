@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,17 @@ from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, freezing, isolation
+from dstune.model import attention, freezing, isolation, neftune, patterns, tiling
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
-from dstune.model.loss import summed_token_loss
+from dstune.model.kernels import choice as kernels
+from dstune.model.kernels.kernel import TokenLoss
 from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
-from dstune.protocols import Control
+from dstune.protocols import MODEL_STATES, WEIGHTS, Control, Slice
 from dstune.training.books import RunBooks
 from dstune.training.loop import Loop, LoopEnd, require_targets
 from dstune.training.phases import Utilisation, peak_flops
@@ -166,9 +167,16 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
     freezing.freeze(module, config.train.freeze)
+    device = world.device.type
+    loss = _summed(kernels.put_in(kernels.chosen(config.model, module, device), module, device))
+    if config.model.mlp_tile != "off":
+        tiling.tile(module, config.model.mlp_tile)
+    if config.train.neftune_alpha is not None:
+        neftune.add_noise(module, config.train.neftune_alpha)
     frozen = ""
     if config.train.freeze:
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
+    stored = checkpoint_names(module, config.model)
     engine = ZeroEngine(
         module,
         lr=config.train.lr,
@@ -177,15 +185,17 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         eps=config.train.eps,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
+        ema=config.train.ema,
+        lr_scales=patterns.lr_scales(module, config.train.lr_scales, stored),
         ds_config=ds_config,
         world=world,
-        names=checkpoint_names(module, config.model),
+        names=stored,
     )
     if engine.leaf_modules:
         log.info("gathered whole: %s", leaves.summary(engine.leaf_modules))
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
-    validator = _validator(config, plan, engine, prepared, control, world, pad_id)
+    validator = _validator(config, plan, engine, loss, prepared, control, world, pad_id)
     saver = _saver(config, plan, paths, home, engine, control, world, reference)
     state, whole = _initial_state(config, plan, engine, frozen, home, control, reference)
     if not whole and control.rank == 0:
@@ -196,7 +206,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         config=config,
         plan=plan,
         engine=engine,
-        loss=_loss,
+        loss=loss,
         prepared=prepared,
         validator=validator,
         control=control,
@@ -218,14 +228,16 @@ def _utilisation(config: RunConfig, base: Path, world: World) -> Utilisation | N
     return Utilisation(shape, peak_flops(world.device, DTYPES[config.model.dtype]))
 
 
-def _loss(module: Any, batch: Batch) -> torch.Tensor:
-    return summed_token_loss(module, batch)[0]
+def _summed(loss: TokenLoss) -> Callable[[Any, Batch], torch.Tensor]:
+    """`loss` without its count, which the plan knows already."""
+    return lambda module, batch: loss(module, batch)[0]
 
 
 def _validator(
     config: RunConfig,
     plan: Plan,
     engine: ZeroEngine,
+    loss: Callable[[Any, Batch], torch.Tensor],
     prepared: Prepared,
     control: Control,
     world: World,
@@ -236,7 +248,7 @@ def _validator(
         return None
     return Validator(
         module=engine.module,
-        loss=_loss,
+        loss=loss,
         prepared=held_out,
         max_rows=config.validate_.max_rows,
         micro_batch_size=plan.micro_batch_size,
@@ -295,6 +307,8 @@ def _initial_state(
         frozen=frozen,
     )
     if plan.resume_from is None:
+        if config.model.start is not None:
+            _start_from(Path(config.model.start), engine, control, reference)
         return state, True
     loading = Loading(home.bring(Path(plan.resume_from), control), control)
     reader = loading.reader
@@ -309,3 +323,18 @@ def _initial_state(
     loading.settle()
     log.info("loaded %s (written by %d workers)", reader.directory, reader.manifest.world_size)
     return state, whole
+
+
+def _start_from(checkpoint: Path, engine: ZeroEngine, control: Control, reference: Mapping[str, Any] | None) -> None:
+    """Take the weights of another run's checkpoint, in fp32 as they are there; this run's average of them begins with them too."""
+    loading = Loading(checkpoint, control)
+    if reference is not None:
+        require_same(loading.reader.manifest.fingerprints.get("base"), reference, str(checkpoint))
+
+    def fill(piece: Slice) -> None:
+        if piece.state in MODEL_STATES:
+            loading.fill(replace(piece, state=WEIGHTS))
+
+    engine.load(fill, 0)
+    loading.settle()
+    log.info("begins with the weights of %s", checkpoint)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dstune.config.schema import ModelSection, TrainSection
+from dstune.config.schema import ModelSection
+from dstune.config.train import TrainSection
 from dstune.data.conversation import Conversation, Message
 from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
 from dstune.engine.world import World

@@ -18,7 +18,7 @@ from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UsageError
 from dstune.paths import owner_file, step_of
 
-_ELSEWHERE = ("model.path", "model.tokenizer", "model.revision")
+_ELSEWHERE = ("model.path", "model.tokenizer", "model.revision", "model.start")
 """Keys that say where files are: what a checkpoint holds does not change with them."""
 
 

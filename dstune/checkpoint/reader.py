@@ -16,7 +16,7 @@ from dstune.checkpoint.layout import FileRecord, Manifest, load_manifest
 from dstune.checkpoint.shards import LastBlock, OpenShard, StoredSlice, read_header
 from dstune.errors import CheckpointError, DamagedCheckpoint, Problem
 from dstune.paths import CheckpointPaths
-from dstune.protocols import WEIGHTS, Slice
+from dstune.protocols import MODEL_STATES, WEIGHTS, Slice
 
 
 class Reader:
@@ -26,8 +26,10 @@ class Reader:
     together. A checkpoint without such hashes has to be verified first (`resolve`), and is not looked at again.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, weights: str = WEIGHTS) -> None:
+        """`weights`: the state that is meant where the master weights are asked for (`ema`: their average)."""
         self.directory = directory
+        self._weights = weights
         self.manifest: Manifest = load_manifest(directory)
         self._paths = CheckpointPaths(directory)
         self._last_block = LastBlock()
@@ -55,8 +57,9 @@ class Reader:
 
     def tensors(self, state: str) -> Mapping[str, tuple[int, ...]]:
         """Every parameter's name and whole shape in `state` (`fp32`, `exp_avg`, …). Raises CheckpointError for no such state."""
+        state = self._meant(state)
         if state not in self.manifest.tensors:
-            raise self._missing(state, f"holds {', '.join(self.manifest.tensors)}")
+            raise self._missing(state, f"is not there; it holds {', '.join(self.manifest.tensors)}")
         return self.manifest.tensors[state]
 
     def read(self, state: str, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -92,11 +95,11 @@ class Reader:
     @property
     def has_weights_alone(self) -> bool:
         """Whether it was saved without the optimizer's states."""
-        return set(self.manifest.tensors) == {WEIGHTS}
+        return WEIGHTS in self.manifest.tensors and set(self.manifest.tensors) <= set(MODEL_STATES)
 
     def fill_weights(self, piece: Slice) -> None:
         """As `fill`, but slices of the optimizer's states stay as they are."""
-        if piece.state == WEIGHTS:
+        if piece.state in MODEL_STATES:
             self.fill(piece)
 
     def _index_shard(self, path: Path) -> None:
@@ -108,7 +111,11 @@ class Reader:
         for piece in read_header(path):
             self._index.setdefault((piece.entry.state, piece.entry.name), []).append((path, piece))
 
+    def _meant(self, state: str) -> str:
+        return self._weights if state == WEIGHTS else state
+
     def _parts(self, state: str, name: str) -> list[tuple[Path, StoredSlice]]:
+        state = self._meant(state)
         if (state, name) not in self._index:
             raise self._missing(f"{state}/{name}", "is not there")
         return self._index[state, name]

@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", default="newest", help="a committed step, `best`, `newest` (default), or 0: before training"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the run's")
+    parser.add_argument("--weights", default="fp32", choices=("fp32", "ema"), help="ema: their average (train.ema)")
     parser.add_argument(
         "--merged", action="store_true", help="of a run with an adapter: the whole model, the adapter in it"
     )
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dstune import api
 
-    words = ("step", "dtype", "to", "merged", "max_shard_size", "threads", "push", "public")
+    words = ("step", "dtype", "weights", "to", "merged", "max_shard_size", "threads", "push", "public")
     out = api.export(args.run, args.out, **{word: getattr(args, word) for word in words})
     lines = [f"exported: {out}"]
     lines += [f"pushed: {args.push}"] if args.push else []

@@ -81,6 +81,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f"{'machines':<22} {machines['nodes']} x {machines['workers_per_node']} {machines['device']}"
         f" of {_gib(machines['device_memory_bytes'])}, {_gib(machines['host_memory_bytes'])} of host memory each"
     )
+    for kernel in plan["kernels"]:
+        yield f"{'kernel':<22} {kernel['name']}: {'on' if kernel['on'] else 'off'} ({kernel['why']})"
     yield ""
     yield from _this_run(plan["this_run"])
     yield ""

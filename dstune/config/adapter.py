@@ -31,7 +31,9 @@ class AdapterSection(BaseModel):
     def _no_4bit(cls, kind: Any) -> Any:
         if kind == "qlora":
             raise ValueError(
-                "weights in 4 bits cannot be partitioned here yet; take `lora`, which ZeRO-3 splits over the workers"
+                "weights in 4 bits are blocks with a scale each (bitsandbytes, on GPUs alone), which ZeRO-3 cannot cut by element; take "
+                "`lora`: ZeRO-3 splits its frozen weights over the workers (2 bytes a parameter, 0.5 each on four), and "
+                "`deepspeed.preset: zero3-offload-all` keeps them in the hosts' memory"
             )
         return kind
 

@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dstune.config.schema import RunConfig, SiteConfig
+from dstune.config.start import begun
 from dstune.errors import ConfigError, Problem, UsageError
 from dstune.paths import config_directory
 
@@ -60,7 +62,8 @@ class LoadedRun:
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     """The run file at `path` with `key=value` overrides put over it. Raises ConfigError with all problems, UsageError."""
     file = Path(path).absolute()
-    return LoadedRun(load_model(file, RunConfig, overrides), file.parent, file)
+    config = load_model(file, RunConfig, overrides)
+    return LoadedRun(begun(config, file.parent, partial(load_model, model=RunConfig)), file.parent, file)
 
 
 def resolve(written: str, base: Path) -> Path:

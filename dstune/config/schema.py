@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dstune.config.adapter import AdapterSection
 from dstune.config.section import SECTION
+from dstune.config.train import TrainSection
 from dstune.config.units import parse_every, place
 from dstune.paths import is_address
 
@@ -18,11 +19,17 @@ class Section(BaseModel):
     model_config = SECTION
 
 
+KernelName = Literal["linear-cross-entropy", "rms-norm", "rotary", "gated-mlp"]
+
+
 class ModelSection(Section):
     """What is tuned."""
 
     path: str
-    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`."""
+    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`; or another run (`runs/NAME`, `runs/NAME@STEP`), whose weights,
+    or whose adapter where this one is alike, are read from its checkpoint."""
+    start: str | None = None
+    """That run's checkpoint; `path` is then the model that it began with. Written by dstune."""
     revision: str | None = None
     """The hub's commit: pin it, or the same run file gives another model tomorrow."""
     tokenizer: str | None = None
@@ -37,6 +44,9 @@ class ModelSection(Section):
     """Run Python code that comes with the model. Off unless you write it here."""
     attention: Literal["auto", "eager", "sdpa", "per-example"] = "auto"
     """Attention kernel; `auto` takes the fastest that keeps packed examples apart on this device."""
+    kernels: Literal["auto", "off"] | list[KernelName] | dict[KernelName, bool] = "auto"
+    """Faster ways to compute the same. `auto` uses each that is shown to work here; a list only those in it, or an error;
+    `{rotary: false}` turns one off and leaves the others to `auto`."""
     activation_checkpointing: bool | Literal["offload"] = False
     """Recompute activations in the backward pass: about a third more compute, far less memory. `offload`: what each layer starts
     from waits in main memory, for sequences so long that even this does not fit the GPU."""
@@ -178,82 +188,6 @@ class DataSection(Section):
         return self
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-_OPTIMIZER_SETTINGS: dict[str, dict[str, Any]] = {
-    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
-    "sgd": {"momentum": 0.9},
-    "lion": {"betas": (0.9, 0.99)},
-    "adagrad": {"eps": 1e-10},
-    "muon": {"momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8},
-}
-"""The settings that each optimizer knows, with its defaults; the others' do not belong to it."""
-
-
-class TrainSection(Section):
-    """How it is tuned."""
-
-    epochs: float | None = Field(default=None, gt=0)
-    """Passes over the rows; 1 when `max_steps` is not given either."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Steps to take, in place of `epochs`."""
-    global_batch_size: int = Field(default=64, ge=1)
-    """Rows per step over all workers."""
-    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Rows per forward pass and worker; does not change the loss."""
-    lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up; cosine and linear end at zero."""
-    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of all steps that warm up linearly; 0 when `warmup_steps` is not given either."""
-    warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps that warm up, in place of `warmup_ratio`."""
-    optimizer: Literal["adamw", "sgd", "lion", "adagrad", "muon"] = "adamw"
-    """The update rule; Muon's is for hidden matrices, the others (embeddings, head, vectors) take AdamW's."""
-    states: Literal["fp32"] = "fp32"
-    """Precision of masters and moments."""
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """On matrices only, never on biases and norms; decoupled, but for SGD and Adagrad, which add it to the gradient."""
-    betas: tuple[Beta, Beta] | None = None
-    """Decay rates of AdamW and Muon's part of it (0.9, 0.999), and of Lion (0.9, 0.99)."""
-    eps: Annotated[float, Field(gt=0)] | None = None
-    """Epsilon of AdamW and Muon's part of it (1e-8), and of Adagrad (1e-10)."""
-    momentum: Beta | None = None
-    """SGD's (0.9), Muon's (0.95)."""
-    freeze: list[str] = []
-    """Parameters that stay as they are: patterns on their names (`model.embed_tokens.*`, `model.layers.[0-3].*`)."""
-    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Clip the global gradient norm; 0: never."""
-    seed: int = Field(default=42, ge=0, lt=2**63)
-    """Seeds order, initialisation and dropout."""
-    deterministic: bool = False
-    """Deterministic kernels on GPUs (slower); on a CPU training is deterministic anyway."""
-    nonfinite_limit: int = Field(default=5, ge=1)
-    """Stop after so many steps in a row whose loss or gradient is not finite; each is skipped and named."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _settings_of_the_optimizer(cls, values: Any) -> Any:
-        known = _OPTIMIZER_SETTINGS.get(str(values.get("optimizer", "adamw"))) if isinstance(values, dict) else None
-        if known is None:
-            return values
-        for key in ("betas", "eps", "momentum"):
-            if values.get(key) is not None and key not in known:
-                *others, last = (name for name, settings in _OPTIMIZER_SETTINGS.items() if key in settings)
-                owners = f"{', '.join(others)} and {last}"
-                raise ValueError(f"`{key}` belongs to {owners}, not to {values.get('optimizer', 'adamw')}")
-        return values | {key: default for key, default in known.items() if values.get(key) is None}
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainSection":
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give either `epochs` or `max_steps`")
-        if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError("give either `warmup_ratio` or `warmup_steps`")
-        return self
-
-
 class DeepspeedSection(Section):
     """How states are partitioned and offloaded."""
 
@@ -318,7 +252,8 @@ class CheckpointSection(Section):
     """Write behind the training, from a copy in host memory (12 bytes a parameter over all workers with AdamW); `auto`: where that
     memory is free. Otherwise the training waits for the disk."""
     weights_only: bool = False
-    """Keep the fp32 weights alone, of AdamW's states a third: a resume is not exact then, its optimizer begins anew from them."""
+    """Keep the fp32 weights (and their average) alone, of AdamW's states a third: a resume is not exact then, its optimizer begins
+    anew from them."""
     on_error: Literal["stop", "continue"] = "stop"
     """After a save that failed: stop (resumable from the last good one), or warn and go on."""
 

@@ -6,6 +6,7 @@ Nothing here is compiled.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,19 +40,24 @@ class Rule:
     counts: bool = False
     """Whether its state has `step`, the updates made so far."""
 
-    def groups(self, module: torch.nn.Module, weight_decay: float) -> Groups:
-        """The trainable parameters of `module`: matrices with decay, vectors (biases, norms) without; hidden matrices apart."""
-        kinds = {"hidden": (weight_decay, True), "matrix": (weight_decay, False), "vector": (0.0, False)}
-        groups: dict[str, dict[str, Any]] = {
-            kind: {"params": [], "weight_decay": decay, "hidden": hidden} for kind, (decay, hidden) in kinds.items()
-        }
+    def groups(
+        self, module: torch.nn.Module, weight_decay: float, lr_scales: Mapping[str, float] = MappingProxyType({})
+    ) -> Groups:
+        """The trainable parameters of `module`: matrices with decay, vectors (biases, norms) without; hidden matrices apart.
+
+        `lr_scales`: run-time names of parameters and the factors on their learning rate; those of one factor are a group.
+        """
         outer = _outer(module)
-        for parameter in module.parameters():
+        groups: dict[tuple[str, float], dict[str, Any]] = {}
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 is_hidden = bool(self.hidden_states) and id(parameter) not in outer
                 kind = "vector" if len(full_shape(parameter)) < 2 else "hidden" if is_hidden else "matrix"
-                groups[kind]["params"].append(parameter)
-        return [group for group in groups.values() if group["params"]]
+                scale = lr_scales.get(name, 1.0)
+                decay = 0.0 if kind == "vector" else weight_decay
+                fresh = {"params": [], "weight_decay": decay, "hidden": kind == "hidden", "lr_scale": scale}
+                groups.setdefault((kind, scale), fresh)["params"].append(parameter)
+        return [groups[key] for key in sorted(groups)]
 
     def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The keys of a parameter of this group."""

@@ -14,6 +14,8 @@ from dstune.errors import ConfigError, Problem
 
 _PREFIX = "dstune-swap-"
 _LOCK = "owner.lock"
+_BUFFERS = 4
+"""DeepSpeed's own number, for the weights, Adam's moments and the gradient."""
 
 
 def require_async_io() -> None:
@@ -49,9 +51,11 @@ class SwapFolder:
             raise ConfigError(Problem(where, f"{parent}: {error.strerror or error}", "a writable directory")) from None
         self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
-    def put_into(self, ds_config: dict[str, Any]) -> None:
-        """Have DeepSpeed swap into this folder."""
-        ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(self.path)
+    def put_into(self, ds_config: dict[str, Any], more_states: int = 0) -> None:
+        """Have DeepSpeed swap into this folder, with buffers for `more_states` than it was told of."""
+        offload = ds_config["zero_optimization"]["offload_optimizer"]
+        offload["nvme_path"] = str(self.path)
+        offload["buffer_count"] = offload.get("buffer_count", _BUFFERS) + more_states
 
 
 @contextmanager

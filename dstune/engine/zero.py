@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dstune.engine import leaves
+from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.muon import Muon, Share
 from dstune.engine.optimizers import Settings, rule_of
@@ -16,7 +17,7 @@ from dstune.engine.swapping import SwapFolder
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.planning.reachable import uses_nvme
-from dstune.protocols import WEIGHTS, Slice, StepResult
+from dstune.protocols import MODEL_STATES, WEIGHTS, Slice, StepResult
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -26,8 +27,9 @@ class ZeroEngine:
 
     `names` maps a run-time parameter name to the one that `save_pretrained` writes; names not in it stay.
     `ds_config` may leave out what `construction.complete` adds; gradients are clipped to its `gradient_clipping`.
-    The model's dtype is that of its parameters. Weight decay acts on matrices only. Parameters without
-    `requires_grad` are neither updated nor part of the slices.
+    The model's dtype is that of its parameters. Weight decay acts on matrices only. `lr_scales`: run-time names of
+    parameters and the factors on their learning rate. `ema`: the decay of the weights' average, one more state of the
+    slices; None: there is none. Parameters without `requires_grad` are neither updated nor part of the slices.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class ZeroEngine:
         eps: float | None = None,
         momentum: float | None = None,
         weight_decay: float = 0.0,
+        lr_scales: Mapping[str, float] | None = None,
+        ema: float | None = None,
         names: Mapping[str, str] | None = None,
     ) -> None:
         import deepspeed
@@ -52,12 +56,13 @@ class ZeroEngine:
         config = complete(ds_config, trainable[0].dtype)
         if uses_nvme(config):
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
-            self._swap.put_into(config)
+            self._swap.put_into(config, more_states=int(ema is not None))
         if stage_of(config) == 3:
             for name in leaves.routed_modules(module):
                 leaves.gather_whole(module.get_submodule(name))
         self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
-        self._optimizer = self._rule.build(self._rule.groups(module, weight_decay), lr)
+        self._optimizer = self._rule.build(self._rule.groups(module, weight_decay, lr_scales or {}), lr)
+        self._average = None if ema is None else Average(self._optimizer, ema)
         engine, zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=config, dist_init_required=False
         )
@@ -77,6 +82,8 @@ class ZeroEngine:
         for flat in self._partitions.flats():
             with self._partitions.resident(flat, changed=True):
                 self._rule.prepare(self._optimizer, flat, self._group_of(flat))
+                if self._average:
+                    self._average.start(flat)
         if scaler := self._loss_scaler():
             # The loop counts what is skipped, says so, and gives up; DeepSpeed would raise in the middle of a step.
             scaler.raise_error_at_min_scale = False
@@ -100,7 +107,7 @@ class ZeroEngine:
         `grad_norm` is infinite where the update was skipped.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         scaler = self._loss_scaler()
         had_room = scaler is not None and scaler.cur_scale > scaler.min_scale
         self._engine.step()
@@ -141,7 +148,8 @@ class ZeroEngine:
         self._optimizer_steps = optimizer_steps
 
     def _slices_of(self, flat: torch.Tensor) -> Iterator[Slice]:
-        for state in (WEIGHTS, *self._rule.states_of(self._group_of(flat))):
+        states = MODEL_STATES if self._average else (WEIGHTS,)
+        for state in (*states, *self._rule.states_of(self._group_of(flat))):
             values = flat.detach() if state == WEIGHTS else self._optimizer.state[flat][state]
             for name, piece in self._pieces:
                 if piece.flat is flat:

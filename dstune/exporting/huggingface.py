@@ -26,6 +26,7 @@ from dstune.model import freezing
 from dstune.model.build import skeleton
 from dstune.model.config import is_builtin, load_config, model_directory
 from dstune.model.weights import WeightFiles
+from dstune.protocols import WEIGHTS
 
 log = get_logger(__name__)
 
@@ -47,18 +48,20 @@ def export(
     threads: int = 1,
     prepared: Path | None = None,
     merged: bool = False,
+    weights: str = WEIGHTS,
 ) -> None:
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
     `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
     `threads` files are written at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, all) in memory.
     A run with an adapter gives the adapter alone, in peft's layout; `merged`: the whole model with the adapter in it.
+    `weights`: the state that they are read from (`ema`: the average).
     `prepared`: the data's directory, for the model card. Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UsageError(Problem("dtype", repr(dtype), "bf16, fp16 or fp32"))
     with new_directory(out) as directory:
-        reader = Reader(checkpoint)
+        reader = Reader(checkpoint, weights)
         if config.model.adapter is not None and not merged:
             _write_adapter(directory, reader, config, base, dtype, prepared)
             return

@@ -15,6 +15,7 @@ from dstune.exporting.merged import whole_model
 from dstune.exporting.tensors import Weights
 from dstune.model.build import skeleton
 from dstune.model.config import load_config
+from dstune.protocols import WEIGHTS
 
 _PICKLE = "pytorch_model"
 
@@ -28,22 +29,24 @@ def export(
     pickled: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
     threads: int = 1,
+    weights: str = WEIGHTS,
 ) -> None:
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
     Names are the module's own; a tied tensor is written once (safetensors), or under each of its names (`pickled`:
-    pytorch_model.bin, which torch.load reads). Of a run with an adapter: the whole model, the adapter in it.
+    pytorch_model.bin, which torch.load reads). Of a run with an adapter: the whole model, the adapter in it. `weights`: the
+    state that they are read from (`ema`: the average).
     Raises UsageError, CheckpointError, ConfigError, RunFailed.
     """
     with new_directory(out) as directory:
         section = config.model.model_copy(update={"dtype": "fp32"})
         outline = skeleton(load_config(section, base), section)
-        with whole_model(Reader(checkpoint), config, base) as masters:
-            weights = Weights(outline, masters, untrained(outline, masters, config, base))
-            facts = {"total_parameters": weights.num_parameters}
-            written = files.write(weights.as_state_dict(), directory, max_file_bytes, facts=facts, threads=threads)
+        with whole_model(Reader(checkpoint, weights), config, base) as masters:
+            tensors = Weights(outline, masters, untrained(outline, masters, config, base))
+            facts = {"total_parameters": tensors.num_parameters}
+            written = files.write(tensors.as_state_dict(), directory, max_file_bytes, facts=facts, threads=threads)
         if pickled:
-            _pickle(directory, written, weights)
+            _pickle(directory, written, tensors)
 
 
 def _pickle(directory: Path, written: list[Path], weights: Weights) -> None:

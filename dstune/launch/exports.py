@@ -14,6 +14,7 @@ from dstune.exporting.directory import require_new
 from dstune.launch import rundir
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
+from dstune.protocols import AVERAGE, MODEL_STATES, WEIGHTS
 
 log = get_logger(__name__)
 
@@ -29,6 +30,8 @@ class Form:
     """A Hugging Face directory, or what DeepSpeed's zero_to_fp32.py gives: as safetensors, or (`-bin`) as pytorch_model.bin."""
     dtype: str | None = None
     """bf16, fp16 or fp32; default: the run's."""
+    weights: str = WEIGHTS
+    """`fp32`: as the last update left them; `ema`: their average, of a run that keeps one (`train.ema`)."""
     merged: bool = False
     """Of a run with an adapter: the whole model with the adapter in it, and not the adapter alone."""
     max_shard_size: str | int | None = None
@@ -77,6 +80,13 @@ def _require_sense(form: Form, config: RunConfig) -> None:
     """Raises UsageError for a form that a run with an adapter, or one without, does not have, or that nobody has."""
     if form.threads is not None and form.threads < 1:
         raise UsageError(Problem("--threads", str(form.threads), "at least 1"))
+    if form.weights not in MODEL_STATES:
+        raise UsageError(Problem("--weights", repr(form.weights), f"one of: {', '.join(MODEL_STATES)}"))
+    if form.weights == AVERAGE and config.train.ema is None:
+        came = f"{config.name} keeps no average of its weights (train.ema)"
+        raise UsageError(
+            Problem("--weights", came, do="Without --weights they are exported as the last update left them.")
+        )
     if config.model.adapter is None:
         if form.merged:
             came = f"{config.name} trained the model itself, not an adapter (model.adapter)"
@@ -97,6 +107,8 @@ def _checkpoint(paths: RunPaths, step: str | int, scratch: Path) -> Path:
     loaded = rundir.load(paths)
     checkpoints = rundir.checkpoints_of(loaded.config, loaded.base, paths)
     if str(step) == "0" and all(one.step != 0 for one in resolve.committed(checkpoints)):
+        if loaded.config.model.start is not None:
+            return Path(loaded.config.model.start)
         return initial.commit_initial(scratch, loaded.config, loaded.base)
     kept = loaded.config.checkpoint
     store = rundir.store_of(loaded.config)
@@ -120,10 +132,20 @@ def _write(paths: RunPaths, checkpoint: Path, target: Path, form: Form) -> None:
             threads=threads,
             prepared=Path(noted["directory"]) if noted else None,
             merged=form.merged,
+            weights=form.weights,
         )
         return
     pickled = form.to == "deepspeed-fp32-bin"
-    state_dict.export(checkpoint, target, config, base, pickled=pickled, max_file_bytes=max_file_bytes, threads=threads)
+    state_dict.export(
+        checkpoint,
+        target,
+        config,
+        base,
+        pickled=pickled,
+        max_file_bytes=max_file_bytes,
+        threads=threads,
+        weights=form.weights,
+    )
 
 
 def _size(value: str | int) -> int:

@@ -29,7 +29,7 @@ from dstune.model.build import skeleton
 from dstune.model.config import is_builtin, load_config, model_directory
 from dstune.model.weights import WeightFiles
 from dstune.paths import RunPaths
-from dstune.protocols import Slice
+from dstune.protocols import AVERAGE, WEIGHTS, Slice
 from dstune.records.sinks import EventLog
 from dstune.training.schedule import learning_rate
 from dstune.training.state import TrainState
@@ -111,7 +111,8 @@ def _found(run: str | Path | LoadedRun) -> tuple[RunPaths | None, LoadedRun]:
 def _commit(
     source: DeepSpeedCheckpoint, loaded: LoadedRun, paths: RunPaths, renamed: Mapping[str, str], state: TrainState
 ) -> Imported:
-    shards = [partial(_slices, source, rank, renamed) for rank in range(source.world_size)]
+    averaged = loaded.config.train.ema is not None
+    shards = [partial(_slices, source, rank, renamed, averaged) for rank in range(source.world_size)]
     fingerprints = identity.fingerprints(loaded.config, state.prepared_fingerprint)
     fingerprints["imported_from"] = source.directory.name
     checkpoints = rundir.checkpoints_of(loaded.config, loaded.base, paths)
@@ -134,9 +135,11 @@ def _commit(
     )
 
 
-def _slices(source: DeepSpeedCheckpoint, rank: int, renamed: Mapping[str, str]) -> Iterator[Slice]:
+def _slices(source: DeepSpeedCheckpoint, rank: int, renamed: Mapping[str, str], averaged: bool) -> Iterator[Slice]:
+    """`averaged`: the run keeps an average of its weights, which begins at those that DeepSpeed had."""
     for piece in source.pieces(rank):
-        for state, tensor in piece.states.items():
+        states = piece.states | ({AVERAGE: piece.states[WEIGHTS]} if averaged else {})
+        for state, tensor in states.items():
             yield Slice(state, renamed[piece.name], source.shapes[piece.name], piece.offset, tensor)
 
 

@@ -16,6 +16,7 @@ from dstune.planning import choose, cost, deepspeed, hardware, plan
 from dstune.planning.shapes import ModelShape
 
 _SHOWN = 12
+_FUSED_LOSS = "linear-cross-entropy"
 _ASSUMED = "h100-80gb"
 """The device of machines that nobody named."""
 _FAILURE_HOURS = 50_700
@@ -46,11 +47,13 @@ def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, An
     Raises UsageError for a device that nobody knows, ConfigError where transformers cannot build the model.
     """
     from dstune.model.footprint import footprint
+    from dstune.model.kernels import choice as kernels
 
     config = run.config
     cluster = _cluster(config, asked)
     shape = footprint(config.model, run.base, config.train.freeze)
-    load = _load(config, prepared)
+    used = kernels.planned(config.model, run.base, "cpu" if cluster.device.is_cpu else "cuda")
+    load = _load(config, prepared, fused_loss=any(one.on for one in used if one.name == _FUSED_LOSS))
     found = choose.candidates(
         shape,
         cluster,
@@ -91,6 +94,7 @@ def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, An
         "prepared": made.prepared,
         "model": _model(shape),
         "machines": _machines(cluster, asked),
+        "kernels": [asdict(one) for one in used],
         "this_run": _described(this, cluster, per_step, made.total_steps, asked),
         "best": _described(chosen, cluster, per_step, made.total_steps, asked) if chosen else None,
         "ways": [_row(one, per_step) for one in choose.shown(found, _SHOWN)],
@@ -119,7 +123,7 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
     return hardware.Cluster(nodes=nodes, per_node=per_node, device=device, host_memory=host, nvme=asked.nvme or 0)
 
 
-def _load(config: RunConfig, prepared: Prepared) -> choose.Load:
+def _load(config: RunConfig, prepared: Prepared, fused_loss: bool) -> choose.Load:
     lengths = np.asarray(prepared.rows_tokens, dtype=np.int64)
     counts = prepared.manifest["counts"]
     epoch_tokens = max(1, int(counts["epoch_tokens"]))
@@ -130,7 +134,7 @@ def _load(config: RunConfig, prepared: Prepared) -> choose.Load:
         squares_per_token=int(counts["epoch_squared_lengths"]) / epoch_tokens,
         dtype=config.model.dtype,
         optimizer=config.train.optimizer,
-        fused_loss=False,
+        fused_loss=fused_loss,
     )
 
 

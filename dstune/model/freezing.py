@@ -1,9 +1,7 @@
 """Parameters that stay as they are: chosen by patterns, left out of checkpoints, and known again by a digest of the base model's files."""
 
-import difflib
 import hashlib
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,10 +9,9 @@ from transformers import PreTrainedModel
 
 from dstune.errors import ConfigError, Problem
 from dstune.model import names
+from dstune.model.patterns import known_names, matching
 from dstune.model.weights import WeightFiles
 from dstune.protocols import Control
-
-_WILD = "*?[]"
 
 
 def freeze(module: PreTrainedModel, patterns: Sequence[str]) -> None:
@@ -25,15 +22,10 @@ def freeze(module: PreTrainedModel, patterns: Sequence[str]) -> None:
     """
     if not patterns:
         return
-    known = _names(module)
+    known = known_names(module, names.saved_names(module))
     problems: list[Problem] = []
-    for pattern in patterns:
-        matched = [parameter for name, parameter in known.items() if fnmatchcase(name, pattern)]
-        if not matched:
-            problems.append(
-                Problem("train.freeze", f"{pattern!r} matches no parameter", do=_near(pattern, list(known)))
-            )
-        for parameter in matched:
+    for parameters in matching(known, patterns, "train.freeze", problems).values():
+        for parameter in parameters:
             parameter.requires_grad_(False)
     if not problems and not any(parameter.requires_grad for parameter in known.values()):
         problems.append(Problem("train.freeze", "leaves nothing to train"))
@@ -59,18 +51,6 @@ def frozen_digest(module: PreTrainedModel, files: WeightFiles, control: Control 
     shares = control.gather(mine) if control else [mine]
     lines = sorted(f"{source} {digest}\n" for share in shares for source, digest in share.items())
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
-
-
-def _names(module: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Every name of every parameter: at run time, tied ones under all of theirs, and as the files have it."""
-    known = dict(module.named_parameters(remove_duplicate=False))
-    return known | {stored: known[name] for name, stored in names.saved_names(module).items() if name in known}
-
-
-def _near(pattern: str, known: list[str]) -> str:
-    plain = "".join(letter for letter in pattern if letter not in _WILD)
-    near = difflib.get_close_matches(plain, known, n=3, cutoff=0.3) or known[:3]
-    return f"Names are such as {', '.join(near)}; `*` stands for any letters."
 
 
 def _sha256(tensor: torch.Tensor) -> str:

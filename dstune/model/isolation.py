@@ -80,10 +80,11 @@ _PERIODS = (
 )
 _OFFSETS = ("first_k_dense_replace", "attn_layer_offset", "expert_layer_offset", "moe_layer_start_index")
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_FAILURES = (
+FAILURES = (
     ValueError, RuntimeError, TypeError, NotImplementedError, KeyError, IndexError, AttributeError, ImportError, AssertionError,
     StrictDataclassError,
 )  # fmt: skip
+"""What a model raises that cannot do what an experiment asks of it."""
 
 
 def prove(config: PretrainedConfig, attention: str) -> None:
@@ -111,23 +112,23 @@ def _disproof(kind: type[PretrainedConfig], config: str, attention: str) -> str 
     if find_model_class(kind()) is None and kind.__module__.startswith("transformers."):
         return "transformers has no model of this kind that learns to write"
     plain = kind.from_dict(json.loads(config))
-    small = _smallest_that_builds(plain)
+    small = smallest_that_builds(plain)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         examples = _examples(small)
-        model = _instance(small, "eager")
+        model = instance(small, "eager")
         try:
             alone = torch.cat([model(**example, use_cache=False).logits for example in examples], 1)
             joined = model(**_joined(examples), use_cache=False).logits
-        except _FAILURES as error:
-            return f"its small model fails on a plain example ({_first_line(error)})"
+        except FAILURES as error:
+            return f"its small model fails on a plain example ({first_line(error)})"
         try:
             model.set_attn_implementation(attention)
             packed = model(**packed_inputs(examples), use_cache=False).logits
-        except _FAILURES as error:
-            return f"it fails on packed rows ({_first_line(error)})"
+        except FAILURES as error:
+            return f"it fails on packed rows ({first_line(error)})"
     return _verdict(alone, packed, joined)
 
 
@@ -167,7 +168,8 @@ def _verdict(alone: torch.Tensor, packed: torch.Tensor, joined: torch.Tensor) ->
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The beginning of what `error` says, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -196,7 +198,8 @@ def find_model_class(config: PretrainedConfig) -> Any | None:
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
-def _instance(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+def instance(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """A random fp32 model of `config`, set to evaluate."""
     per_example.register()
     own_code = not type(config).__module__.startswith("transformers.")
     # The config of foreign code only exists where the run file trusts it.
@@ -208,14 +211,14 @@ def _instance(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _smallest_that_builds(config: PretrainedConfig) -> PretrainedConfig | None:
+def smallest_that_builds(config: PretrainedConfig) -> PretrainedConfig | None:
     """`config` with few layers and small sizes; else with few layers alone, where that is small enough."""
     for sizes in (True, False):
         try:
             small = shrunk(config, sizes)
             with torch.device("meta"):
-                count = sum(parameter.numel() for parameter in _instance(small, "eager").parameters())
-        except _FAILURES:
+                count = sum(parameter.numel() for parameter in instance(small, "eager").parameters())
+        except FAILURES:
             continue
         if count <= _MOST_PARAMETERS:
             return small

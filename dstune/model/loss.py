@@ -31,11 +31,8 @@ def summed_token_loss(module: Any, batch: TokenBatch) -> tuple[torch.Tensor, int
     """
     model: Any = unwrapped(module)
     supervised = batch.targets != IGNORED
-    takes = _takes(type(model))
-    inputs = {key: value for key, value in batch.inputs.items() if takes.anything or key in takes.names}
-    if "decoder_input_ids" in inputs:
-        inputs["decoder_input_ids"] = _started(inputs, model.config)
-    if "logits_to_keep" in takes.names:
+    inputs = forward_arguments(model, batch)
+    if "logits_to_keep" in _takes(type(model)).names:
         # The model itself projects only the supervised positions, with its own scaling and soft caps: [count, vocabulary].
         logits = module(**inputs, logits_to_keep=supervised, use_cache=False).logits
     else:
@@ -44,6 +41,15 @@ def summed_token_loss(module: Any, batch: TokenBatch) -> tuple[torch.Tensor, int
         logits = logits[supervised]
     targets = batch.targets[supervised]
     return summed_cross_entropy(logits, targets), targets.numel()
+
+
+def forward_arguments(model: Any, batch: TokenBatch) -> dict[str, Any]:
+    """What `model`'s forward pass takes of `batch`'s inputs; its decoder begins each example with the model's own token."""
+    takes = _takes(type(model))
+    inputs = {key: value for key, value in batch.inputs.items() if takes.anything or key in takes.names}
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = _started(inputs, model.config)
+    return inputs
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from dstune.config.schema import ModelSection, TrainSection
+from dstune.config.schema import ModelSection
+from dstune.config.train import TrainSection
 from dstune.data.conversation import Conversation, Example, Message, Refused
 from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
 from dstune.errors import ConfigError, Problem, RunFailed, UsageError

@@ -15,6 +15,8 @@ _FP32 = 4
 _DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 STATES: Mapping[str, int] = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1, "adagrad": 1}
 """`train.optimizer` -> fp32 numbers that it keeps of each element beside the master weight (Muon: at most)."""
+_FUSED_CHUNK = 96 << 20
+"""Bytes of logits at once of the fused loss (`model.kernels.linear_cross_entropy`)."""
 _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""
 
@@ -187,8 +189,9 @@ def _activations(shape: ModelShape, work: Work) -> int:
 
 
 def _logits(shape: ModelShape, work: Work, size: int) -> int:
-    """Logits and their gradient, and a chunk in fp32; fused, the chunks alone and the head's gradient in fp32."""
-    chunk = min(_CHUNK_TOKENS, work.supervised) * shape.vocabulary * _FP32
+    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's sum in fp32."""
+    logits = size * work.supervised * shape.vocabulary
     if work.fused_loss:
-        return 2 * chunk
-    return 2 * size * work.supervised * shape.vocabulary + 2 * chunk
+        head = shape.vocabulary * shape.layer_input // size
+        return min(logits, _FUSED_CHUNK) + (_FP32 * head if logits > _FUSED_CHUNK else 0)
+    return 2 * logits + 2 * min(_CHUNK_TOKENS, work.supervised) * shape.vocabulary * _FP32

@@ -18,7 +18,7 @@ from dstune.checkpoint.shard_writer import ShardWriter
 from dstune.config.schema import CheckpointSection
 from dstune.errors import CheckpointError
 from dstune.loggers import get_logger
-from dstune.protocols import WEIGHTS, Control, Engine, Slice
+from dstune.protocols import MODEL_STATES, Control, Engine, Slice
 from dstune.training.state import TrainState
 
 log = get_logger(__name__)
@@ -106,7 +106,7 @@ class CheckpointSaver:
         return self._writer
 
     def _slices(self) -> Iterator[Slice]:
-        return (one for one in self._engine.slices() if one.state == WEIGHTS or not self._settings.weights_only)
+        return (one for one in self._engine.slices() if one.state in MODEL_STATES or not self._settings.weights_only)
 
     def _decide(self, num_bytes: int) -> bool:
         if self._settings.background != "auto":

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from dstune.config.schema import TrainSection
+from dstune.config.train import TrainSection
 from dstune.engine.optimizers import Lion, Settings, rule_of
 from dstune.engine.world import World
 from dstune.errors import CheckpointError
@@ -15,6 +15,8 @@ from tests.engine import tiny
 from tests.spawn import run_workers
 
 STEPS = range(5)
+SCALED = "adamw-scaled"
+SCALES = {"model.layers.0.*": 0.1, "*.mlp.*": 3.0}
 
 
 def _plain(optimizer: str, weights: dict[str, torch.Tensor]) -> list[float]:
@@ -41,6 +43,16 @@ def _plain(optimizer: str, weights: dict[str, torch.Tensor]) -> list[float]:
 def _optimizers(name: str, module: nn.Module) -> list[torch.optim.Optimizer]:
     """torch's own, but for Lion; decay on matrices alone."""
     decays = {1: 0.0, 2: 0.1}
+    if name == SCALED:
+        each: list[dict[str, Any]] = [
+            {
+                "params": [parameter],
+                "weight_decay": decays[parameter.dim()],
+                "lr": 1e-3 * (0.1 if ".layers.0." in key else 1.0) * (3.0 if ".mlp." in key else 1.0),
+            }
+            for key, parameter in module.named_parameters()
+        ]
+        return [torch.optim.AdamW(each, betas=(0.9, 0.95), eps=1e-8)]
     groups = [
         {"params": [parameter for parameter in module.parameters() if parameter.dim() == dim], "weight_decay": decay}
         for dim, decay in decays.items()
@@ -65,13 +77,14 @@ def _curves() -> dict[str, Any]:
     world = World.from_environment()
     world.init(60)
     curves: dict[str, Any] = {}
-    for name in tiny.OPTIMIZERS:
+    for name in (*tiny.OPTIMIZERS, SCALED):
         curves[name] = []
+        settings: dict[str, Any] = {"lr_scales": SCALES} if name == SCALED else {"optimizer": name}
         for stage in (1, 3):
-            engine = tiny.engine(world, stage, dtype="fp32", optimizer=name)
+            engine = tiny.engine(world, stage, dtype="fp32", **settings)
             weights = {piece.name: piece.tensor.clone() for piece in engine.slices() if piece.state == "fp32"}
             curves[name].append((_plain(name, weights), tiny.train(engine, world, STEPS)))
-    with pytest.raises(CheckpointError, match="has the states of lion, and the run wants muon"):
+    with pytest.raises(CheckpointError, match="has the states of lion, and the run wants adamw"):
         engine.load_extra_state({"optimizer": "lion"})
     world.close()
     return curves
@@ -112,3 +125,12 @@ def test_each_optimizer_has_its_own_settings_and_defaults() -> None:
     ]:
         with pytest.raises(ValidationError, match=f"belongs to {owners}, not to {optimizer}"):
             TrainSection.model_validate({"optimizer": optimizer, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [("adafactor", "rows and columns"), ("adamw_8bit", "8 bits"), ("paged_adamw_8bit", "bitsandbytes")],
+)
+def test_optimizers_whose_states_cannot_be_cut_are_refused_with_the_reason(optimizer: str, why: str) -> None:
+    with pytest.raises(ValidationError, match=f"the optimizer {optimizer} keeps .*{why}.*`lion`"):
+        TrainSection.model_validate({"optimizer": optimizer})

@@ -27,6 +27,7 @@ def _computes_fp16() -> bool:
 
 HAS_FP16 = _computes_fp16()
 needs_fp16 = pytest.mark.skipif(not HAS_FP16, reason="this processor has no instructions for fp16")
+LR_SCALES = {"*.mlp.*": 0.1, "*norm*": 3.0, "model.layers.1.*": 0.5}
 SCALE = {"initial_scale_power": 10, "loss_scale_window": 5, "hysteresis": 2}
 """Grows after five updates in a row; forgives one overflow, then halves: a state that is more than a number."""
 CASES: dict[str, dict[str, Any]] = {
@@ -43,8 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-frozen": {"stage": 2, "frozen": "model.layers.0"},
     "zero3-sgd": {"stage": 3, "optimizer": "sgd"},
     "zero1-lion": {"stage": 1, "optimizer": "lion"},
-    "zero3-offload-lion": {"stage": 3, "optimizer": "lion", "offload": True},
-    "zero1-muon": {"stage": 1, "optimizer": "muon"},
+    "zero3-offload-lion": {"stage": 3, "optimizer": "lion", "offload": True, "lr_scales": LR_SCALES},
+    "zero1-muon": {"stage": 1, "optimizer": "muon", "lr_scales": LR_SCALES},
     "zero3-offload-muon": {"stage": 3, "optimizer": "muon", "offload": True},
     "zero2-adagrad": {"stage": 2, "optimizer": "adagrad"},
     "zero3-lora-muon": {"stage": 3, "kind": "qwen2", "adapter": True, "optimizer": "muon"},
@@ -153,8 +154,8 @@ def test_the_loss_scale_goes_on_where_it_was(runs: Callable[..., Any], case: str
 def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
     """2 workers on ZeRO-3 -> 1 on ZeRO-2 -> 3 on ZeRO-1 -> 2 on ZeRO-3 with offload: the same states, the same losses."""
     common: dict[str, dict[str, Any]] = {
-        "adamw": {"dtype": "fp32"},
-        "lion": {"dtype": "fp32", "optimizer": "lion"},
+        "adamw": {"dtype": "fp32", "ema": 0.9},
+        "lion": {"dtype": "fp32", "optimizer": "lion", "lr_scales": LR_SCALES},
         "experts": {"dtype": "fp32", "kind": "qwen3_moe", "optimizer": "muon"},
         "t5-lora": {"dtype": "fp32", "kind": "t5", "adapter": True, "optimizer": "muon"},
     }
@@ -174,7 +175,7 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
             ratios = torch.tensor([float(x) for x in losses]) / torch.tensor([float(x) for x in losses_before])
             assert (ratios - 1).abs().max() < (1e-3 if name == "fp16" else 5e-5), name
     assert [sorted(original[name].manifest.tensors) for name in ("adamw", "lion", "experts")] == [
-        ["exp_avg", "exp_avg_sq", "fp32"],
+        ["ema", "exp_avg", "exp_avg_sq", "fp32"],
         ["exp_avg", "fp32"],
         ["exp_avg", "exp_avg_sq", "fp32", "momentum_buffer"],
     ]

@@ -13,6 +13,7 @@ from dstune.engine.construction import DTYPES, construction
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.model import build as model
+from dstune.model import patterns, tiling
 from tests.model.architectures import tiny_config
 
 VOCABULARY = 256
@@ -59,6 +60,8 @@ def build_kind(
         )
         attention = "eager" if kind == "switch_transformers" else "sdpa"
         module = model.build(section, Path(folder), attention, 0, config)
+        if section.mlp_tile != "off":
+            tiling.tile(module, section.mlp_tile)
     return module, model.checkpoint_names(module, section)
 
 
@@ -82,6 +85,8 @@ def engine(
     adapter: bool = False,
     sizes: dict[str, int] | None = None,
     settings: dict[str, Any] | None = None,
+    lr_scales: dict[str, float] | None = None,
+    ema: float | None = None,
     **extra: Any,
 ) -> ZeroEngine:
     """`frozen`: what the names of parameters begin with that are not trained. `kind`: another architecture, `adapter`: with LoRA,
@@ -97,7 +102,8 @@ def engine(
     for name, parameter in module.named_parameters():
         if frozen:
             parameter.requires_grad_(not name.startswith(frozen))
-    rule = {"optimizer": optimizer} | OPTIMIZERS[optimizer]
+    rule: dict[str, Any] = {"optimizer": optimizer, "ema": ema} | OPTIMIZERS[optimizer]
+    rule["lr_scales"] = patterns.lr_scales(module, lr_scales or {}, names)
     return ZeroEngine(module, lr=1e-3, weight_decay=0.1, ds_config=config, world=world, names=names, **rule)
 
 

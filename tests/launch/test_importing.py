@@ -279,9 +279,12 @@ def test_fp16s_loss_scale_is_read_without_deepspeeds_code(one: Path) -> None:
 
 
 def test_a_run_may_begin_its_data_with_it(one: Path, tmp_path: Path) -> None:
-    made = dstune.import_deepspeed(write_run(tmp_path), one / "run", step=0)
+    made = dstune.import_deepspeed(write_run(tmp_path, train={"ema": 0.9}), one / "run", step=0)
     assert (made["step"], made["optimizer_steps"], made["position"]) == (0, STEP, 0)
     assert newest_whole(Path(made["run"]) / "checkpoints")[0] is not None
+    reader = Reader(Path(made["checkpoint"]))
+    (name, *_) = reader.tensors("fp32")
+    assert torch.equal(reader.read("ema", name), reader.read("fp32", name))  # an average begins at the weights
 
 
 def test_wrappers_prefixes_are_taken_off_and_foreign_names_refused(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_eight_billion_on_eight_gpus(run_file, capsys):
     assert this["device_parts"]["masters and moments"] == 12 * 8_030_261_248 / 8
     assert this["checkpoint"]["bytes"] == 12 * 8_030_261_248
     assert this["price"] == pytest.approx(this["device_hours"] * 2, abs=0.01)
+    assert {one["name"]: one["on"] for one in found["kernels"]}["linear-cross-entropy"]
     assert found["best"]["fits"] and {way["preset"] for way in found["ways"]} >= {"zero1", "zero2", "zero3"}
 
 

@@ -69,6 +69,8 @@ _SETTINGS = {
         "dropout": 0.0,
     },
     "cohere": {**_COMMON, "num_hidden_layers": 1},
+    "granite": {**_COMMON, "logits_scaling": 8.0},
+    "phi": {**_COMMON, "num_key_value_heads": 4},
     "t5": _T5,
     "mt5": _T5,
     "umt5": _T5,

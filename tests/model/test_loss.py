@@ -14,6 +14,8 @@ from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
 from dstune.model.build import build
+from dstune.model.kernels.fused_head import FusedLoss
+from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cross_entropy
 from dstune.model.loss import IGNORED, summed_cross_entropy, summed_token_loss
 from tests.model.architectures import keep_apart, tiny
 from tests.spawn import run_workers
@@ -155,7 +157,7 @@ CASES = {"llama": 3, "llama-tied": 3, "builtin:tiny-t5": 3, "gpt2": 2}
 
 
 def partitioned_norms(folder: Path) -> dict[str, list[float]]:
-    """Loss sum over the workers and gradient norm of one step; worker 1 has nothing but a padding row."""
+    """Gradient norms of a step with the plain and of one with the fused loss; worker 1 has nothing but a padding row."""
     world = World.from_environment()
     world.init()
     found: dict[str, list[float]] = {}
@@ -169,11 +171,13 @@ def partitioned_norms(folder: Path) -> dict[str, list[float]]:
         )
         layout = "packed-seq2seq" if pairs else "packed"
         shares = [[0, 1], [None, None]][world.rank]
-        for number, row in enumerate(shares):
-            batch = collate(Prepared(), [row], layout, pad_id=0)
-            loss, _ = summed_token_loss(engine.module, batch)
-            engine.backward(loss * world.world_size, last=number == len(shares) - 1)
-        found[name] = [engine.step(0.0).grad_norm]
+        found[name] = []
+        for compute in (summed_token_loss, FusedLoss(module, summed_linear_cross_entropy, Logits())):
+            for number, row in enumerate(shares):
+                batch = collate(Prepared(), [row], layout, pad_id=0)
+                loss, _ = compute(engine.module, batch)
+                engine.backward(loss * world.world_size, last=number == len(shares) - 1)
+            found[name].append(engine.step(0.0).grad_norm)
     return found
 
 
@@ -195,7 +199,7 @@ def test_gradients_under_zero_are_those_of_the_whole_batch_on_one_worker(tmp_pat
     torch.distributed.destroy_process_group()
     for found in run_workers(partitioned_norms, 2, tmp_path):
         for name, norm in expected.items():
-            assert found[name][0] == pytest.approx(norm, rel=1e-4), name
+            assert found[name] == pytest.approx([norm, norm], rel=1e-4), name
 
 
 def test_a_model_without_logits_to_keep_is_read_in_full():

@@ -54,6 +54,10 @@ def test_an_adapter_goes_on_in_any_world_and_stage(tmp_path: Path) -> None:
     go_back_to(paths, 4)
     assert drive(paths.root, 2, new=False).state == "succeeded"
     assert metrics(paths, "loss") == losses and weights_hash(paths, 8) == weights
+    alike = {"kind": "dora", "rank": 4, "modules_to_save": ["lm_head"]}
+    model = {"path": f"{paths.root}@8", "overrides": {}, "dtype": "fp32", "adapter": alike}
+    begun = finished(write_run(tmp_path, "next", model=model, train={"max_steps": 1, "lr": 1e-30}), 1)
+    assert weights_hash(begun, 1) == weights
     for world, preset in ((1, "zero2"), (3, "zero1")):
         go_back_to(paths, 4, f"deepspeed.preset={preset}", "deepspeed.overrides={}", f"cluster.workers={world}")
         assert drive(paths.root, world, new=False).state == "succeeded"

@@ -1,0 +1,96 @@
+"""Which kernels a run uses: chosen once, by its file, its model and its device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from dstune.config.schema import ModelSection
+from dstune.errors import ConfigError, Problem
+from dstune.loggers import get_logger
+from dstune.model.build import adapted_skeleton, skeleton
+from dstune.model.config import load_config
+from dstune.model.kernels.fused_loss import FusedLossKernel
+from dstune.model.kernels.kernel import Kernel, TokenLoss
+from dstune.model.kernels.liger import LigerLayers
+from dstune.model.loss import summed_token_loss
+
+log = get_logger(__name__)
+
+KERNELS: Sequence[Kernel] = (
+    FusedLossKernel(),
+    LigerLayers("rms-norm", ("rms_norm",)),
+    LigerLayers("rotary", ("rope",)),
+    LigerLayers("gated-mlp", ("swiglu", "geglu")),
+)
+"""Every kernel there is, in the order in which they are listed and put in."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kernel of a run."""
+
+    name: str
+    on: bool
+    why: str
+    """What runs, or why it does not: a line for a person."""
+
+
+def chosen(section: ModelSection, model: PreTrainedModel, device: str) -> list[Choice]:
+    """Every kernel, and whether the run of `model` on `device` (`cpu` or `cuda`) uses it.
+
+    `section.kernels` decides; `model` may be without storage (`build.skeleton`), and packages are looked for here. Raises ConfigError
+    where a kernel that the run file names cannot be used.
+    """
+    choices: list[Choice] = []
+    problems: list[Problem] = []
+    for kernel in KERNELS:
+        wanted = _wanted(section, kernel.name)
+        if wanted is False:
+            choices.append(Choice(kernel.name, False, f"`model.kernels: {_spelled(section)}`"))
+            continue
+        finding = kernel.find(model, device)
+        if wanted and not finding.works:
+            came = f"{kernel.name} was asked for: {finding.why}"
+            problems.append(Problem("model.kernels", came, do="Take it out, or set `auto`, which uses what works."))
+        choices.append(Choice(kernel.name, finding.works, finding.why))
+    if problems:
+        raise ConfigError(problems)
+    return choices
+
+
+def planned(section: ModelSection, base: Path, device: str) -> list[Choice]:
+    """`chosen` for a model of which only the config is here."""
+    if section.adapter is not None:
+        return chosen(section, adapted_skeleton(section, base), device)
+    return chosen(section, skeleton(load_config(section, base), section), device)
+
+
+def put_in(choices: Sequence[Choice], model: PreTrainedModel, device: str) -> TokenLoss:
+    """Make `model` use the kernels that are on, and log all of them; the loss to train with."""
+    loss: TokenLoss = summed_token_loss
+    for kernel, choice in zip(KERNELS, choices, strict=True):
+        log.info("kernel %s: %s (%s)", kernel.name, "on" if choice.on else "off", choice.why)
+        if choice.on:
+            loss = kernel.put_in(model, device, loss)
+    return loss
+
+
+def _wanted(section: ModelSection, name: str) -> bool | None:
+    """What the run file says of a kernel: on, off; None: as it turns out."""
+    asked = section.kernels
+    if asked == "auto":
+        return None
+    if asked == "off":
+        return False
+    if isinstance(asked, dict):
+        return {str(key): value for key, value in asked.items()}.get(name)
+    return name in asked
+
+
+def _spelled(section: ModelSection) -> str:
+    asked = section.kernels
+    if isinstance(asked, dict):
+        return "{" + ", ".join(f"{name}: {str(on).lower()}" for name, on in asked.items()) + "}"
+    return asked if isinstance(asked, str) else "[" + ", ".join(asked) + "]"

@@ -1,0 +1,40 @@
+"""What a kernel is to the rest of the house."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from dstune.model.loss import TokenBatch
+
+TokenLoss = Callable[[Any, TokenBatch], tuple[torch.Tensor, int]]
+"""As `loss.summed_token_loss`."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a kernel can be used."""
+
+    works: bool
+    why: str
+    """What will run, or what is in the way: a line for a person."""
+
+
+class Kernel(Protocol):
+    """A faster way to compute what a model computes anyway: these three are the whole of its surface.
+
+    A new kernel is a file in this room, a line in `choice.KERNELS` and its name in `config.schema.KernelName`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def find(self, model: PreTrainedModel, device: str) -> Finding:
+        """Whether it gives on `device` (`cpu` or `cuda`) what `model` gives without it; `model` may be without storage."""
+        ...
+
+    def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
+        """Make `model` use it; the loss to compute from now on, `loss` where that stays as it is. Only after `find` said it works."""
+        ...

@@ -1,0 +1,119 @@
+"""Kernels of the package liger-kernel, which is not required: used on CUDA where it is installed and knows the architecture."""
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dstune.model import isolation
+from dstune.model.kernels import proof
+from dstune.model.kernels.kernel import Finding, TokenLoss
+from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cross_entropy
+from dstune.model.loss import IGNORED, summed_token_loss
+
+_TOLERANCE = 1e-3
+"""As `proof.TOLERANCE`, for layers that sum in another order."""
+_ROTARY = "apply_rotary_pos_emb"
+"""The function of a model's file that the rotary kernel takes the place of."""
+
+
+def missing() -> str | None:
+    """What of it is not installed here; None: nothing."""
+    names = {"liger_kernel": "liger-kernel", "triton": "triton"}
+    lacking = [package for module, package in names.items() if find_spec(module) is None]
+    return f"{' and '.join(lacking)} not installed (pip install liger-kernel)" if lacking else None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, logits: Logits
+) -> torch.Tensor:
+    """`summed_linear_cross_entropy` by Liger, the weight's gradient summed in fp32. The scale goes into the hidden states and the bias."""
+    if len(targets) == 0:
+        return summed_linear_cross_entropy(hidden, weight, bias, targets, logits)
+    function: Any = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    if logits.scale != 1.0:
+        hidden = hidden * logits.scale
+        bias = None if bias is None else bias * logits.scale
+    return function.LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, targets, bias, None, IGNORED, 0.0, 0.0, "sum", logits.cap, False, torch.float32
+    )[0]
+
+
+class LigerLayers:
+    """One kind of layer of a model, computed by Liger's kernel; `switches`: what Liger calls it, one of these for each architecture."""
+
+    def __init__(self, name: str, switches: Sequence[str]) -> None:
+        self.name = name
+        self._switches = tuple(switches)
+
+    def find(self, model: PreTrainedModel, device: str) -> Finding:
+        if device != "cuda":
+            return Finding(False, "for CUDA only")
+        reason = missing()
+        if reason is not None:
+            return Finding(False, reason)
+        if self._patch(model.config.model_type) is None:
+            return Finding(False, f"liger-kernel has none for {model.config.model_type}")
+        if not torch.cuda.is_available():
+            return Finding(True, "Liger; shown on the GPU before training")
+        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+        reason = _disproof(type(model.config), config, self)
+        return Finding(reason is None, reason or "Liger")
+
+    def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
+        """NOTE: Liger puts classes into the model's file as well, for models built later: taken out again. The rotary function is
+        looked up there by every model of the file, and stays.
+        """
+        patch = self._patch(model.config.model_type)
+        assert patch is not None
+        file = sys.modules[type(model).__module__]
+        before = dict(vars(file))
+        patch(model)
+        for name, value in before.items():
+            if name != _ROTARY:
+                setattr(file, name, value)
+        return loss
+
+    def _patch(self, model_type: str) -> Callable[[PreTrainedModel], None] | None:
+        """What makes a model use this one kernel of Liger's; None where Liger has none for its type."""
+        patches: Any = importlib.import_module("liger_kernel.transformers.monkey_patch")
+        function = patches.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+        if function is None:
+            return None
+        known = inspect.signature(function).parameters
+        if not any(switch in known for switch in self._switches):
+            return None
+        settings = {name: name in self._switches for name, one in known.items() if isinstance(one.default, bool)}
+        return lambda model: function(model=model, **settings)
+
+
+@lru_cache(maxsize=32)
+def _disproof(kind: type[PretrainedConfig], config: str, layers: LigerLayers) -> str | None:
+    """Why a tiny model of this class cannot be computed so on the GPU; None where it gives the same gradients."""
+    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+    if small is None:
+        return "no small model of this class can be built, so nothing is shown"
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        model: Any = isolation.instance(small, "eager")
+        file: Any = sys.modules[type(model).__module__]
+        rotary = getattr(file, _ROTARY, None)
+        try:
+            batch = proof.small_batch(small, "cuda")
+            model.to("cuda")
+            wanted = proof.gradients(model, proof.plain_loss(model, batch))
+            layers.put_in(model, "cuda", summed_token_loss)
+            difference = proof.difference(proof.gradients(model, proof.plain_loss(model, batch)), wanted)
+        except isolation.FAILURES as error:
+            return f"its small model fails with it ({isolation.first_line(error)})"
+        finally:
+            if rotary is not None:
+                setattr(file, _ROTARY, rotary)
+    return None if difference <= _TOLERANCE else f"it changes the gradients of a small model by {difference:.0e}"
