@@ -31,7 +31,7 @@ from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, freezing, isolation, neftune, patterns
+from dstune.model import attention, freezing, isolation, neftune, patterns, tiling
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
@@ -169,6 +169,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     freezing.freeze(module, config.train.freeze)
     device = world.device.type
     loss = _summed(kernels.put_in(kernels.chosen(config.model, module, device), module, device))
+    if config.model.mlp_tile != "off":
+        tiling.tile(module, config.model.mlp_tile)
     if config.train.neftune_alpha is not None:
         neftune.add_noise(module, config.train.neftune_alpha)
     frozen = ""

@@ -13,7 +13,7 @@ from dstune.config.schema import ModelSection
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
-from dstune.model import adapters, per_example, tiling
+from dstune.model import adapters, per_example
 from dstune.model.config import is_builtin, load_config, model_directory, task_of
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
@@ -31,8 +31,6 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
         initialise(module, seed)
     else:
         load_weights(module, model_directory(model, base))
-    if model.mlp_tile != "off":
-        tiling.tile(module, None if model.mlp_tile == "auto" else model.mlp_tile)
     if model.adapter is not None:
         adapters.attach(module, model.adapter, seed)
     if model.activation_checkpointing:

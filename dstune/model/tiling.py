@@ -7,7 +7,7 @@ tiles' in the weights' precision.
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,10 +22,11 @@ from dstune.loggers import get_logger
 log = get_logger(__name__)
 
 
-def tile(module: PreTrainedModel, tokens: int | None) -> None:
-    """Have every feed-forward layer of `module` take at most `tokens` tokens at once; None: as many as it is wide.
+def tile(module: PreTrainedModel, tokens: int | Literal["auto"]) -> None:
+    """Have every feed-forward layer of `module` take at most `tokens` tokens at once; `auto`: as many as it is wide.
 
-    Raises ConfigError where the architecture has no layer that is known to work token by token. Before an adapter is attached.
+    Raises ConfigError where the architecture has no layer that is known to work token by token.
+    NOTE: behind kernels that take the place of a layer's forward pass, or they would take the tiles' place.
     """
     found = feed_forwards(module)
     if not found:
@@ -33,7 +34,7 @@ def tile(module: PreTrainedModel, tokens: int | None) -> None:
         raise ConfigError(Problem("model.mlp_tile", came, "off"))
     for name in found:
         layer: Any = module.get_submodule(name)
-        layer.forward = _tiled(layer.forward, tokens or _widths(layer)[0])
+        layer.forward = _tiled(layer.forward, _widths(layer)[0] if tokens == "auto" else tokens)
         # Its weights are gathered once for all tiles, not for each.
         leaves.gather_whole(layer)
     log.info("in tiles: %s", leaves.summary(found))
@@ -53,7 +54,7 @@ def feed_forwards(module: nn.Module) -> list[str]:
 
 
 def _is_feed_forward(part: nn.Module) -> bool:
-    children = list(part.children())
+    children = [_base(child) for child in part.children()]
     if any(list(child.children()) or not _is_tokenwise(child) for child in children):
         return False
     if list(part.parameters(recurse=False)) or sum(_is_linear(child) for child in children) < 2:
@@ -61,6 +62,11 @@ def _is_feed_forward(part: nn.Module) -> bool:
     inputs, outputs = zip(*(_sizes(child) for child in children if _is_linear(child)), strict=True)
     # Attention is made of linear maps as well, but takes more than the tokens.
     return len(inspect.signature(part.forward).parameters) == 1 and inputs[0] in outputs
+
+
+def _base(child: Any) -> nn.Module:
+    """What an adapter was put around; `child` itself where there is none."""
+    return getattr(child, "base_layer", child)
 
 
 def _is_tokenwise(child: nn.Module) -> bool:
@@ -76,7 +82,7 @@ def _sizes(linear: Any) -> tuple[int, int]:
 
 
 def _widths(layer: nn.Module) -> tuple[int, int]:
-    return next(_sizes(child) for child in layer.children() if _is_linear(child))
+    return next(_sizes(child) for child in map(_base, layer.children()) if _is_linear(child))
 
 
 def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:

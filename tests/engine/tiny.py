@@ -13,7 +13,7 @@ from dstune.engine.construction import DTYPES, construction
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.model import build as model
-from dstune.model import patterns
+from dstune.model import patterns, tiling
 from tests.model.architectures import tiny_config
 
 VOCABULARY = 256
@@ -60,6 +60,8 @@ def build_kind(
         )
         attention = "eager" if kind == "switch_transformers" else "sdpa"
         module = model.build(section, Path(folder), attention, 0, config)
+        if section.mlp_tile != "off":
+            tiling.tile(module, section.mlp_tile)
     return module, model.checkpoint_names(module, section)
 
 

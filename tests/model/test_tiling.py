@@ -66,7 +66,7 @@ def test_logits_and_gradients_are_the_same_and_less_is_kept(kind: str) -> None:
 
 def test_by_itself_a_tile_has_as_many_tokens_as_the_layer_is_wide() -> None:
     module: Any = tiny("llama")
-    tiling.tile(module, None)
+    tiling.tile(module, "auto")
     seen: list[int] = []
     module.model.layers[0].mlp.up_proj.register_forward_hook(
         lambda _module, inputs, _output: seen.append(inputs[0].shape[1])
