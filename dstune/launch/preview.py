@@ -135,6 +135,7 @@ def _load(config: RunConfig, prepared: Prepared, fused_loss: bool) -> choose.Loa
         dtype=config.model.dtype,
         optimizer=config.train.optimizer,
         fused_loss=fused_loss,
+        ema=config.train.ema is not None,
     )
 
 

@@ -50,6 +50,7 @@ class Load:
     dtype: str
     optimizer: str
     fused_loss: bool
+    ema: bool = False
 
 
 def candidates(
@@ -117,6 +118,7 @@ def _candidate(
         supervised=math.ceil(tokens * load.supervised_share),
         recompute=recompute,
         fused_loss=load.fused_loss,
+        ema=load.ema,
     )
     memory = estimate(shape, place, work, CPU_PROCESS if cluster.device.is_cpu else GPU_PROCESS)
     micro_batches = math.ceil(math.ceil(load.global_batch_size / cluster.workers) / size)

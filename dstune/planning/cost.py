@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from dstune.planning.hardware import Cluster
-from dstune.planning.memory import STATES, Placement, Work
+from dstune.planning.memory import Placement, Work
 from dstune.planning.shapes import ModelShape
 
 _REACHED = 0.55
@@ -83,13 +83,13 @@ def _offload(
     shape: ModelShape, place: Placement, work: Work, cluster: Cluster, size: int, micro_batches: int
 ) -> tuple[float, float]:
     share = shape.trained / work.world_size
-    numbers = share * (2 + STATES[work.optimizer])
+    numbers = share * (1 + work.numbers)
     if cluster.device.is_cpu or place.offload_optimizer == "none":
         update = numbers * _STATE_BYTES / cluster.device.bandwidth
     else:
         update = numbers * _STATE_BYTES * cluster.per_node / cluster.host_bandwidth
     if place.offload_optimizer == "nvme":
-        update += 2 * NVME_STATE_BYTES * share * (1 + STATES[work.optimizer]) * cluster.per_node / cluster.nvme_rate
+        update += 2 * NVME_STATE_BYTES * share * work.numbers * cluster.per_node / cluster.nvme_rate
     moved = 0.0
     if not cluster.device.is_cpu:
         if place.offload_param != "none":

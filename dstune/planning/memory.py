@@ -71,6 +71,13 @@ class Work:
     """Activation checkpointing."""
     fused_loss: bool = False
     """Whether the logits are never held whole."""
+    ema: bool = False
+    """Whether an average of the weights is kept beside them."""
+
+    @property
+    def numbers(self) -> int:
+        """fp32 numbers of each trained element that last: the master weight and what the update keeps."""
+        return 1 + STATES[self.optimizer] + self.ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +130,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     size = _DTYPE_BYTES[work.dtype]
     share = -(-trained // world)
     weights = _weights(shape, place, world, size)
-    update = _FP32 * share * (1 + STATES[work.optimizer])
+    update = _FP32 * share * work.numbers
     sums = _FP32 * (trained if place.stage == 1 else share)  # DeepSpeed's stage 1 with fp32 sums keeps all of them
     states = {"masters and moments": update, "gradient sums": sums}
     offloaded = place.offload_optimizer != "none"
@@ -148,7 +155,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
         host["weights"] = weights
     if place.offload_optimizer == "cpu":
         host |= states
-    saved = _FP32 * trained * (1 + STATES[work.optimizer])
+    saved = _FP32 * trained * work.numbers
     return Memory(
         device=device,
         host=host,

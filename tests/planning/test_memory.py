@@ -66,6 +66,12 @@ def test_an_optimizer_takes_what_it_keeps(optimizer, numbers):
     assert found.checkpoint_copy == found.checkpoint_bytes / 4
 
 
+def test_an_average_of_the_weights_is_one_more_state():
+    plain = estimate(BILLION, Placement(stage=3), work(), GPU_PROCESS)
+    kept = estimate(BILLION, Placement(stage=3), work(ema=True), GPU_PROCESS)
+    assert kept.checkpoint_bytes - plain.checkpoint_bytes == 4 * BILLION.trained
+
+
 def test_stages_one_and_two_keep_the_weights_whole():
     for stage in (1, 2):
         assert (
