@@ -87,6 +87,10 @@ class RunPaths:
         """The full traceback of this rank's failure."""
         return self.errors / f"rank-{rank}.txt"
 
+    def rank_trace(self, rank: int) -> Path:
+        """What torch's profiler saw of this rank's steps (`train.profile`)."""
+        return self.root / "profile" / f"rank-{rank}.json"
+
     def rank_failure(self, attempt: int, rank: int) -> Path:
         """The same failure as JSON: time, rank, node, kind, message. Earliest time = root cause."""
         return self.attempt(attempt) / f"failure-{rank}.json"

@@ -45,6 +45,7 @@ from dstune.protocols import MODEL_STATES, WEIGHTS, Control, Slice
 from dstune.training.books import RunBooks
 from dstune.training.loop import Loop, LoopEnd, require_targets
 from dstune.training.phases import Utilisation, peak_flops
+from dstune.training.profiling import Trace
 from dstune.training.saver import CheckpointSaver
 from dstune.training.state import TrainState
 from dstune.training.validation import Validator
@@ -216,6 +217,9 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         device=world.device,
         pad_id=pad_id,
         utilisation=_utilisation(config, base, world),
+        trace=None
+        if config.train.profile is None
+        else Trace(*config.train.profile, paths.rank_trace(world.rank), world.device),
     )
     return loop.run()
 

@@ -18,8 +18,10 @@ MAY_CHANGE = (
     "train.max_steps",
     "train.micro_batch_size",
     "train.nonfinite_limit",
+    "train.profile",
     "model.activation_checkpointing",
     "model.attention",
+    "model.kernels",
     "model.mlp_tile",
     "data.num_processes",
 )

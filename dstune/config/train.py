@@ -97,6 +97,8 @@ class TrainSection(BaseModel):
     """Deterministic kernels on GPUs (slower); on a CPU training is deterministic anyway."""
     nonfinite_limit: int = Field(default=5, ge=1)
     """Stop after so many steps in a row whose loss or gradient is not finite; each is skipped and named."""
+    profile: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """`[from, to]`: trace these steps, both included, with torch's profiler: `profile/rank-N.json` in the run directory."""
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +133,8 @@ class TrainSection(BaseModel):
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError("`profile: [from, to]` wants from <= to")
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("give either `epochs` or `max_steps`")
         if self.warmup_ratio is not None and self.warmup_steps is not None:

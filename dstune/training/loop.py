@@ -21,6 +21,7 @@ from dstune.protocols import Control, Engine
 from dstune.records.step import StepRecord
 from dstune.training.cadence import SaveCadence
 from dstune.training.phases import PhaseClock, Utilisation
+from dstune.training.profiling import Trace
 from dstune.training.schedule import learning_rate
 from dstune.training.seeds import forward_seed
 from dstune.training.state import TrainState
@@ -90,11 +91,13 @@ class Loop:
         device: torch.device,
         pad_id: int,
         utilisation: Utilisation | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.loss = config, plan, engine, loss
         self.prepared, self.validator, self.control = prepared, validator, control
         self.state, self.saver, self.books = state, saver, books
         self.device, self.pad_id, self.utilisation = device, pad_id, utilisation
+        self.trace = trace
         self._cadence = SaveCadence(config.checkpoint.every)
         self._saved_step = state.step
         self._checkpoint_seconds = 0.0
@@ -115,8 +118,12 @@ class Loop:
         if self.validator and self.state.step == 0:
             self._validate()
         while self.state.step < self.plan.total_steps:
+            if self.trace is not None:
+                self.trace.before(self.state.step + 1)
             reason, due = self._step()
             done = self.state.step == self.plan.total_steps
+            if self.trace is not None:
+                self.trace.after(self.state.step, end=done or reason is not None)
             judged = due and reason is None and self.config.checkpoint.best is not None  # a stop does not wait for it
             if self.validator and (done or judged or self.state.step % self.config.validate_.every == 0):
                 self._validate()
