@@ -21,6 +21,7 @@ from dstune.engine.zero import ZeroEngine
 from dstune.model import attention
 from dstune.model.build import build
 from dstune.model.config import load_config
+from dstune.model.kernels import choice
 from dstune.model.loss import summed_token_loss
 from dstune.paths import RunPaths
 from dstune.planning.plan import Plan
@@ -42,16 +43,19 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
     prepared = Prepared.open(plan.prepared)
     kernel = attention.choose(config.model, load_config(config.model, Path(plan.base)), plan.layout)
 
-    def model() -> Any:
-        return build(config.model, Path(plan.base), kernel, config.train.seed, ds_config)
+    def model(attention: str) -> Any:
+        return build(config.model, Path(plan.base), attention, config.train.seed, ds_config)
+
+    ours_model = model(kernel)
+    loss = choice.put_in(choice.chosen(config.model, ours_model, world.device.type), ours_model, world.device.type)
 
     train = config.train
     settings = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
     loop = Loop(
         config=config,
         plan=plan,
-        engine=ZeroEngine(model(), ds_config=ds_config, world=world, **settings),
-        loss=lambda module, batch: summed_token_loss(module, batch)[0],
+        engine=ZeroEngine(ours_model, ds_config=ds_config, world=world, **settings),
+        loss=lambda module, batch: loss(module, batch)[0],
         prepared=prepared,
         validator=None,
         control=control,
@@ -66,7 +70,8 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
         device=world.device,
         pad_id=0,
     )
-    bare_model = model()
+    theirs_attention = kernel if config.model.kernels == "off" else "sdpa"
+    bare_model = model(theirs_attention)
     adamw = torch.optim.AdamW(bare_model.parameters(), fused=True, **settings)
     bare, _, _, _ = deepspeed.initialize(
         model=bare_model, optimizer=adamw, config=complete(ds_config, torch.bfloat16), dist_init_required=False
@@ -94,7 +99,8 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
             "parameters": parameters,
             "tokens_per_step": int(prepared.rows_tokens[:8].mean() * plan.global_batch_size),
             "micro_batches": plan.micro_batches,
-            "attention": kernel,
+            "attention": {"dstune": kernel, "bare": theirs_attention},
+            "kernels": config.model.kernels,
             "steps": steps,
         }
         write_json(paths.root.parent.parent / "result.json", summary(ours, theirs, (our_losses, their_losses), facts))
