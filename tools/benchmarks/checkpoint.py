@@ -95,6 +95,7 @@ class _Bench:
             measured["deepspeed_seconds"] = round(measured["deepspeed_seconds"] + seconds, 3)
             ratio = measured["dstune_seconds"] / measured["deepspeed_seconds"]
             found[name] = measured | {"conversion_seconds": round(seconds, 3), "ratio": round(ratio, 3)}
+            print(json.dumps({f"resume, {name}": found[name]}), flush=True)
             if converted is not None:
                 shutil.rmtree(converted)
         return found

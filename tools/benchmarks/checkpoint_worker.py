@@ -1,5 +1,6 @@
 """One worker of `tools/bench checkpoint`: saves among steps, or loads into fresh engines, ours and DeepSpeed's by turns."""
 
+import gc
 import json
 import os
 import shutil
@@ -207,10 +208,12 @@ class _Bench:
             self._cache(self.paths.checkpoints)
             seconds["dstune"].append(self.timed(lambda e=engine: self._resume(e)))
             del engine
+            gc.collect()  # an engine and its hooks hold each other
             other = self.engine(**config)
             self._cache(Path(theirs))
             seconds["deepspeed"].append(self.timed(lambda e=other: e.module.load_checkpoint(theirs, tag="last")))
             del other
+            gc.collect()
         medians = {f"{side}_seconds": round(statistics.median(values), 3) for side, values in seconds.items()}
         return medians | {"rounds": {side: [round(value, 3) for value in each] for side, each in seconds.items()}}
 
