@@ -1,7 +1,7 @@
 """States on NVMe: resumed to the last digit there and elsewhere, read group by group; what a dead worker left is removed."""
 
-import fcntl
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ WIDE = {"hidden_size": 256, "intermediate_size": 640}
 def async_io() -> None:
     """Skips where states cannot be on NVMe. Building DeepSpeed's async_io takes minutes: `tools/check` does it behind other tests."""
     if lock := os.environ.get("DSTUNE_ASYNC_IO_LOCK"):
-        with Path(lock).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        if subprocess.run(["flock", "--shared", "--timeout", "400", lock, "true"]).returncode:
+            pytest.skip("async_io is still being built")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         require_async_io()
