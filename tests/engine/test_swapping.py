@@ -28,9 +28,9 @@ WIDE = {"hidden_size": 256, "intermediate_size": 640}
 @pytest.fixture
 def async_io() -> None:
     """Skips where states cannot be on NVMe. Building DeepSpeed's async_io takes minutes: `tools/check` does it behind other tests."""
-    if lock := os.environ.get("DSTUNE_ASYNC_IO_LOCK"):
-        if subprocess.run(["flock", "--shared", "--timeout", "400", lock, "true"]).returncode:
-            pytest.skip("async_io is still being built")
+    lock = os.environ.get("DSTUNE_ASYNC_IO_LOCK")
+    if lock and subprocess.run(["flock", "--shared", "--timeout", "400", lock, "true"]).returncode:
+        pytest.skip("async_io is still being built")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         require_async_io()
