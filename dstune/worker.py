@@ -175,7 +175,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     if config.train.neftune_alpha is not None:
         neftune.add_noise(module, config.train.neftune_alpha)
     frozen = ""
-    if config.train.freeze:
+    if config.model.adapter is None and not all(parameter.requires_grad for parameter in module.parameters()):
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
     stored = checkpoint_names(module, config.model)
     engine = ZeroEngine(

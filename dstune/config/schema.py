@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.adapter import AdapterSection
+from dstune.config.new_tokens import NewTokens, NewTokensSection
 from dstune.config.section import SECTION
 from dstune.config.train import TrainSection
 from dstune.config.units import parse_every, place
@@ -34,6 +35,9 @@ class ModelSection(Section):
     """The hub's commit: pin it, or the same run file gives another model tomorrow."""
     tokenizer: str | None = None
     """A tokenizer's directory or hub id; default: the model's own."""
+    new_tokens: NewTokens = NewTokensSection()
+    """Tokens to add to it: a list (`[kilopascal]`), or `{plain: [...], special: [...]}`. Each gets a row of the embeddings, which
+    begins as the mean of those before; embeddings that have room for them (Qwen's) do not grow."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of weights in the forward pass; masters and moments are fp32."""
     task: Literal["auto", "causal-lm", "seq2seq-lm"] = "auto"

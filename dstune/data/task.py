@@ -7,6 +7,7 @@ from typing import Any
 
 from dstune.config.load import resolve
 from dstune.config.schema import ModelSection
+from dstune.data.tokenizer_files import new_rows
 from dstune.errors import ConfigError, Problem
 from dstune.paths import builtin_model
 
@@ -70,11 +71,12 @@ def packs(model: ModelSection, base: Path) -> bool:
 
 
 def vocabulary_size(model: ModelSection, base: Path) -> int | None:
-    """How many tokens the model has embeddings for, `model.overrides` heeded; None where its config.json leaves it to its class."""
+    """How many tokens the model has embeddings for, `model.overrides` and `model.new_tokens` heeded; None where its config.json leaves
+    it to its class. Raises ConfigError as `read_config`, and where the tokens cannot be added."""
     config = read_config(model, base) | model.overrides
     text = config.get("text_config")
     size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    return size if isinstance(size, int) else None
+    return max(size, new_rows(model, base).stop) if isinstance(size, int) else None
 
 
 def read_config(model: ModelSection, base: Path) -> dict[str, Any]:

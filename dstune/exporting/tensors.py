@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.errors import CheckpointError, Problem
-from dstune.model import names
+from dstune.model import names, text_side
 from dstune.model.names import Conversion
 from dstune.model.weights import WeightFiles
 
@@ -89,6 +89,7 @@ class Weights:
         if pretrained is not None:
             plan = names.loading_plan(outline, pretrained.names())
             self._in_files = {self._canonical.get(one.target, one.target): one for one in plan}
+        self._untouched = self._find_untouched()
         self._check()
 
     @property
@@ -132,8 +133,20 @@ class Weights:
         wanted = self.tensors[name]
         yield from self._caster.pieces(self._stored_name(name), wanted.numel(), wanted.dtype)
 
+    def _find_untouched(self) -> frozenset[str]:
+        """What no text passes goes as it is from the files that the run began with to the export's, in its own type."""
+        found: set[str] = set()
+        for name, tensor in text_side.beside(self.outline).items():
+            conversion = self._in_files.get(self._canonical[name])
+            if self._pretrained is not None and conversion is not None:
+                if conversion.is_renaming:
+                    dtype = self._pretrained.dtype(conversion.sources[0])
+                    self.tensors[name] = torch.empty_like(tensor, dtype=dtype)
+                found.add(name)
+        return frozenset(found)
+
     def _is_stored(self, name: str) -> bool:
-        return self._stored_name(name) in self._reader.tensors("fp32")
+        return name not in self._untouched and self._stored_name(name) in self._reader.tensors("fp32")
 
     def _stored_name(self, name: str) -> str:
         canonical = self._canonical[name]

@@ -22,6 +22,7 @@ from dstune.config.adapter import AdapterSection
 from dstune.engine.parameters import full_shape, is_partitioned, share
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
+from dstune.model import text_side
 from dstune.model.names import canonical_names
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
     with_weights = {name: module for name, module in modules.items() if any(True for _ in module.parameters())}
     saved = _matching(adapter.modules_to_save, list(with_weights), "modules_to_save", "module", problems)
     head: Any = model.get_output_embeddings()
-    linear = [name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    beside = text_side.modules_beside(model)
+    linear = [
+        name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and name not in beside
+    ]
     linear = [name for name in linear if not name.startswith(tuple(f"{one}." for one in saved)) and name not in saved]
     if adapter.targets == "auto":
         targets = [name for name in linear if modules[name] is not head]

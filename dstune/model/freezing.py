@@ -8,18 +8,22 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.errors import ConfigError, Problem
-from dstune.model import names
+from dstune.model import names, text_side
 from dstune.model.patterns import known_names, matching
 from dstune.model.weights import WeightFiles
 from dstune.protocols import Control
 
 
 def freeze(module: PreTrainedModel, patterns: Sequence[str]) -> None:
-    """Take `requires_grad` from each parameter that a pattern matches under any of its names (`model.layers.[0-3].*`).
+    """Take `requires_grad` from each parameter that a pattern matches under any of its names (`model.layers.[0-3].*`), and from those
+    that no text passes (`text_side`).
 
     A tied parameter has several names and is one tensor. Raises ConfigError for a pattern that matches nothing, and where
     nothing is left to train.
     """
+    for tensor in text_side.beside(module).values():
+        if isinstance(tensor, torch.nn.Parameter):
+            tensor.requires_grad_(False)
     if not patterns:
         return
     known = known_names(module, names.saved_names(module))

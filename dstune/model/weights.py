@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dstune.engine.parameters import full_shape, local_piece
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
+from dstune.model import new_rows
 from dstune.model.names import Conversion, canonical_names, loading_plan
 
 log = get_logger(__name__)
@@ -41,6 +42,9 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._slice(name)[:0].dtype if self.shape(name) else self.read(name).dtype
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         return self._slice(name)[...]
@@ -66,10 +70,11 @@ class WeightFiles:
             raise ConfigError(Problem(str(self.directory / file), f"cannot be read: {error}")) from None
 
 
-def load_weights(module: PreTrainedModel, directory: Path) -> None:
+def load_weights(module: PreTrainedModel, directory: Path, new: range = range(0)) -> None:
     """Fill `module`'s parameters and persistent buffers from the safetensors files of `directory`.
 
     Tensors that are only renamed are read slice by slice; joined ones (a layer's experts) whole, one at a time.
+    `new`: the rows of tokens that the files may not have; they begin as `new_rows.fill` says. A collective then.
     Raises ConfigError where weights are missing, of another shape, quantised, or only there as pickle.
     """
     if getattr(module.config, "quantization_config", None) is not None:
@@ -83,11 +88,13 @@ def load_weights(module: PreTrainedModel, directory: Path) -> None:
     unused: list[str] = []
     for conversion in loading_plan(module, files.names()):
         if conversion.is_renaming:
-            if not _load_renamed(conversion, files, state):
+            if not _load_renamed(conversion, files, state, new):
                 unused.append(conversion.sources[0])
         else:
             _load_converted(conversion, files, state, module)
     _finish(module, state, unused, directory)
+    if new:
+        new_rows.fill(module, new)
 
 
 class _Destination:
@@ -121,18 +128,28 @@ class _Destination:
         ]
 
 
-def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destination) -> bool:
+def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destination, new: range) -> bool:
     source, name = conversion.sources[0], conversion.target
     tensor = state.find(name)
     if tensor is None:
         return False
     if state.wants(name):
-        _check_shape(name, files.shape(source), full_shape(tensor), files.directory)
+        found, wanted = files.shape(source), full_shape(tensor)
+        if not _lacks_rows(found, wanted, new):
+            _check_shape(name, found, wanted, files.directory)
         piece = local_piece(tensor)
-        if piece.stop > piece.start:
-            piece.tensor.copy_(files.read_range(source, piece.start, piece.stop))
+        stop = min(piece.stop, _product(found))
+        if stop > piece.start:
+            piece.tensor[: stop - piece.start].copy_(files.read_range(source, piece.start, stop))
         state.mark(name)
     return True
+
+
+def _lacks_rows(found: tuple[int, ...], wanted: tuple[int, ...], new: range) -> bool:
+    """Whether a tensor in the files lacks but rows of `new` tokens: [1000, 64] for [1003, 64]; BART's bias is [1, tokens]."""
+    axis = next((axis for axis, size in enumerate(wanted) if size != 1), 0)
+    rows = found[axis] if len(found) == len(wanted) > axis else 0
+    return 0 < rows < new.stop == wanted[axis] and (*wanted[:axis], rows, *wanted[axis + 1 :]) == found
 
 
 def _load_converted(conversion: Conversion, files: WeightFiles, state: _Destination, module: PreTrainedModel) -> None:
