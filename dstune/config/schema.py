@@ -27,8 +27,8 @@ class ModelSection(Section):
     """What is tuned."""
 
     path: str
-    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`; or another run (`runs/NAME`, `runs/NAME@STEP`), whose weights,
-    or whose adapter where this one is alike, are read from its checkpoint."""
+    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`; or another run (`runs/NAME`, `runs/NAME@STEP`), whose weights
+    are read from its checkpoint. Of a run with an adapter: that adapter where this one is alike, without one here the weights with it."""
     start: str | None = None
     """That run's checkpoint; `path` is then the model that it began with. Written by dstune."""
     revision: str | None = None

@@ -27,6 +27,17 @@ question = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs)[0]))
 """
+_USE_ADAPTER_OF_A_PART = """\
+from peft import PeftModel
+from transformers import AutoTokenizer, {kind}
+
+base = {kind}.from_pretrained({base})
+tokenizer, model = AutoTokenizer.from_pretrained("."), PeftModel.from_pretrained(base, ".")
+question = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs)[0]))
+"""
+"""peft has no class that finds a model that sees by itself."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
@@ -66,7 +77,7 @@ def model_card(config: RunConfig, facts: CardFacts) -> str:
         ),
         _data(config, facts),
         _table("Training", _training(config, facts)),
-        f"## Use\n\n```python\n{_use(facts)}```\n",
+        f"## Use\n\n```python\n{_use(config, facts)}```\n",
     ]
     return "\n".join(parts)
 
@@ -77,7 +88,9 @@ def plain(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", one_line).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
 
 
-def _use(facts: CardFacts) -> str:
+def _use(config: RunConfig, facts: CardFacts) -> str:
+    if facts.is_adapter and facts.auto_class == "AutoModelForMultimodalLM":
+        return _USE_ADAPTER_OF_A_PART.format(kind=facts.auto_class, base=json.dumps(_shown(config.model.path)))
     if facts.is_adapter:
         return _USE_ADAPTER.format(kind=facts.auto_class.replace("AutoModel", "AutoPeftModel"))
     return _USE.format(kind=facts.auto_class)

@@ -135,7 +135,11 @@ def tiny_config(name: str) -> PretrainedConfig:
 
 def tiny(name: str, seed: int = 0) -> PreTrainedModel:
     """A random fp32 model."""
-    config = tiny_config(name)
+    return tiny_of(tiny_config(name), seed)
+
+
+def tiny_of(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random fp32 model of `config`."""
     torch.manual_seed(seed)
     return auto_class(config).from_config(config, dtype=torch.float32)
 

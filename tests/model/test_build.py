@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dstune.config.schema import ModelSection
+from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
 from dstune.engine.parameters import full_shape, local_piece
 from dstune.engine.world import World
 from dstune.errors import ConfigError
 from dstune.model.build import build, checkpoint_activations, skeleton
 from dstune.model.config import load_config
 from dstune.model.weights import WeightFiles
-from tests.model.architectures import tiny
+from tests.model.architectures import tiny, tiny_config, tiny_of
 from tests.spawn import run_workers
 
 SEED = 11
@@ -71,6 +72,34 @@ def test_random_weights_are_the_same_on_every_world_and_stage(tmp_path):
 ARCHITECTURES = ("llama", "llama-tied", "gpt2", "mixtral", "qwen3_moe", "t5", "bart")
 
 
+NEW = ["kilopascal", "hectopascal", "millibar"]
+BEFORE, AFTER = 666, 669
+"""Tokens of the builtin tokenizer, and with the new ones."""
+GROWN = {"llama": BEFORE, "t5": BEFORE, "t5-gated": 668, "bart": BEFORE, "phi": BEFORE, "qwen3": 1000, "gemma3": BEFORE}
+"""Rows in each model's files: too few (tied, with a head of its own, with a bias, part of a larger model), or with room to spare."""
+
+
+def grown(name: str) -> PreTrainedModel:
+    """A model with that many rows; saved below its own name."""
+    config = tiny_config(name)
+    config.get_text_config().vocab_size = GROWN[name]
+    return tiny_of(config)
+
+
+def assert_mean_rows(name: str, found: dict[str, torch.Tensor]) -> None:
+    """As transformers' own `resize_token_embeddings`, but for the draw around the mean."""
+    expected = grown(name)
+    if GROWN[name] < AFTER:
+        expected.resize_token_embeddings(AFTER, mean_resizing=False)
+    tables = [expected.get_input_embeddings().weight, *expected.get_output_embeddings().parameters()]
+    with torch.no_grad():
+        for table in {id(table): table for table in tables}.values():
+            table[BEFORE:AFTER] = table[:BEFORE].double().mean(0).float()
+    for key, wanted in expected.named_parameters():
+        assert torch.allclose(found[key], wanted, rtol=0, atol=1e-8), (name, key)
+        assert torch.equal(found[key][:BEFORE], wanted[:BEFORE])
+
+
 def load_all(folder: Path) -> dict[str, list]:
     """Per architecture: digest of the weights, and how many bytes this worker read."""
     World.from_environment().init()
@@ -88,6 +117,10 @@ def load_all(folder: Path) -> dict[str, list]:
         section = ModelSection(path=str(folder / name), dtype="fp32")
         module = build(section, Path(), "eager", SEED, {"zero_optimization": {"stage": 3}})
         found[name] = [digest(whole_weights(module)), counted[0]]
+    for name in GROWN:
+        path, own = folder / f"{name}-grown", str(BUILTIN_DIRECTORY)
+        section = ModelSection(path=str(path), dtype="fp32", tokenizer=own, new_tokens=NEW)
+        found[path.name] = [whole_weights(build(section, Path(), "eager", SEED, {"zero_optimization": {"stage": 3}}))]
     return found
 
 
@@ -99,9 +132,16 @@ def test_pretrained_weights_are_read_slice_by_slice_and_equal_transformers_own(t
         model.save_pretrained(tmp_path / name, max_shard_size="20KB")
         expected[name] = digest({key: value.detach() for key, value in model.named_parameters()})
         sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    for name in GROWN:
+        grown(name).save_pretrained(tmp_path / f"{name}-grown", max_shard_size="20KB")
+    first: dict = {}
     for world_size in (2, 3):
         for found in run_workers(load_all, world_size, tmp_path):
-            assert {name: value[0] for name, value in found.items()} == expected
+            assert {name: value[0] for name, value in found.items() if name in expected} == expected
+            for name in GROWN:
+                weights = found[f"{name}-grown"][0]
+                assert_mean_rows(name, weights)
+                assert digest(weights) == first.setdefault(name, digest(weights)), "the same on every world"
             # Of a model whose tensors are only renamed, each worker reads its share.
             assert found["llama"][1] <= sizes["llama"] / world_size + 100
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from dstune.batch import collate
@@ -17,7 +16,7 @@ from dstune.engine.parameters import local_piece
 from dstune.engine.world import World
 from dstune.errors import ConfigError
 from dstune.exporting.huggingface import export
-from dstune.model import adapters, freezing, names, text_side
+from dstune.model import freezing, names, text_side
 from dstune.model.attention import choose
 from dstune.model.build import build
 from dstune.model.config import auto_class, load_config
