@@ -244,7 +244,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _stop_ids(tokenizer: Any, module: Any, encoder: Encoder) -> frozenset[int]:
     """Every token after which the assistant has nothing more to say."""
     generation = module.generation_config.eos_token_id if module.generation_config is not None else None
-    found = {tokenizer.eos_token_id, *_listed(generation), *_listed(module.config.eos_token_id)}
+    own = getattr(module.config.get_text_config(), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *_listed(generation), *_listed(own)}
     return frozenset(token for token in (*found, *encoder.end_of_turn_ids) if token is not None)
 
 

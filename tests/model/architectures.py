@@ -68,6 +68,7 @@ def _seeing(text: dict[str, Any], eyes: dict[str, Any]) -> dict[str, Any]:
 
 _SETTINGS = {
     "llama": _COMMON,
+    "llama-small": {**_COMMON, "vocab_size": 666},
     "llama-tied": {**_COMMON, "tie_word_embeddings": True},
     "qwen2": _COMMON,
     "qwen3": {**_COMMON, "head_dim": 8},
