@@ -81,12 +81,11 @@ def is_multimodal(config: PretrainedConfig) -> bool:
 
     A config that both such a class and a bare language model are made of (Qwen 3.5's) says which it is by its `architectures`.
     """
-    whole: Any = AutoModelForMultimodalLM
-    causal: Any = AutoModelForCausalLM
-    if config.is_encoder_decoder or whole._model_mapping.get(type(config), None) is None:
+    mappings: tuple[Any, Any] = AutoModelForMultimodalLM._model_mapping, AutoModelForCausalLM._model_mapping
+    whole, alone = (mapping.get(type(config), None) for mapping in mappings)
+    if config.is_encoder_decoder or whole is None:
         return False
-    alone = causal._model_mapping.get(type(config), None)
-    return alone is None or alone.__name__ not in (config.architectures or [])
+    return alone in (None, whole) or alone.__name__ not in (config.architectures or [])
 
 
 def is_builtin(model: ModelSection) -> bool:
