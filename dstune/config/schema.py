@@ -151,7 +151,8 @@ class DataSection(Section):
     max_length: int = Field(default=4096, ge=8)
     """Tokens in a row, and the longest example that is kept; of a sequence-to-sequence model source and target together."""
     packing: Literal["auto"] | bool = "auto"
-    """Several examples in a row. `auto`: yes for causal models and for T5, BART and their kin, which keep the examples apart."""
+    """Several examples in a row. `auto`: yes for T5, BART and their kin and for causal models, but for recurrent ones (Mamba, Qwen 3.5),
+    which keep the examples apart with kernels of their own at best (`true` where they are installed)."""
     train_on: Literal["assistant", "last", "all", "weights"] = "assistant"
     """Which tokens are targets: every assistant answer, the last one, everything, or the turns that the file gives a weight. A weight
     in the file (0 or 1, on any turn) goes before all of them."""

@@ -46,6 +46,15 @@ PACKED_SEQ2SEQ_TYPES = (
 """Encoder-decoders whose packed examples are known to stay apart (`model.isolation` shows it again before training)."""
 
 
+UNPACKED_CAUSAL_TYPES = (
+    "bailing_hybrid", "bamba", "bloom", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe",
+    "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+)  # fmt: skip
+"""Causal models that carry something over from one packed example to the next (a recurrent state, a convolution, positions of their
+own), or keep them apart only by kernels that are not on every machine. `data.packing: true` packs those where it is shown to be right."""
+
+
 def is_seq2seq(model: ModelSection, base: Path) -> bool:
     """True for encoder-decoder models. `model.task` decides where it is given, else the model's config.json.
 
@@ -60,12 +69,12 @@ def is_seq2seq(model: ModelSection, base: Path) -> bool:
 
 
 def packs(model: ModelSection, base: Path) -> bool:
-    """Whether `data.packing: auto` packs this model's examples: any causal model's, and those of known encoder-decoders.
+    """Whether `data.packing: auto` packs this model's examples: causal models' but for recurrent ones, and known encoder-decoders'.
 
-    These want dstune's own attention, so one that names another is not packed. Raises ConfigError as `is_seq2seq`.
+    The latter want dstune's own attention, so one that names another is not packed. Raises ConfigError as `is_seq2seq`.
     """
     if not is_seq2seq(model, base):
-        return True
+        return read_config(model, base).get("model_type") not in UNPACKED_CAUSAL_TYPES
     known = read_config(model, base).get("model_type") in PACKED_SEQ2SEQ_TYPES
     return known and model.attention in ("auto", "per-example")
 

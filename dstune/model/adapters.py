@@ -50,16 +50,17 @@ class Chosen:
 
 
 def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
-    """What `adapter` means in `model`. Raises ConfigError with every pattern that fits nothing, and the names near it."""
-    modules = {name: module for name, module in model.named_modules() if name}
+    """What `adapter` means in `model`; of one that sees too, in its language model.
+
+    Raises ConfigError with every pattern that fits nothing, and the names near it.
+    """
+    beside = text_side.modules_beside(model)
+    modules = {name: module for name, module in model.named_modules() if name and name not in beside}
     problems: list[Problem] = []
     with_weights = {name: module for name, module in modules.items() if any(True for _ in module.parameters())}
     saved = _matching(adapter.modules_to_save, list(with_weights), "modules_to_save", "module", problems)
     head: Any = model.get_output_embeddings()
-    beside = text_side.modules_beside(model)
-    linear = [
-        name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and name not in beside
-    ]
+    linear = [name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D))]
     linear = [name for name in linear if not name.startswith(tuple(f"{one}." for one in saved)) and name not in saved]
     if adapter.targets == "auto":
         targets = [name for name in linear if modules[name] is not head]

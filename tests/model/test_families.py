@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from dstune.batch import collate
 from dstune.checkpoint.commit import save
 from dstune.config.schema import RunConfig
+from dstune.data.task import packs
 from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
 from dstune.engine.parameters import local_piece
 from dstune.engine.world import World
@@ -88,8 +89,9 @@ def _updated(run: RunConfig, family: str) -> tuple[PreTrainedModel, list[float]]
     try:
         attention = choose(model, config, "packed-seq2seq" if seq2seq else "packed")
     except ConfigError as error:
-        assert family in (*RECURRENT, "qwen3_5") and "data.packing" in str(error)
+        assert "data.packing" in str(error)
         layout, attention = "padded", choose(model, config, "padded")
+    assert packs(model, Path()) == (layout == "packed") == (family not in (*RECURRENT, "qwen3_5"))
     batch = collate(Prepared(), [0, 1], "packed-seq2seq" if seq2seq else layout, pad_id=0)
     partitioned = build(model, Path(), attention, 0, stage(3))
     module = build(model, Path(), attention, 0, stage(1))
