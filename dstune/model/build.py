@@ -35,7 +35,9 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
     if is_builtin(model) or model.init == "random":
         initialise(module, seed)
     else:
-        load_weights(module, model_directory(model, base), new_rows(model, base))
+        # An adapter's own files hold nothing of a head that is in no other.
+        head_seed = seed if model.adapter is None else None
+        load_weights(module, model_directory(model, base), new_rows(model, base), head_seed)
     if model.adapter is not None:
         adapters.attach(module, model.adapter, seed)
     if model.activation_checkpointing:

@@ -45,16 +45,22 @@ def frozen_digest(module: PreTrainedModel, files: WeightFiles, control: Control 
     rank, world_size = (control.rank, control.world_size) if control else (0, 1)
     frozen = {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
     tensors = names.all_tensors(module)
-    sources = sorted(
-        source
-        for conversion in names.loading_plan(module, files.names())
-        if id(tensors.get(conversion.target)) in frozen
-        for source in conversion.sources
+    plan = [one for one in names.loading_plan(module, files.names()) if id(tensors.get(one.target)) in frozen]
+    _require_head(
+        module, {id(tensors[one.target]) for one in plan} | {id(p) for p in module.parameters() if p.requires_grad}
     )
+    sources = sorted(source for conversion in plan for source in conversion.sources)
     mine = {source: _sha256(files.read(source)) for source in sources[rank::world_size]}
     shares = control.gather(mine) if control else [mine]
     lines = sorted(f"{source} {digest}\n" for share in shares for source, digest in share.items())
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+def _require_head(module: PreTrainedModel, kept: set[int]) -> None:
+    head: Any = module.get_output_embeddings()
+    if head is not None and any(id(parameter) not in kept for parameter in head.parameters()):
+        came = "leaves the head as it was drawn, for these files have none: it would be in no checkpoint either"
+        raise ConfigError(Problem("train.freeze", came, "patterns that do not match it"))
 
 
 def _sha256(tensor: torch.Tensor) -> str:

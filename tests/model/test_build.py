@@ -18,6 +18,8 @@ from dstune.engine.world import World
 from dstune.errors import ConfigError
 from dstune.model.build import build, checkpoint_activations, skeleton
 from dstune.model.config import load_config
+from dstune.model.freezing import frozen_digest
+from dstune.model.names import Conversion
 from dstune.model.weights import WeightFiles
 from tests.model.architectures import tiny, tiny_config, tiny_of
 from tests.spawn import run_workers
@@ -195,7 +197,8 @@ def test_wrong_weights_are_named(tmp_path, single_worker):
         config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
         (folder / "config.json").write_text(json.dumps(config))
 
-    assert "lm_head.weight" in refusal(without("lm_head.weight"))
+    assert "lm_head.weight" in refusal(without("lm_head.weight"), adapter={"rank": 2})
+    assert "model.norm.weight" in refusal(without("model.norm.weight"))
     assert "shape [1000, 32]" in refusal(lambda folder: None, overrides={"vocab_size": 900})
     assert "pickle" in refusal(pickled) and "save_pretrained" in refusal(pickled)
     assert "../outside.safetensors" in refusal(escaping)
@@ -203,6 +206,31 @@ def test_wrong_weights_are_named(tmp_path, single_worker):
     assert "no weights" in refusal(lambda folder: (folder / "model.safetensors").unlink())
     assert "quantised" in refusal(quantised)
     assert "index" in refusal(lambda folder: (folder / "model.safetensors.index.json").write_text("[]"))
+
+
+def test_what_the_files_lack_is_drawn_or_read_by_transformers_with_a_warning(
+    tmp_path, single_worker, caplog, monkeypatch
+):
+    model = tiny("mixtral")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "lm_head.weight"}, tmp_path / "model.safetensors")
+    heads = []
+    for number in (1, 3):
+        loaded = build(section(tmp_path), Path(), "eager", SEED, stage(number))
+        heads.append(whole_weights(loaded).pop("lm_head.weight"))
+        assert 0.01 < float(heads[-1].std()) < 0.03 and not torch.equal(heads[-1], model.lm_head.weight)
+    assert torch.equal(*heads) and "has no lm_head.weight: it begins with random weights" in caplog.text
+    loaded.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match="leaves the head as it was drawn"):
+        frozen_digest(loaded, WeightFiles(tmp_path))
+
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(Conversion, "run", lambda *_: torch.zeros(1).view(2))  # an operation that does not fit
+    loaded = build(section(tmp_path), Path(), "eager", SEED, stage(3))
+    found = whole_weights(loaded)
+    assert all(torch.equal(found[name], wanted) for name, wanted in model.named_parameters())
+    assert "every worker reads the whole model now" in caplog.text
 
 
 def test_a_file_with_tied_names_and_one_of_a_bare_base_model(tmp_path, single_worker):
