@@ -35,6 +35,8 @@ _SIZES: dict[str, int] = {
     "word_embed_proj_dim": 64,
     "embed_dim": 64,
     "out_hidden_size": 64,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
     "intermediate_size": 96,
     "ffn_dim": 96,
     "d_ff": 96,
@@ -231,8 +233,6 @@ def shrunk(config: PretrainedConfig, sizes: bool) -> PretrainedConfig:
         if isinstance(values.get(name), dict):
             _shrink(values[name], sizes)
     values.pop("quantization_config", None)
-    # Their own ids lie beyond the small vocabulary.
-    values.update({key: token for key, token in _SPECIAL.items() if values.get(key) is not None})
     return type(config).from_dict(values)
 
 
@@ -241,6 +241,8 @@ def _shrink(values: dict[str, Any], sizes: bool) -> None:
     values.update({key: 4 for key in _WINDOWS if isinstance(values.get(key), int)})
     values.update({key: _SPREAD for key in _SPREADS if isinstance(values.get(key), float)})
     values["vocab_size"] = _VOCABULARY
+    # Their own ids lie beyond the small vocabulary.
+    values.update({key: token for key, token in _SPECIAL.items() if values.get(key) is not None})
     if sizes:
         _shrink_width(values)
 
