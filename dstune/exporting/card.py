@@ -31,13 +31,18 @@ _USE_ADAPTER_OF_A_PART = """\
 from peft import PeftModel
 from transformers import AutoTokenizer, {kind}
 
-base = {kind}.from_pretrained({base})
-tokenizer, model = AutoTokenizer.from_pretrained("."), PeftModel.from_pretrained(base, ".")
+tokenizer, base = AutoTokenizer.from_pretrained("."), {kind}.from_pretrained({base})
+{room}model = PeftModel.from_pretrained(base, ".")
 question = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs)[0]))
 """
 """peft has no class that finds a model that sees by itself."""
+_ROOM = """\
+if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+    base.resize_token_embeddings(len(tokenizer))
+"""
+"""What peft's own classes do for an adapter that brings rows of new tokens."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
@@ -90,7 +95,8 @@ def plain(text: object) -> str:
 
 def _use(config: RunConfig, facts: CardFacts) -> str:
     if facts.is_adapter and facts.auto_class == "AutoModelForMultimodalLM":
-        return _USE_ADAPTER_OF_A_PART.format(kind=facts.auto_class, base=json.dumps(_shown(config.model.path)))
+        base, new = json.dumps(_shown(config.model.path)), bool(config.model.new_tokens)
+        return _USE_ADAPTER_OF_A_PART.format(kind=facts.auto_class, base=base, room=_ROOM if new else "")
     if facts.is_adapter:
         return _USE_ADAPTER.format(kind=facts.auto_class.replace("AutoModel", "AutoPeftModel"))
     return _USE.format(kind=facts.auto_class)
