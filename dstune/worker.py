@@ -31,6 +31,8 @@ from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
+from dstune.exporting.merged import whole_model
+from dstune.exporting.tensors import Masters
 from dstune.model import attention, freezing, isolation, neftune, patterns, tiling
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
@@ -175,7 +177,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     if config.train.neftune_alpha is not None:
         neftune.add_noise(module, config.train.neftune_alpha)
     frozen = ""
-    if config.train.freeze:
+    if config.model.adapter is None and not all(parameter.requires_grad for parameter in module.parameters()):
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
     stored = checkpoint_names(module, config.model)
     engine = ZeroEngine(
@@ -312,7 +314,7 @@ def _initial_state(
     )
     if plan.resume_from is None:
         if config.model.start is not None:
-            _start_from(Path(config.model.start), engine, control, reference)
+            _start_from(Path(config.model.start), config, Path(plan.base), engine, control, reference)
         return state, True
     loading = Loading(home.bring(Path(plan.resume_from), control), control)
     reader = loading.reader
@@ -329,16 +331,38 @@ def _initial_state(
     return state, whole
 
 
-def _start_from(checkpoint: Path, engine: ZeroEngine, control: Control, reference: Mapping[str, Any] | None) -> None:
-    """Take the weights of another run's checkpoint, in fp32 as they are there; this run's average of them begins with them too."""
+def _start_from(
+    checkpoint: Path,
+    config: RunConfig,
+    base: Path,
+    engine: ZeroEngine,
+    control: Control,
+    reference: Mapping[str, Any] | None,
+) -> None:
+    """Take the weights of another run's checkpoint, in fp32 as they are there; this run's average of them begins with them too.
+
+    An adapter there, where this run has none, is added to the weights that it was trained on.
+    """
     loading = Loading(checkpoint, control)
     if reference is not None:
         require_same(loading.reader.manifest.fingerprints.get("base"), reference, str(checkpoint))
+    source = (
+        contextlib.nullcontext(loading.reader) if config.model.adapter else whole_model(loading.reader, config, base)
+    )
+    with source as masters:
 
-    def fill(piece: Slice) -> None:
-        if piece.state in MODEL_STATES:
-            loading.fill(replace(piece, state=WEIGHTS))
+        def fill(piece: Slice) -> None:
+            if piece.state in MODEL_STATES and masters is loading.reader:
+                loading.fill(replace(piece, state=WEIGHTS))
+            elif piece.state in MODEL_STATES:
+                loading.read(lambda: _fill_from(masters, piece))
 
-    engine.load(fill, 0)
+        engine.load(fill, 0)
     loading.settle()
-    log.info("begins with the weights of %s", checkpoint)
+    log.info("begins with the weights of %s%s", checkpoint, "" if masters is loading.reader else ", its adapter merged")
+
+
+def _fill_from(masters: Masters, piece: Slice) -> None:
+    values = torch.empty(piece.tensor.numel())
+    masters.read_into(WEIGHTS, piece.name, piece.offset, values)
+    piece.tensor.copy_(values)

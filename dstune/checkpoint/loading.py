@@ -28,13 +28,16 @@ class Loading:
 
     def fill(self, piece: Slice) -> None:
         """`Reader.fill`; nothing any more behind a failure, so that the engines' own collectives are come to by all."""
-        if self._failure is None:
-            self._tried(lambda: self.reader.fill(piece))
+        self.read(lambda: self.reader.fill(piece))
 
     def fill_weights(self, piece: Slice) -> None:
         """`Reader.fill_weights`, likewise."""
+        self.read(lambda: self.reader.fill_weights(piece))
+
+    def read(self, work: Callable[[], None]) -> None:
+        """What else is read of the checkpoint, likewise."""
         if self._failure is None:
-            self._tried(lambda: self.reader.fill_weights(piece))
+            self._tried(work)
 
     def settle(self) -> None:
         """Hear how the others fared."""

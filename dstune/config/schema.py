@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.adapter import AdapterSection
+from dstune.config.new_tokens import NewTokens, NewTokensSection
 from dstune.config.section import SECTION
 from dstune.config.train import TrainSection
 from dstune.config.units import parse_every, place
@@ -26,14 +27,17 @@ class ModelSection(Section):
     """What is tuned."""
 
     path: str
-    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`; or another run (`runs/NAME`, `runs/NAME@STEP`), whose weights,
-    or whose adapter where this one is alike, are read from its checkpoint."""
+    """A directory, a hub id, `builtin:tiny-llama` or `builtin:tiny-t5`; or another run (`runs/NAME`, `runs/NAME@STEP`), whose weights
+    are read from its checkpoint. Of a run with an adapter: that adapter where this one is alike, without one here the weights with it."""
     start: str | None = None
     """That run's checkpoint; `path` is then the model that it began with. Written by dstune."""
     revision: str | None = None
     """The hub's commit: pin it, or the same run file gives another model tomorrow."""
     tokenizer: str | None = None
     """A tokenizer's directory or hub id; default: the model's own."""
+    new_tokens: NewTokens = NewTokensSection()
+    """Tokens to add to it: a list (`[kilopascal]`), or `{plain: [...], special: [...]}`. Each gets a row of the embeddings, which
+    begins as the mean of those before; embeddings that have room for them (Qwen's) do not grow."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of weights in the forward pass; masters and moments are fp32."""
     task: Literal["auto", "causal-lm", "seq2seq-lm"] = "auto"
@@ -147,7 +151,8 @@ class DataSection(Section):
     max_length: int = Field(default=4096, ge=8)
     """Tokens in a row, and the longest example that is kept; of a sequence-to-sequence model source and target together."""
     packing: Literal["auto"] | bool = "auto"
-    """Several examples in a row. `auto`: yes for causal models and for T5, BART and their kin, which keep the examples apart."""
+    """Several examples in a row. `auto`: yes for T5, BART and their kin and for causal models, but for recurrent ones (Mamba, Qwen 3.5),
+    which keep the examples apart with kernels of their own at best (`true` where they are installed)."""
     train_on: Literal["assistant", "last", "all", "weights"] = "assistant"
     """Which tokens are targets: every assistant answer, the last one, everything, or the turns that the file gives a weight. A weight
     in the file (0 or 1, on any turn) goes before all of them."""

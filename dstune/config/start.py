@@ -15,6 +15,7 @@ _ONLY_TRAINED = "a checkpoint holds only what its run trained"
 def begun(config: RunConfig, base: Path, load: Callable[[Path], RunConfig]) -> RunConfig:
     """`config` with its `model.path` resolved where it names a run (`runs/NAME` or `runs/NAME@STEP`); any other is left as it is.
 
+    Where that run trained an adapter, this one goes on with it, or without `model.adapter` begins with the weights that it makes.
     `load` reads a run's config.yaml. The newest step is taken by its name; whether it is whole shows when it is read. Raises
     ConfigError where the run has no such checkpoint, or trained other parameters than this one will.
     """
@@ -33,6 +34,7 @@ def begun(config: RunConfig, base: Path, load: Callable[[Path], RunConfig]) -> R
             "path": _absolute(other.path, their_base),
             "revision": other.revision,
             "tokenizer": ours.tokenizer or (other.tokenizer and _absolute(other.tokenizer, their_base)),
+            "new_tokens": other.new_tokens,
             "init": other.init,
             "overrides": {**other.overrides, **ours.overrides},
             "trust_remote_code": ours.trust_remote_code or other.trust_remote_code,
@@ -55,8 +57,15 @@ def _base_of(env: Path) -> Path:
 def _differences(config: RunConfig, theirs: RunConfig, written: str) -> list[Problem]:
     """What keeps the weights of the one from being the other's."""
     ours, other = config.model.adapter, theirs.model.adapter
+    if config.model.new_tokens and config.model.new_tokens != theirs.model.new_tokens:
+        came = f"other `model.new_tokens` than {written} has: {_ONLY_TRAINED}"
+        return [Problem(_WHERE, came, do=f"Add them to what `dstune export {written} OUT` writes.")]
     if ours is None and other is not None:
-        came = f"{written} trained an adapter, and this run has none"
+        # It is added to the weights that it was trained on, which must be in files, and all be read from the checkpoint.
+        random = theirs.model.init == "random" or theirs.model.path.startswith("builtin:")
+        if not random and not config.train.freeze:
+            return []
+        came = f"{written} trained an adapter{' of a random model' if random else ''}, and this run has none"
         do = (
             f"`model.adapter` as there goes on with it; or train on what `dstune export {written} OUT --merged` writes."
         )

@@ -46,6 +46,7 @@ from dstune.data.sources import expand
 from dstune.data.tally import FileTally, Rejects
 from dstune.data.task import is_seq2seq, packs
 from dstune.data.tokenize import Encoder, ShortcutDiffers
+from dstune.data.tokenizer_files import described
 from dstune.data.work import Chunk, Job, Result, setup
 from dstune.errors import DataError, Problem, RunFailed
 from dstune.loggers import get_logger
@@ -193,7 +194,7 @@ class _Build:
             self._notes += notes.of_evaluation(self._against)
         found = encoder.fingerprint()
         self.identity = manifest.Identity(
-            tokenizer={"path": config.model.tokenizer or config.model.path, **found["tokenizer"]},
+            tokenizer={**described(config.model), **found["tokenizer"]},
             template=found["template"],
             settings={
                 **manifest.settings(config, encoder.seq2seq, packing),

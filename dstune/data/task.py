@@ -7,6 +7,7 @@ from typing import Any
 
 from dstune.config.load import resolve
 from dstune.config.schema import ModelSection
+from dstune.data.tokenizer_files import new_rows
 from dstune.errors import ConfigError, Problem
 from dstune.paths import builtin_model
 
@@ -45,6 +46,15 @@ PACKED_SEQ2SEQ_TYPES = (
 """Encoder-decoders whose packed examples are known to stay apart (`model.isolation` shows it again before training)."""
 
 
+UNPACKED_CAUSAL_TYPES = (
+    "bailing_hybrid", "bamba", "bloom", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe",
+    "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+)  # fmt: skip
+"""Causal models that carry something over from one packed example to the next (a recurrent state, a convolution, positions of their
+own), or keep them apart only by kernels that are not on every machine. `data.packing: true` packs those where it is shown to be right."""
+
+
 def is_seq2seq(model: ModelSection, base: Path) -> bool:
     """True for encoder-decoder models. `model.task` decides where it is given, else the model's config.json.
 
@@ -59,22 +69,23 @@ def is_seq2seq(model: ModelSection, base: Path) -> bool:
 
 
 def packs(model: ModelSection, base: Path) -> bool:
-    """Whether `data.packing: auto` packs this model's examples: any causal model's, and those of known encoder-decoders.
+    """Whether `data.packing: auto` packs this model's examples: causal models' but for recurrent ones, and known encoder-decoders'.
 
-    These want dstune's own attention, so one that names another is not packed. Raises ConfigError as `is_seq2seq`.
+    The latter want dstune's own attention, so one that names another is not packed. Raises ConfigError as `is_seq2seq`.
     """
     if not is_seq2seq(model, base):
-        return True
+        return read_config(model, base).get("model_type") not in UNPACKED_CAUSAL_TYPES
     known = read_config(model, base).get("model_type") in PACKED_SEQ2SEQ_TYPES
     return known and model.attention in ("auto", "per-example")
 
 
 def vocabulary_size(model: ModelSection, base: Path) -> int | None:
-    """How many tokens the model has embeddings for, `model.overrides` heeded; None where its config.json leaves it to its class."""
+    """How many tokens the model has embeddings for, `model.overrides` and `model.new_tokens` heeded; None where its config.json leaves
+    it to its class. Raises ConfigError as `read_config`, and where the tokens cannot be added."""
     config = read_config(model, base) | model.overrides
     text = config.get("text_config")
     size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    return size if isinstance(size, int) else None
+    return max(size, new_rows(model, base).stop) if isinstance(size, int) else None
 
 
 def read_config(model: ModelSection, base: Path) -> dict[str, Any]:

@@ -8,13 +8,34 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
 from dstune.config.schema import ModelSection
+from dstune.data import new_tokens
 from dstune.errors import ConfigError, Problem
 
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin_tokenizer"
 
 
 def load_tokenizer(model: ModelSection, base: Path) -> Any:
-    """The tokenizer that `model` names (transformers' PreTrainedTokenizerBase). Raises ConfigError where none can be opened."""
+    """The tokenizer that `model` names (transformers' PreTrainedTokenizerBase), its new tokens added.
+
+    Raises ConfigError where none can be opened, or where it cannot take the tokens.
+    """
+    tokenizer = _opened(model, base)
+    new_tokens.add(tokenizer, model.new_tokens)
+    return tokenizer
+
+
+def new_rows(model: ModelSection, base: Path) -> range:
+    """The rows of the embeddings that `model.new_tokens` takes; none where the tokenizer knows them all. Raises ConfigError as above."""
+    return new_tokens.add(_opened(model, base), model.new_tokens) if model.new_tokens else range(0)
+
+
+def described(model: ModelSection) -> dict[str, Any]:
+    """What a prepared directory says of where its tokenizer comes from; `load_tokenizer` opens it again."""
+    added = {"new_tokens": model.new_tokens.model_dump()} if model.new_tokens else {}
+    return {"path": model.tokenizer or model.path, **added}
+
+
+def _opened(model: ModelSection, base: Path) -> Any:
     named = model.tokenizer or model.path
     if named.startswith("builtin:"):
         return _fast(str(BUILTIN_DIRECTORY), named)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,18 @@ def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, data in zip(partitioned, before, strict=True):
             parameter.data = data
+
+
+def combined(parameter: Any, value: torch.Tensor, how: Literal["sum", "max"]) -> torch.Tensor:
+    """The sum or the largest of every worker's `value`, where they hold `parameter` in pieces (a collective then); else `value`."""
+    if not is_partitioned(parameter):
+        return value
+    from deepspeed.accelerator import get_accelerator
+
+    # NCCL takes only what is on its GPU; a piece may be in main memory.
+    gathered = value.to(get_accelerator().current_device_name())
+    dist.all_reduce(gathered, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how], parameter.ds_process_group)
+    return gathered
 
 
 def share(module: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> None:

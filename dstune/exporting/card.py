@@ -27,6 +27,22 @@ question = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs)[0]))
 """
+_USE_ADAPTER_OF_A_PART = """\
+from peft import PeftModel
+from transformers import AutoTokenizer, {kind}
+
+tokenizer, base = AutoTokenizer.from_pretrained("."), {kind}.from_pretrained({base})
+{room}model = PeftModel.from_pretrained(base, ".")
+question = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs)[0]))
+"""
+"""peft has no class that finds a model that sees by itself."""
+_ROOM = """\
+if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+    base.resize_token_embeddings(len(tokenizer))
+"""
+"""What peft's own classes do for an adapter that brings rows of new tokens."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
@@ -66,7 +82,7 @@ def model_card(config: RunConfig, facts: CardFacts) -> str:
         ),
         _data(config, facts),
         _table("Training", _training(config, facts)),
-        f"## Use\n\n```python\n{_use(facts)}```\n",
+        f"## Use\n\n```python\n{_use(config, facts)}```\n",
     ]
     return "\n".join(parts)
 
@@ -77,7 +93,10 @@ def plain(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", one_line).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
 
 
-def _use(facts: CardFacts) -> str:
+def _use(config: RunConfig, facts: CardFacts) -> str:
+    if facts.is_adapter and facts.auto_class == "AutoModelForMultimodalLM":
+        base, new = json.dumps(_shown(config.model.path)), bool(config.model.new_tokens)
+        return _USE_ADAPTER_OF_A_PART.format(kind=facts.auto_class, base=base, room=_ROOM if new else "")
     if facts.is_adapter:
         return _USE_ADAPTER.format(kind=facts.auto_class.replace("AutoModel", "AutoPeftModel"))
     return _USE.format(kind=facts.auto_class)

@@ -24,7 +24,7 @@ from dstune.exporting.tensors import Masters, Weights
 from dstune.loggers import get_logger
 from dstune.model import freezing
 from dstune.model.build import skeleton
-from dstune.model.config import is_builtin, load_config, model_directory
+from dstune.model.config import auto_class, is_builtin, load_config, model_directory
 from dstune.model.weights import WeightFiles
 from dstune.protocols import WEIGHTS
 
@@ -88,9 +88,10 @@ def _write(
     _write_config(directory, model_config, type(outline).__name__, outline.dtype)
     source = model_directory(config.model, base, weights=False)
     _copy_code(source, directory, section, model_config)
+    _copy_processors(source, directory)
     tokenizer = _write_tokenizer(directory, config, base, model_config)
     write_text(directory / "generation_config.json", dump_json(_generation(source, model_config, tokenizer)))
-    card = _facts(masters, weights.num_parameters, dtype, model_config.is_encoder_decoder, prepared)
+    card = _facts(masters, weights.num_parameters, dtype, model_config, prepared)
     write_text(directory / "README.md", model_card(config, card))
 
 
@@ -100,7 +101,7 @@ def _write_adapter(
     num_parameters = adapter.write(directory, reader, config, base, dtype)
     model_config = load_config(config.model, base)
     _write_tokenizer(directory, config, base, model_config)
-    card = _facts(reader, num_parameters, dtype, model_config.is_encoder_decoder, prepared)
+    card = _facts(reader, num_parameters, dtype, model_config, prepared)
     write_text(directory / "README.md", model_card(config, replace(card, is_adapter=True)))
 
 
@@ -132,6 +133,12 @@ def _copy_code(source: Path, directory: Path, model: ModelSection, config: Pretr
     if model.trust_remote_code and getattr(config, "auto_map", None):
         for file in source.glob("*.py"):
             shutil.copyfile(file, directory / file.name)
+
+
+def _copy_processors(source: Path, directory: Path) -> None:
+    """What turns pictures and sounds into a model's inputs is not tuned."""
+    for file in source.glob("*processor_config.json"):
+        shutil.copyfile(file, directory / file.name)
 
 
 def _write_tokenizer(directory: Path, config: RunConfig, base: Path, model_config: PretrainedConfig) -> Any:
@@ -184,7 +191,9 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return special[max(found, key=len)] if found else None
 
 
-def _facts(masters: Masters, num_parameters: int, dtype: str, seq2seq: bool, prepared: Path | None) -> CardFacts:
+def _facts(
+    masters: Masters, num_parameters: int, dtype: str, model_config: PretrainedConfig, prepared: Path | None
+) -> CardFacts:
     losses = masters.state.get("losses") or [None]
     manifest: dict[str, Any] = {}
     if prepared is not None and prepared.is_dir():
@@ -194,7 +203,7 @@ def _facts(masters: Masters, num_parameters: int, dtype: str, seq2seq: bool, pre
         loss=losses[-1],
         dtype=dtype,
         parameters=num_parameters,
-        auto_class="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
+        auto_class=auto_class(model_config).__name__,
         counts=manifest.get("counts", {}),
         sources=manifest.get("sources", ()),
     )

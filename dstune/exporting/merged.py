@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.checkpoint.reader import Reader
+from dstune.config.adapter import AdapterSection
 from dstune.config.schema import RunConfig
 from dstune.errors import CheckpointError, Problem
 from dstune.exporting import adapter
@@ -32,10 +33,12 @@ _BLOCK_ELEMENTS = 8 << 20
 
 @contextlib.contextmanager
 def whole_model(reader: Reader, config: RunConfig, base: Path) -> Iterator[Masters]:
-    """The masters of all weights: `reader` itself, or with an adapter what it makes of the base model.
+    """The masters of all weights: `reader` itself, or what the adapter in it makes of the base model.
 
-    Raises as `adapter.write`, but for random base models, which are made again for the while.
+    The adapter is `config`'s, or where it has none that of the run which wrote the checkpoint. Raises as `adapter.write`, but for
+    random base models, which are made again for the while.
     """
+    config = _with_its_adapter(config, reader)
     if config.model.adapter is None:
         yield reader
         return
@@ -49,6 +52,15 @@ def whole_model(reader: Reader, config: RunConfig, base: Path) -> Iterator[Maste
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         initial = commit_initial(Path(scratch), config.model_copy(update={"model": plain}), base)
         yield _Merged(reader, outline, adapted, Reader(initial))
+
+
+def _with_its_adapter(config: RunConfig, reader: Reader) -> RunConfig:
+    recorded: Mapping[str, Any] = reader.manifest.fingerprints.get("config") or {}
+    theirs = recorded.get("model", {}).get("adapter")
+    if config.model.adapter is not None or theirs is None:
+        return config
+    model = config.model.model_copy(update={"adapter": AdapterSection.model_validate(theirs)})
+    return config.model_copy(update={"model": model})
 
 
 class _Base(Protocol):

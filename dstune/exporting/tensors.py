@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.errors import CheckpointError, Problem
-from dstune.model import names
+from dstune.model import names, text_side
 from dstune.model.names import Conversion
 from dstune.model.weights import WeightFiles
 
@@ -89,6 +89,8 @@ class Weights:
         if pretrained is not None:
             plan = names.loading_plan(outline, pretrained.names())
             self._in_files = {self._canonical.get(one.target, one.target): one for one in plan}
+        # What no text passes goes through as it was, whatever else a checkpoint or a base model says of it.
+        self._untouched = {name for name in text_side.beside(outline) if self._canonical[name] in self._in_files}
         self._check()
 
     @property
@@ -96,7 +98,8 @@ class Weights:
         return sum(parameter.numel() for parameter in self.outline.parameters())
 
     def as_saved(self) -> list["Converted"]:
-        """Everything that `save_pretrained` would write, under its names."""
+        """Everything that `save_pretrained` would write, under its names; what was not touched in the type that it had."""
+        self.tensors |= self._own_types()
         return [
             Converted(self, conversion, names.saved_outlines(conversion, self.tensors, self.outline))
             for conversion in names.saving_plan(self.outline)
@@ -132,8 +135,16 @@ class Weights:
         wanted = self.tensors[name]
         yield from self._caster.pieces(self._stored_name(name), wanted.numel(), wanted.dtype)
 
+    def _own_types(self) -> dict[str, torch.Tensor]:
+        """Outlines of what is not touched, in the types that it has in the files."""
+        return {
+            name: torch.empty_like(self.tensors[name], dtype=self._pretrained.dtype(conversion.sources[0]))
+            for name in self._untouched
+            if self._pretrained is not None and (conversion := self._in_files[self._canonical[name]]).is_renaming
+        }
+
     def _is_stored(self, name: str) -> bool:
-        return self._stored_name(name) in self._reader.tensors("fp32")
+        return name not in self._untouched and self._stored_name(name) in self._reader.tensors("fp32")
 
     def _stored_name(self, name: str) -> str:
         canonical = self._canonical[name]

@@ -103,10 +103,11 @@ def check(run: LoadedRun) -> None:
         came = "no rows are held out: no checkpoint would ever be the best"
         raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
     plan.require_rows(run.config, workers_range(run.config.cluster, 1)[0])
-    if run.config.model.adapter is not None:
-        from dstune.model.build import adapted_skeleton
+    model, freeze = run.config.model, run.config.train.freeze
+    if model.adapter is not None or model.new_tokens or freeze:
+        from dstune.model.footprint import footprint
 
-        adapted_skeleton(run.config.model, run.base)
+        footprint(model, run.base, freeze)
 
 
 def reached_store(config: RunConfig, new: bool = False, owner: str | None = None) -> Store | None:

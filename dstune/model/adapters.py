@@ -22,6 +22,7 @@ from dstune.config.adapter import AdapterSection
 from dstune.engine.parameters import full_shape, is_partitioned, share
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
+from dstune.model import text_side
 from dstune.model.names import canonical_names
 
 if TYPE_CHECKING:
@@ -49,8 +50,12 @@ class Chosen:
 
 
 def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
-    """What `adapter` means in `model`. Raises ConfigError with every pattern that fits nothing, and the names near it."""
-    modules = {name: module for name, module in model.named_modules() if name}
+    """What `adapter` means in `model`; of one that sees too, in its language model.
+
+    Raises ConfigError with every pattern that fits nothing, and the names near it.
+    """
+    beside = text_side.modules_beside(model)
+    modules = {name: module for name, module in model.named_modules() if name and name not in beside}
     problems: list[Problem] = []
     with_weights = {name: module for name, module in modules.items() if any(True for _ in module.parameters())}
     saved = _matching(adapter.modules_to_save, list(with_weights), "modules_to_save", "module", problems)

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from dstune.config.schema import ModelSection
+from dstune.data.tokenizer_files import new_rows
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
 from dstune.model import adapters, per_example
-from dstune.model.config import is_builtin, load_config, model_directory, task_of
+from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
 from dstune.model.weights import load_weights
@@ -26,11 +27,17 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
     `attention`: `eager`, `sdpa` or `per-example` (as `attention.choose` found). A collective: every worker calls it.
     Raises ConfigError where the architecture or its weights do not fit.
     """
-    module = construct(load_config(model, base), model, attention, ds_config)
+    config = load_config(model, base)
+    if model.init == "random" and is_multimodal(config):
+        came = f"random, and of {config.model_type} only the text side is trained: the rest would be in no file"
+        raise ConfigError(Problem("model.init", came, "pretrained"))
+    module = construct(config, model, attention, ds_config)
     if is_builtin(model) or model.init == "random":
         initialise(module, seed)
     else:
-        load_weights(module, model_directory(model, base))
+        # An adapter's own files hold nothing of a head that is in no other.
+        head_seed = seed if model.adapter is None else None
+        load_weights(module, model_directory(model, base), new_rows(model, base), head_seed)
     if model.adapter is not None:
         adapters.attach(module, model.adapter, seed)
     if model.activation_checkpointing:
@@ -82,8 +89,8 @@ def checkpoint_names(module: PreTrainedModel, model: ModelSection) -> dict[str, 
 
 
 def _instance(config: PretrainedConfig, model: ModelSection, attention: str) -> PreTrainedModel:
-    kind = AutoModelForSeq2SeqLM if task_of(model, config) == "seq2seq-lm" else AutoModelForCausalLM
-    return kind.from_config(
+    task_of(model, config)
+    return auto_class(config).from_config(
         config,
         dtype=DTYPES[model.dtype],
         attn_implementation=attention,

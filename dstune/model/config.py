@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
 
 from dstune.config.load import resolve
 from dstune.config.schema import ModelSection
+from dstune.data.tokenizer_files import new_rows
 from dstune.errors import ConfigError, Problem
 from dstune.paths import builtin_model
 
@@ -24,8 +31,19 @@ _CODE_FILES = ["*.py"]
 
 
 def load_config(model: ModelSection, base: Path) -> PretrainedConfig:
-    """The config of `model`, `overrides` put over it. `base`: the run file's directory. Raises ConfigError."""
-    directory = model_directory(model, base, weights=False)
+    """The config of `model`, `overrides` put over it, its vocabulary large enough for `new_tokens`. `base`: the run file's directory.
+
+    Raises ConfigError.
+    """
+    config = _with_overrides(model, model_directory(model, base, weights=False))
+    new = new_rows(model, base)
+    if new:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, new.stop)
+    return config
+
+
+def _with_overrides(model: ModelSection, directory: Path) -> PretrainedConfig:
     plain = _read(directory, model)
     if not model.overrides:
         return plain
@@ -49,6 +67,25 @@ def task_of(model: ModelSection, config: PretrainedConfig) -> Task:
     if model.task not in ("auto", found):
         raise ConfigError(Problem("model.task", f"{model.task!r} for a {config.model_type} model", f"{found!r}"))
     return found
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' class that opens the whole model for training: of one that sees or hears too, not its language model alone."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForMultimodalLM if is_multimodal(config) else AutoModelForCausalLM
+
+
+def is_multimodal(config: PretrainedConfig) -> bool:
+    """Whether a language model is but one part of it (`Gemma3ForConditionalGeneration`).
+
+    A config that both such a class and a bare language model are made of (Qwen 3.5's) says which it is by its `architectures`.
+    """
+    mappings: tuple[Any, Any] = AutoModelForMultimodalLM._model_mapping, AutoModelForCausalLM._model_mapping
+    whole, alone = (mapping.get(type(config), None) for mapping in mappings)
+    if config.is_encoder_decoder or whole is None:
+        return False
+    return alone in (None, whole) or alone.__name__ not in (config.architectures or [])
 
 
 def is_builtin(model: ModelSection) -> bool:

@@ -15,9 +15,10 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstune.config.schema import ModelSection
-from dstune.model import adapters, freezing
+from dstune.data import tokenizer_files
+from dstune.model import adapters, freezing, new_rows, text_side
 from dstune.model.build import skeleton
-from dstune.model.config import load_config
+from dstune.model.config import is_multimodal, load_config
 from dstune.planning.shapes import ModelShape
 
 _COUNTED = "counted"
@@ -35,6 +36,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         with torch.device("meta"):
             adapters.attach(module, model.adapter, 0)
     freezing.freeze(module, freeze)
+    new_rows.require_trained(module, tokenizer_files.new_rows(model, base))
     layers = _layers(module)
     parameters = list(module.parameters())
     text = config.get_text_config()
@@ -64,7 +66,8 @@ def _layers(module: PreTrainedModel) -> list[torch.nn.Module]:
     """The repeated layers, each of which may be recomputed; none inside another."""
     found: list[torch.nn.Module] = []
     inside: set[int] = set()
-    for layer in module.modules():
+    body: Any = module.get_decoder() if is_multimodal(module.config) else module
+    for layer in body.modules():
         if isinstance(layer, GradientCheckpointingLayer) and id(layer) not in inside:
             found.append(layer)
             inside.update(id(part) for part in layer.modules())
@@ -103,7 +106,10 @@ def _run(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[tor
     if config.is_encoder_decoder:
         # Of a packed pair, half the tokens are taken for the source's.
         inputs = {"input_ids": ids[:, : _TOKENS // 2], "decoder_input_ids": ids[:, _TOKENS // 2 :]}
-    body: Any = module.base_model if not config.is_encoder_decoder else module
+    # The language model itself: what stands around one that sees looks into the tokens for images.
+    body: Any = (
+        module.get_decoder() if is_multimodal(config) else module if config.is_encoder_decoder else module.base_model
+    )
     with _counting(layers, seen), torch.autograd.graph.saved_tensors_hooks(seen.pack, lambda tensor: tensor):
         body.train()(**inputs, use_cache=False)
 
@@ -178,9 +184,12 @@ def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
     total = 0
     experts = _num_experts(text)
     visited = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", None) or experts
+    beside = text_side.beside(module)
     for name, parameter in module.named_parameters():
-        if parameter.dim() < 2 or (
-            embedding is not None and parameter is embedding.weight and not _tied(embedding, head)
+        if (
+            name in beside
+            or parameter.dim() < 2
+            or (embedding is not None and parameter is embedding.weight and not _tied(embedding, head))
         ):
             continue
         share = visited / experts if experts and ".experts." in f".{name}." else 1.0

@@ -8,18 +8,22 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.errors import ConfigError, Problem
-from dstune.model import names
+from dstune.model import names, text_side
 from dstune.model.patterns import known_names, matching
 from dstune.model.weights import WeightFiles
 from dstune.protocols import Control
 
 
 def freeze(module: PreTrainedModel, patterns: Sequence[str]) -> None:
-    """Take `requires_grad` from each parameter that a pattern matches under any of its names (`model.layers.[0-3].*`).
+    """Take `requires_grad` from each parameter that a pattern matches under any of its names (`model.layers.[0-3].*`), and from those
+    that no text passes (`text_side`).
 
     A tied parameter has several names and is one tensor. Raises ConfigError for a pattern that matches nothing, and where
     nothing is left to train.
     """
+    for tensor in text_side.beside(module).values():
+        if isinstance(tensor, torch.nn.Parameter):
+            tensor.requires_grad_(False)
     if not patterns:
         return
     known = known_names(module, names.saved_names(module))
@@ -41,16 +45,22 @@ def frozen_digest(module: PreTrainedModel, files: WeightFiles, control: Control 
     rank, world_size = (control.rank, control.world_size) if control else (0, 1)
     frozen = {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
     tensors = names.all_tensors(module)
-    sources = sorted(
-        source
-        for conversion in names.loading_plan(module, files.names())
-        if id(tensors.get(conversion.target)) in frozen
-        for source in conversion.sources
+    plan = [one for one in names.loading_plan(module, files.names()) if id(tensors.get(one.target)) in frozen]
+    _require_head(
+        module, {id(tensors[one.target]) for one in plan} | {id(p) for p in module.parameters() if p.requires_grad}
     )
+    sources = sorted(source for conversion in plan for source in conversion.sources)
     mine = {source: _sha256(files.read(source)) for source in sources[rank::world_size]}
     shares = control.gather(mine) if control else [mine]
     lines = sorted(f"{source} {digest}\n" for share in shares for source, digest in share.items())
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+def _require_head(module: PreTrainedModel, kept: set[int]) -> None:
+    head: Any = module.get_output_embeddings()
+    if head is not None and any(id(parameter) not in kept for parameter in head.parameters()):
+        came = "leaves the head as it was drawn, for these files have none: it would be in no checkpoint either"
+        raise ConfigError(Problem("train.freeze", came, "patterns that do not match it"))
 
 
 def _sha256(tensor: torch.Tensor) -> str:

@@ -9,15 +9,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.errors import ConfigError, Problem
 from dstune.model import per_example
+from dstune.model.config import auto_class
 from dstune.model.restarts import restart_positions
 
 TOLERANCE = 1e-4
@@ -37,6 +33,10 @@ _SIZES: dict[str, int] = {
     "n_embd": 64,
     "d_model": 64,
     "word_embed_proj_dim": 64,
+    "embed_dim": 64,
+    "out_hidden_size": 64,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
     "intermediate_size": 96,
     "ffn_dim": 96,
     "d_ff": 96,
@@ -65,6 +65,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 # At a width of 64, weights so large that what a layer sees reaches the logits: 0.02 would hide it below the tolerance.
 _SPREADS = ("initializer_range", "init_std")
 _SPREAD = 0.1
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 # Layer lists and periods: how many layers show every kind once.
 _LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
 _PERIODS = (
@@ -193,8 +194,7 @@ def packed_inputs(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]
 
 def find_model_class(config: PretrainedConfig) -> Any | None:
     """transformers' own class for training this architecture; None where it comes as remote code."""
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    found = auto._model_mapping.get(type(config), None)
+    found = auto_class(config)._model_mapping.get(type(config), None)
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
@@ -203,8 +203,7 @@ def instance(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     per_example.register()
     own_code = not type(config).__module__.startswith("transformers.")
     # The config of foreign code only exists where the run file trusts it.
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_config(
+    model = auto_class(config).from_config(
         copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=own_code
     )
     restart_positions(model)
@@ -229,14 +228,11 @@ def shrunk(config: PretrainedConfig, sizes: bool) -> PretrainedConfig:
     """A copy of `config` with as few layers as show every distinct kind, and (`sizes`) small widths."""
     values = config.to_dict()
     _shrink(values, sizes)
-    text = config.get_text_config()
-    if text is not config:
-        for name in config.sub_configs:
-            if getattr(config, name) is text and isinstance(values.get(name), dict):
-                _shrink(values[name], sizes)
+    # What sees or hears too, although no text comes by: it is built with the rest.
+    for name in config.sub_configs:
+        if isinstance(values.get(name), dict):
+            _shrink(values[name], sizes)
     values.pop("quantization_config", None)
-    # Their own ids lie beyond the small vocabulary.
-    values.update({key: token for key, token in _SPECIAL.items() if values.get(key) is not None})
     return type(config).from_dict(values)
 
 
@@ -245,6 +241,8 @@ def _shrink(values: dict[str, Any], sizes: bool) -> None:
     values.update({key: 4 for key in _WINDOWS if isinstance(values.get(key), int)})
     values.update({key: _SPREAD for key in _SPREADS if isinstance(values.get(key), float)})
     values["vocab_size"] = _VOCABULARY
+    # Their own ids lie beyond the small vocabulary.
+    values.update({key: token for key, token in _SPECIAL.items() if values.get(key) is not None})
     if sizes:
         _shrink_width(values)
 
@@ -254,7 +252,7 @@ def _shrink_depth(values: dict[str, Any]) -> None:
     for name in ("encoder_layers", "decoder_layers", "num_decoder_layers"):
         if isinstance(values.get(name), int):
             values[name] = min(values[name], 2)
-    key = next((key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in values), None)
+    key = next((key for key in _DEPTHS if key in values), None)
     if key is None:
         return
     depth = values[key]
@@ -296,8 +294,18 @@ def _shrink_width(values: dict[str, Any]) -> None:
         values["num_key_value_heads"] = values[head_key] if grouped == heads else min(grouped, 2)
     if isinstance(values.get("head_dim"), int) and "qk_rope_head_dim" not in values:
         values["head_dim"] = 16
+    for rope in (values.get("rope_parameters"), values.get("rope_scaling")):
+        if isinstance(rope, dict) and isinstance(rope.get("mrope_section"), list):
+            size = values.get("head_dim") or values["hidden_size"] // values[head_key]
+            rope["mrope_section"] = _scaled(rope["mrope_section"], size // 2)
     if isinstance(values.get("mamba_n_heads"), int) and isinstance(values.get("hidden_size"), int):
         inner = values.get("mamba_expand", 2) * values["hidden_size"]
         values.update(mamba_d_head=16, mamba_n_heads=inner // 16)
         if isinstance(values.get("mamba_d_ssm"), int):
             values["mamba_d_ssm"] = inner
+
+
+def _scaled(sections: list[int], total: int) -> list[int]:
+    """[2, 3, 3] for [16, 24, 24] and 8: the parts of a head that turn with time, height and width."""
+    scaled = [section * total // sum(sections) for section in sections]
+    return [total - sum(scaled[1:]), *scaled[1:]]

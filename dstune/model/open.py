@@ -8,23 +8,24 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from dstune.config.new_tokens import NewTokensSection
 from dstune.config.schema import ModelSection
 from dstune.config.train import TrainSection
+from dstune.data import tokenizer_files
 from dstune.data.conversation import Conversation, Example, Message, Refused
 from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
 from dstune.errors import ConfigError, Problem, RunFailed, UsageError
-from dstune.model import adapter_files
+from dstune.model import adapter_files, new_rows
 from dstune.model.adapter_files import AdapterFiles
 from dstune.model.build import initialise
-from dstune.model.config import is_builtin, load_config, model_directory, task_of
+from dstune.model.config import auto_class, is_builtin, load_config, model_directory, task_of
 from dstune.model.reference import require_same, weights_digest
 from dstune.paths import RunPaths
 
@@ -112,7 +113,9 @@ def open_model(
     chosen = resolve_template(template, tokenizer, base, seq2seq)
     encoder = Encoder(tokenizer, chosen, train_on="last", lossy_text="allow", seq2seq=seq2seq)
     where = _device(device)
-    module = _module(section, directory, config, seq2seq, dtype)
+    module = _module(section, directory, config, dtype)
+    if adapter is not None:
+        _make_room(module, len(tokenizer))  # for the rows of new tokens, which the adapter brings
     module = (module if adapter is None else adapter_files.put_into(module, adapter)).to(where).eval()
     stop_ids = _stop_ids(tokenizer, module, encoder)
     _plain_generation(module)
@@ -136,11 +139,22 @@ def open_module(model: ModelSection, base: Path, device: str = "auto") -> tuple[
 
     Raises ConfigError where there is no such model, RunFailed where its files do not make a whole one.
     """
-    config = load_config(model, base)
+    before = model.model_copy(update={"new_tokens": NewTokensSection()})
+    config = load_config(before, base)
     place = _device(device)
     dtype = "fp32" if place.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    seq2seq = task_of(model, config) == "seq2seq-lm"
-    return _module(model, model_directory(model, base), config, seq2seq, dtype).to(place).eval(), place
+    module = _module(model, model_directory(model, base), config, dtype)
+    if new := tokenizer_files.new_rows(model, base):
+        _make_room(module, new.stop)
+        new_rows.fill(module, new)
+    return module.to(place).eval(), place
+
+
+def _make_room(module: PreTrainedModel, num_tokens: int) -> None:
+    """Rows for so many tokens, the new ones unset, where there are fewer."""
+    embedding: Any = module.get_input_embeddings()
+    if len(embedding.weight) < num_tokens:
+        module.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 
 def _place(model: str) -> str:
@@ -192,10 +206,10 @@ def _device(written: str) -> torch.device:
     return device
 
 
-def _module(section: ModelSection, directory: Path, config: PretrainedConfig, seq2seq: bool, dtype: str) -> Any:
+def _module(section: ModelSection, directory: Path, config: PretrainedConfig, dtype: str) -> Any:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    kind: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    kind = auto_class(config)
     if is_builtin(section):
         with no_init_weights():
             module = kind.from_config(config, dtype=_DTYPES["bf16" if dtype == "auto" else dtype])
@@ -230,7 +244,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _stop_ids(tokenizer: Any, module: Any, encoder: Encoder) -> frozenset[int]:
     """Every token after which the assistant has nothing more to say."""
     generation = module.generation_config.eos_token_id if module.generation_config is not None else None
-    found = {tokenizer.eos_token_id, *_listed(generation), *_listed(module.config.eos_token_id)}
+    own = getattr(module.config.get_text_config(), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *_listed(generation), *_listed(own)}
     return frozenset(token for token in (*found, *encoder.end_of_turn_ids) if token is not None)
 
 

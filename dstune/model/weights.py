@@ -1,5 +1,6 @@
 """Pretrained weights into a model whose parameters are partitioned: each worker reads just its own slices of the files."""
 
+import copy
 import json
 import re
 from collections.abc import Iterable
@@ -10,10 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from dstune.engine.parameters import full_shape, local_piece
+from dstune.engine.parameters import full_shape, local_piece, whole
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
-from dstune.model.names import Conversion, canonical_names, loading_plan
+from dstune.model import new_rows
+from dstune.model.names import Conversion, all_tensors, canonical_names, loading_plan
 
 log = get_logger(__name__)
 
@@ -41,6 +43,9 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._slice(name)[:0].dtype if self.shape(name) else self.read(name).dtype
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         return self._slice(name)[...]
@@ -66,10 +71,13 @@ class WeightFiles:
             raise ConfigError(Problem(str(self.directory / file), f"cannot be read: {error}")) from None
 
 
-def load_weights(module: PreTrainedModel, directory: Path) -> None:
+def load_weights(module: PreTrainedModel, directory: Path, new: range = range(0), head_seed: int | None = None) -> None:
     """Fill `module`'s parameters and persistent buffers from the safetensors files of `directory`.
 
-    Tensors that are only renamed are read slice by slice; joined ones (a layer's experts) whole, one at a time.
+    Tensors that are only renamed are read slice by slice; joined ones (a layer's experts) whole, one at a time. Where they cannot be
+    made so, transformers reads the whole model on every worker, with a warning.
+    `new`: the rows of tokens that the files may not have; they begin as `new_rows.fill` says. A collective then.
+    `head_seed`: what a head that is not in the files is drawn from, with a warning; None: that is an error.
     Raises ConfigError where weights are missing, of another shape, quantised, or only there as pickle.
     """
     if getattr(module.config, "quantization_config", None) is not None:
@@ -81,13 +89,27 @@ def load_weights(module: PreTrainedModel, directory: Path) -> None:
     files = WeightFiles(directory)
     state = _Destination(module)
     unused: list[str] = []
-    for conversion in loading_plan(module, files.names()):
-        if conversion.is_renaming:
-            if not _load_renamed(conversion, files, state):
-                unused.append(conversion.sources[0])
-        else:
-            _load_converted(conversion, files, state, module)
+    try:
+        for conversion in loading_plan(module, files.names()):
+            if conversion.is_renaming:
+                if not _load_renamed(conversion, files, state, new):
+                    unused.append(conversion.sources[0])
+            else:
+                _load_converted(conversion, files, state, module)
+    except _NotInPieces as error:
+        if new:
+            raise ConfigError(Problem(str(directory), str(error), "a model without `model.new_tokens`")) from None
+        _load_whole(module, state, directory, str(error))
+    head: Any = module.get_output_embeddings()
+    if head_seed is not None and head is not None and set(state.missing()) == state.names_of(head):
+        _draw_head(module, head, state, head_seed, directory)
     _finish(module, state, unused, directory)
+    if new:
+        new_rows.fill(module, new)
+
+
+class _NotInPieces(Exception):
+    """Says which tensors cannot be made by themselves."""
 
 
 class _Destination:
@@ -109,6 +131,11 @@ class _Destination:
         canonical = self._canonical[name]
         return canonical not in self.filled or name == canonical
 
+    def names_of(self, part: torch.nn.Module) -> set[str]:
+        """The parameters of a module, by the names that count."""
+        own = {id(parameter) for parameter in part.parameters()}
+        return {name for name, tensor in self._tensors.items() if id(tensor) in own}
+
     def mark(self, name: str) -> None:
         self.filled[self._canonical[name]] = name
 
@@ -121,27 +148,35 @@ class _Destination:
         ]
 
 
-def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destination) -> bool:
+def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destination, new: range) -> bool:
     source, name = conversion.sources[0], conversion.target
     tensor = state.find(name)
     if tensor is None:
         return False
     if state.wants(name):
-        _check_shape(name, files.shape(source), full_shape(tensor), files.directory)
+        found, wanted = files.shape(source), full_shape(tensor)
+        if not _lacks_rows(found, wanted, new):
+            _check_shape(name, found, wanted, files.directory)
         piece = local_piece(tensor)
-        if piece.stop > piece.start:
-            piece.tensor.copy_(files.read_range(source, piece.start, piece.stop))
+        stop = min(piece.stop, _product(found))
+        if stop > piece.start:
+            piece.tensor[: stop - piece.start].copy_(files.read_range(source, piece.start, stop))
         state.mark(name)
     return True
+
+
+def _lacks_rows(found: tuple[int, ...], wanted: tuple[int, ...], new: range) -> bool:
+    """Whether a tensor in the files lacks but rows of `new` tokens: [1000, 64] for [1003, 64]; BART's bias is [1, tokens]."""
+    axis = next((axis for axis, size in enumerate(wanted) if size != 1), 0)
+    rows = found[axis] if len(found) == len(wanted) > axis else 0
+    return 0 < rows < new.stop == wanted[axis] and (*wanted[:axis], rows, *wanted[axis + 1 :]) == found
 
 
 def _load_converted(conversion: Conversion, files: WeightFiles, state: _Destination, module: PreTrainedModel) -> None:
     try:
         made = conversion.run(files.read, module)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise ConfigError(
-            Problem(str(files.directory), f"{conversion.target} cannot be made of what the files hold: {error}")
-        ) from None
+        raise _NotInPieces(f"{conversion.target} cannot be made of what the files hold: {error}") from None
     for name, value in made.items():
         tensor = state.find(name)
         if tensor is not None:
@@ -149,6 +184,41 @@ def _load_converted(conversion: Conversion, files: WeightFiles, state: _Destinat
             piece = local_piece(tensor)
             piece.tensor.copy_(value.reshape(-1)[piece.start : piece.stop])
             state.mark(name)
+
+
+def _load_whole(module: PreTrainedModel, state: _Destination, directory: Path, reason: str) -> None:
+    """As transformers itself loads a model: every worker reads all of it, and keeps its piece."""
+    log.warning("%s: %s; every worker reads the whole model now", directory, reason)
+    try:
+        loaded, report = type(module).from_pretrained(
+            directory,
+            config=copy.deepcopy(module.config),
+            dtype=module.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(Problem(str(directory), f"{reason}; nor by transformers: {text[:400]}")) from None
+    lacking = {str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]}
+    for name, value in all_tensors(loaded).items():
+        tensor = state.find(name)
+        if tensor is not None and name not in lacking:
+            piece = local_piece(tensor)
+            piece.tensor.copy_(value.detach().reshape(-1)[piece.start : piece.stop])
+            state.mark(name)
+
+
+def _draw_head(module: PreTrainedModel, head: torch.nn.Module, state: _Destination, seed: int, directory: Path) -> None:
+    """Random weights by the architecture's own rules, the same on every world."""
+    names = sorted(state.names_of(head))
+    log.warning("%s has no %s: it begins with random weights", directory, " and ".join(names))
+    internals: Any = module
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), whole(head.parameters()):
+        torch.manual_seed(seed)
+        internals._init_weights(head)
+    for name in names:
+        state.mark(name)
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], directory: Path) -> None:
@@ -170,7 +240,7 @@ def _finish(module: PreTrainedModel, state: _Destination, unused: list[str], dir
             Problem(
                 str(directory),
                 f"has no weights for {_some(missing)} of {type(module).__name__}",
-                do="A base model without its head cannot be tuned; take the checkpoint that has all weights.",
+                do="Take the checkpoint that has all weights; a frozen head, or one beside an adapter, cannot be drawn.",
             )
         )
     internals: Any = module

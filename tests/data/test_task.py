@@ -37,6 +37,7 @@ def test_auto_packs_causal_models_and_the_pairs_that_are_known_to_stay_apart(tmp
     assert not packs(t5.model_copy(update={"attention": "sdpa"}), tmp_path), "sdpa has no mask for pairs"
     assert not packs(_model(tmp_path / "b", {"model_type": "led"}), tmp_path)
     assert packs(_model(tmp_path / "c", {"model_type": "llama"}), tmp_path)
+    assert not packs(_model(tmp_path / "d", {"model_type": "qwen3_next"}), tmp_path), "its state runs on"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"t5"'])

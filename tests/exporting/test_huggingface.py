@@ -1,6 +1,8 @@
 """Exports against real checkpoints of real engines: bit for bit the masters, opened by transformers itself."""
 
+import ast
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -288,6 +290,18 @@ def test_a_card_escapes_what_people_wrote():
     card = model_card(config, facts)
     assert "| x\\|y.json | 1,234 | 7 | 99 |" in card and "- rows: 3" in card and "/home" not in card
     assert plain("a\n\n| b") == "a \\| b"
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "AutoModelForMultimodalLM"])
+def test_the_code_in_a_card_names_what_there_is(kind, adapter):
+    config = config_of("someone/model")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"new_tokens": ["kilopascal"]})})
+    card = model_card(config, CardFacts(1, None, "bf16", 1, auto_class=kind, is_adapter=adapter))
+    code = ast.parse(card.partition("```python\n")[2].partition("```")[0])
+    imported = [(one.module, name.name) for one in code.body if isinstance(one, ast.ImportFrom) for name in one.names]
+    assert len(imported) >= 2 and all(hasattr(importlib.import_module(where), name) for where, name in imported)
+    assert ("resize_token_embeddings" in card) == (adapter and kind == "AutoModelForMultimodalLM")
 
 
 @pytest.mark.dist

@@ -1,9 +1,12 @@
 """Tiny random models of many architectures, for tests of loading, packing and export."""
 
+from typing import Any
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dstune.model import per_example
+from dstune.model.config import auto_class
 from dstune.model.restarts import restart_positions
 
 _COMMON = {
@@ -29,8 +32,43 @@ _T5 = {
     "decoder_start_token_id": 0,
     "dropout_rate": 0.0,
 }
+_GATED_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+_EYES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_EYES = {
+    "depth": 1,
+    "embed_dim": 32,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+_QWEN_TEXT = {**_COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+
+
+def _seeing(text: dict[str, Any], eyes: dict[str, Any]) -> dict[str, Any]:
+    return {"text_config": text, "vision_config": eyes}
+
+
 _SETTINGS = {
     "llama": _COMMON,
+    "llama-small": {**_COMMON, "vocab_size": 666},
     "llama-tied": {**_COMMON, "tie_word_embeddings": True},
     "qwen2": _COMMON,
     "qwen3": {**_COMMON, "head_dim": 8},
@@ -70,8 +108,22 @@ _SETTINGS = {
     },
     "cohere": {**_COMMON, "num_hidden_layers": 1},
     "granite": {**_COMMON, "logits_scaling": 8.0},
-    "phi": {**_COMMON, "num_key_value_heads": 4},
+    "phi": {**_COMMON, "num_key_value_heads": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "phi3": {**_COMMON, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gpt_neox": {**_COMMON, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "qwen2_moe": {**_COMMON, **_MOE},
+    "qwen3_next": {**_COMMON, **_GATED_DELTA, **_MOE},
+    "qwen3_5_text": {**_COMMON, **_GATED_DELTA},
+    "qwen3_5": _seeing({**_COMMON, **_GATED_DELTA}, _QWEN_EYES),
+    "qwen2_vl": _seeing(_QWEN_TEXT, {**_QWEN_EYES, "mlp_ratio": 1}),
+    "qwen2_5_vl": _seeing(_QWEN_TEXT, _QWEN_EYES),
+    "qwen3_vl": _seeing({**_QWEN_TEXT, "head_dim": 8}, _QWEN_EYES),
+    "gemma3": _seeing({**_COMMON, "head_dim": 8, "sliding_window": 8}, {**_EYES, "model_type": "siglip_vision_model"})
+    | {"mm_tokens_per_image": 4},
+    "llava": _seeing({**_COMMON, "model_type": "llama"}, {**_EYES, "model_type": "clip_vision_model"}),
+    "mistral3": _seeing({**_COMMON, "model_type": "mistral"}, {**_EYES, "model_type": "pixtral", "head_dim": 16}),
     "t5": _T5,
+    "t5-gated": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "mt5": _T5,
     "umt5": _T5,
 }
@@ -79,15 +131,18 @@ _SETTINGS = {
 
 def tiny_config(name: str) -> PretrainedConfig:
     """The config of `_SETTINGS`; any other name is transformers' own default for that architecture."""
-    return AutoConfig.for_model(name.removesuffix("-tied"), **_SETTINGS.get(name, {}))
+    return AutoConfig.for_model(name.partition("-")[0], **_SETTINGS.get(name, {}))
 
 
 def tiny(name: str, seed: int = 0) -> PreTrainedModel:
     """A random fp32 model."""
-    config = tiny_config(name)
+    return tiny_of(tiny_config(name), seed)
+
+
+def tiny_of(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random fp32 model of `config`."""
     torch.manual_seed(seed)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_config(config, dtype=torch.float32)
+    return auto_class(config).from_config(config, dtype=torch.float32)
 
 
 def keep_apart(module: PreTrainedModel) -> PreTrainedModel:

@@ -9,16 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dstune.config.schema import ModelSection
+from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
 from dstune.engine.parameters import full_shape, local_piece
 from dstune.engine.world import World
 from dstune.errors import ConfigError
 from dstune.model.build import build, checkpoint_activations, skeleton
 from dstune.model.config import load_config
+from dstune.model.freezing import frozen_digest
+from dstune.model.names import Conversion
 from dstune.model.weights import WeightFiles
-from tests.model.architectures import tiny
+from tests.model.architectures import tiny, tiny_config, tiny_of
 from tests.spawn import run_workers
 
 SEED = 11
@@ -71,6 +74,34 @@ def test_random_weights_are_the_same_on_every_world_and_stage(tmp_path):
 ARCHITECTURES = ("llama", "llama-tied", "gpt2", "mixtral", "qwen3_moe", "t5", "bart")
 
 
+NEW = ["kilopascal", "hectopascal", "millibar"]
+BEFORE, AFTER = 666, 669
+"""Tokens of the builtin tokenizer, and with the new ones."""
+GROWN = {"llama": BEFORE, "t5": BEFORE, "t5-gated": 668, "bart": BEFORE, "phi": BEFORE, "qwen3": 1000, "gemma3": BEFORE}
+"""Rows in each model's files: too few (tied, with a head of its own, with a bias, part of a larger model), or with room to spare."""
+
+
+def grown(name: str) -> PreTrainedModel:
+    """A model with that many rows; saved below its own name."""
+    config = tiny_config(name)
+    config.get_text_config().vocab_size = GROWN[name]
+    return tiny_of(config)
+
+
+def assert_mean_rows(name: str, found: dict[str, torch.Tensor]) -> None:
+    """As transformers' own `resize_token_embeddings`, but for the draw around the mean."""
+    expected = grown(name)
+    if GROWN[name] < AFTER:
+        expected.resize_token_embeddings(AFTER, mean_resizing=False)
+    tables = [expected.get_input_embeddings().weight, *expected.get_output_embeddings().parameters()]
+    with torch.no_grad():
+        for table in {id(table): table for table in tables}.values():
+            table[BEFORE:AFTER] = table[:BEFORE].double().mean(0).float()
+    for key, wanted in expected.named_parameters():
+        assert torch.allclose(found[key], wanted, rtol=0, atol=1e-8), (name, key)
+        assert torch.equal(found[key][:BEFORE], wanted[:BEFORE])
+
+
 def load_all(folder: Path) -> dict[str, list]:
     """Per architecture: digest of the weights, and how many bytes this worker read."""
     World.from_environment().init()
@@ -88,6 +119,10 @@ def load_all(folder: Path) -> dict[str, list]:
         section = ModelSection(path=str(folder / name), dtype="fp32")
         module = build(section, Path(), "eager", SEED, {"zero_optimization": {"stage": 3}})
         found[name] = [digest(whole_weights(module)), counted[0]]
+    for name in GROWN:
+        path, own = folder / f"{name}-grown", str(BUILTIN_DIRECTORY)
+        section = ModelSection(path=str(path), dtype="fp32", tokenizer=own, new_tokens=NEW)
+        found[path.name] = [whole_weights(build(section, Path(), "eager", SEED, {"zero_optimization": {"stage": 3}}))]
     return found
 
 
@@ -99,9 +134,16 @@ def test_pretrained_weights_are_read_slice_by_slice_and_equal_transformers_own(t
         model.save_pretrained(tmp_path / name, max_shard_size="20KB")
         expected[name] = digest({key: value.detach() for key, value in model.named_parameters()})
         sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    for name in GROWN:
+        grown(name).save_pretrained(tmp_path / f"{name}-grown", max_shard_size="20KB")
+    first: dict = {}
     for world_size in (2, 3):
         for found in run_workers(load_all, world_size, tmp_path):
-            assert {name: value[0] for name, value in found.items()} == expected
+            assert {name: value[0] for name, value in found.items() if name in expected} == expected
+            for name in GROWN:
+                weights = found[f"{name}-grown"][0]
+                assert_mean_rows(name, weights)
+                assert digest(weights) == first.setdefault(name, digest(weights)), "the same on every world"
             # Of a model whose tensors are only renamed, each worker reads its share.
             assert found["llama"][1] <= sizes["llama"] / world_size + 100
 
@@ -155,7 +197,8 @@ def test_wrong_weights_are_named(tmp_path, single_worker):
         config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
         (folder / "config.json").write_text(json.dumps(config))
 
-    assert "lm_head.weight" in refusal(without("lm_head.weight"))
+    assert "lm_head.weight" in refusal(without("lm_head.weight"), adapter={"rank": 2})
+    assert "model.norm.weight" in refusal(without("model.norm.weight"))
     assert "shape [1000, 32]" in refusal(lambda folder: None, overrides={"vocab_size": 900})
     assert "pickle" in refusal(pickled) and "save_pretrained" in refusal(pickled)
     assert "../outside.safetensors" in refusal(escaping)
@@ -163,6 +206,31 @@ def test_wrong_weights_are_named(tmp_path, single_worker):
     assert "no weights" in refusal(lambda folder: (folder / "model.safetensors").unlink())
     assert "quantised" in refusal(quantised)
     assert "index" in refusal(lambda folder: (folder / "model.safetensors.index.json").write_text("[]"))
+
+
+def test_what_the_files_lack_is_drawn_or_read_by_transformers_with_a_warning(
+    tmp_path, single_worker, caplog, monkeypatch
+):
+    model = tiny("mixtral")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "lm_head.weight"}, tmp_path / "model.safetensors")
+    heads = []
+    for number in (1, 3):
+        loaded = build(section(tmp_path), Path(), "eager", SEED, stage(number))
+        heads.append(whole_weights(loaded).pop("lm_head.weight"))
+        assert 0.01 < float(heads[-1].std()) < 0.03 and not torch.equal(heads[-1], model.lm_head.weight)
+    assert torch.equal(*heads) and "has no lm_head.weight: it begins with random weights" in caplog.text
+    loaded.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match="leaves the head as it was drawn"):
+        frozen_digest(loaded, WeightFiles(tmp_path))
+
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(Conversion, "run", lambda *_: torch.zeros(1).view(2))  # an operation that does not fit
+    loaded = build(section(tmp_path), Path(), "eager", SEED, stage(3))
+    found = whole_weights(loaded)
+    assert all(torch.equal(found[name], wanted) for name, wanted in model.named_parameters())
+    assert "every worker reads the whole model now" in caplog.text
 
 
 def test_a_file_with_tied_names_and_one_of_a_bare_base_model(tmp_path, single_worker):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dstune import api
 from dstune.checkpoint.reader import Reader
@@ -58,6 +59,13 @@ def test_an_adapter_goes_on_in_any_world_and_stage(tmp_path: Path) -> None:
     model = {"path": f"{paths.root}@8", "overrides": {}, "dtype": "fp32", "adapter": alike}
     begun = finished(write_run(tmp_path, "next", model=model, train={"max_steps": 1, "lr": 1e-30}), 1)
     assert weights_hash(begun, 1) == weights
+    api.export(paths.root, tmp_path / "merged", step=8, merged=True, dtype="fp32")
+    model = {"path": f"{paths.root}@8", "overrides": {}, "dtype": "fp32"}
+    whole = finished(write_run(tmp_path, "whole", model=model, train={"max_steps": 1, "lr": 1e-30}), 2)
+    api.export(whole.root, tmp_path / "before", step=0, dtype="fp32")
+    for name, wanted in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert torch.equal(Reader(step_directory(whole.checkpoints, 1)).read("fp32", name).view_as(wanted), wanted)
+        assert torch.equal(load_file(tmp_path / "before" / "model.safetensors")[name], wanted)
     for world, preset in ((1, "zero2"), (3, "zero1")):
         go_back_to(paths, 4, f"deepspeed.preset={preset}", "deepspeed.overrides={}", f"cluster.workers={world}")
         assert drive(paths.root, world, new=False).state == "succeeded"

@@ -67,7 +67,8 @@ def test_the_newest_step_is_taken_and_the_first_models_place_is_kept(tmp_path: P
 @pytest.mark.parametrize(
     ("theirs", "ours", "words"),
     [
-        ({"model": {"adapter": {"rank": 4}}}, {}, "trained an adapter, and this run has none"),
+        ({"model": {"adapter": {"rank": 4}}}, {}, "trained an adapter of a random model, and this run has none"),
+        ({"model": {"new_tokens": ["kPa"]}}, {"model": {"new_tokens": ["hPa"]}}, "other `model.new_tokens`"),
         ({"model": {"adapter": {"rank": 4}}}, {"model": {"adapter": {"rank": 8}}}, "trained another adapter"),
         ({}, {"model": {"adapter": {"rank": 8}}}, "trained no adapter"),
     ],

@@ -12,8 +12,9 @@ from dstune.errors import Problem, UsageError
 def opened(directory: str | Path) -> tuple[Prepared, Any]:
     """A prepared directory and its tokenizer. Raises DataError for no prepared directory, UsageError without the tokenizer."""
     prepared = Prepared.open(directory)
-    named = prepared.manifest["tokenizer"]["path"]
+    about = prepared.manifest["tokenizer"]
+    named = about["path"]
     if not Path(named).is_dir() and not named.startswith("builtin:"):
         do = "preview the run file instead"
         raise UsageError(Problem(str(directory), f"its tokenizer ({named}) is not here", do=do))
-    return prepared, load_tokenizer(ModelSection(path=named), Path.cwd())
+    return prepared, load_tokenizer(ModelSection(path=named, new_tokens=about.get("new_tokens", {})), Path.cwd())
