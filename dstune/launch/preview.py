@@ -81,6 +81,7 @@ def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, An
     per_step = tokens * share
     return {
         "workers": made.world_size,
+        "sequence_parallel": made.sequence_parallel,
         "micro_batch_size": made.micro_batch_size,
         "micro_batches": made.micro_batches,
         "global_batch_size": made.global_batch_size,
@@ -136,6 +137,7 @@ def _load(config: RunConfig, prepared: Prepared, fused_loss: bool) -> choose.Loa
         optimizer=config.train.optimizer,
         fused_loss=fused_loss,
         ema=config.train.ema is not None,
+        sequence_parallel=config.cluster.sequence_parallel,
     )
 
 
