@@ -25,11 +25,19 @@ LENGTHS = (9, 30, 4, 18)
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "one-key-head": {"num_key_value_heads": 1},
-    "three-key-heads": {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8},
+    "three-key-heads": {"num_attention_heads": 12, "num_key_value_heads": 3},
     "mistral": {},
     "gpt2": {},
     "qwen3_moe": {},
     "deepseek_v3": {},
+}
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
 }
 
 
@@ -49,7 +57,7 @@ def model(name: str) -> Any:
     if name == "deepseek_v3":  # latent attention, whose values are not as wide as its keys
         config = sequence_parallel.isolation.smallest_that_builds(AutoConfig.for_model(name))
     elif "key-head" in name:
-        config = LlamaConfig(**{"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2} | CASES[name])
+        config = LlamaConfig(**{**SIZES, **CASES[name]})
     else:
         config = tiny_config(name)
     torch.manual_seed(3)
@@ -94,11 +102,11 @@ def _differences() -> dict[str, tuple[float, float]]:
 
 @pytest.mark.dist
 def test_loss_and_gradients_are_those_of_the_whole_row() -> None:
-    """Measured when this was written: see the limits."""
+    """Measured when this was written: 1.3e-7 of the loss, 6e-7 of the largest gradient."""
     for found in run_workers(_differences, 2):
         assert set(found) == set(CASES)
         for name, (of_loss, of_gradients) in found.items():
-            assert of_loss < 1e-6 and of_gradients < 1e-5, (name, of_loss, of_gradients)
+            assert of_loss < 1e-6 and of_gradients < 5e-6, (name, of_loss, of_gradients)
 
 
 @pytest.mark.parametrize("members", [2, 3, 4, 64])
@@ -145,6 +153,8 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "
         ("t5", {}, 2, "rows of sequence-to-sequence models are not cut"),
         ("mamba", {}, 2, "something carries over"),
         ("gemma2", {}, 2, "eager attention cannot be exchanged"),
+        ("gptj", {"n_embd": 64, "n_head": 4, "n_layer": 1, "rotary_dim": 8}, 2, "fails on pieces of a row"),
+        ("codegen", {"n_embd": 64, "n_head": 4, "n_layer": 1, "rotary_dim": 8}, 2, "tokens meet elsewhere"),
         ("llama", {}, 3, r"3 workers for the model's 4 attention heads; expected one of 1, 2, 4"),
         ("phi3", {"rope_parameters": LONG, "hidden_size": 32, "num_attention_heads": 4}, 2, r"\(longrope\) depends on"),
     ],
