@@ -137,7 +137,6 @@ def _load(config: RunConfig, prepared: Prepared, fused_loss: bool) -> choose.Loa
         optimizer=config.train.optimizer,
         fused_loss=fused_loss,
         ema=config.train.ema is not None,
-        sequence_parallel=config.cluster.sequence_parallel,
     )
 
 

@@ -51,8 +51,6 @@ class Load:
     optimizer: str
     fused_loss: bool
     ema: bool = False
-    sequence_parallel: int = 1
-    """Workers that share each row; what they trade for it is not counted."""
 
 
 def candidates(
@@ -90,7 +88,7 @@ def candidates(
 
 
 def _micro_batches(load: Load, cluster: Cluster, asked: int | None) -> Iterator[int]:
-    share = math.ceil(load.global_batch_size * load.sequence_parallel / cluster.workers)
+    share = math.ceil(load.global_batch_size / cluster.workers)
     if asked is not None:
         yield min(asked, share)
         return
@@ -111,7 +109,7 @@ def _candidate(
     recompute: bool,
     why_not: str,
 ) -> Candidate:
-    tokens = math.ceil(size * load.row_tokens / load.sequence_parallel)
+    tokens = size * load.row_tokens
     work = Work(
         dtype=load.dtype,
         optimizer=load.optimizer,
@@ -123,7 +121,7 @@ def _candidate(
         ema=load.ema,
     )
     memory = estimate(shape, place, work, CPU_PROCESS if cluster.device.is_cpu else GPU_PROCESS)
-    micro_batches = math.ceil(math.ceil(load.global_batch_size * load.sequence_parallel / cluster.workers) / size)
+    micro_batches = math.ceil(math.ceil(load.global_batch_size / cluster.workers) / size)
     seconds = step_seconds(shape, place, work, cluster, micro_batches, load.squares_per_token)
     return Candidate(
         preset=preset,

@@ -34,7 +34,7 @@ class Plan:
 
     attempt: int
     world_size: int
-    sequence_parallel: int
+    sequence_parallel: int = 1
     """Workers in a row that take the same rows, each a piece of every one."""
     micro_batch_size: int
     """Rows per forward pass and worker (or group of workers that share rows)."""
@@ -79,7 +79,9 @@ def make(
     resume_from: Path | None,
     start_step: int,
 ) -> Plan:
-    """Join `config` with `world_size` workers. Raises FitError as `require_rows`, ConfigError where rows are shared that are not packed."""
+    """Join `config` with `world_size` workers. Raises FitError as `require_rows`, and ConfigError where workers would share rows that
+    are not packed.
+    """
     batch = config.train.global_batch_size
     require_rows(config, world_size)
     shared = config.cluster.sequence_parallel

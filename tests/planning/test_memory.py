@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -149,18 +148,6 @@ def test_more_machines_need_less_each_and_pay_for_the_network():
     one, four = (choose.candidates(BILLION, cluster(80, nodes=n), LOAD, {"zero3": POLICIES["zero3"]}) for n in (1, 4))
     assert four[0].memory.device["masters and moments"] == one[0].memory.device["masters and moments"] / 4
     assert four[0].seconds.step > one[0].seconds.step / 4
-
-
-def test_workers_that_share_rows_hold_a_part_of_their_activations_each():
-    def one(load):
-        policy = {"zero3": POLICIES["zero3"]}
-        return choose.candidates(BILLION, cluster(80), load, policy, micro_batch_size=1, recompute=False)[0]
-
-    alone, shared = one(LOAD), one(replace(LOAD, sequence_parallel=4))
-    assert shared.memory.device["activations"] == alone.memory.device["activations"] / 4
-    assert shared.memory.device["weights"] == alone.memory.device["weights"]
-    assert (alone.micro_batches, shared.micro_batches) == (16, 64)
-    assert alone.seconds.compute <= shared.seconds.compute < 2 * alone.seconds.compute
 
 
 def test_flops_are_six_a_parameter_and_token_and_attention_counted_causally():
