@@ -81,6 +81,7 @@ def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, An
     per_step = tokens * share
     return {
         "workers": made.world_size,
+        "sequence_parallel": made.sequence_parallel,
         "micro_batch_size": made.micro_batch_size,
         "micro_batches": made.micro_batches,
         "global_batch_size": made.global_batch_size,

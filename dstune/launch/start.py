@@ -99,6 +99,12 @@ def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
 def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
     deepspeed.make(run.config, run.base)
+    if run.config.cluster.sequence_parallel > 1:
+        from dstune.model import sequence_parallel
+        from dstune.model.config import load_config
+
+        model = run.config.model
+        sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
     if run.config.checkpoint.best and not run.config.data.validation and run.config.data.prepared is None:
         came = "no rows are held out: no checkpoint would ever be the best"
         raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
@@ -193,8 +199,13 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
     )
     with executor:
         if address is not None and cluster.workers == "auto" and cluster.nodes is None:
-            least, most = 1, max(1, executor.available_workers())
-        limits = DriveLimits(workers_wanted=most, workers_min=least, max_failures=cluster.max_failures)
+            least, most = cluster.sequence_parallel, workers_range(cluster, executor.available_workers())[1]
+        limits = DriveLimits(
+            workers_wanted=most,
+            workers_min=least,
+            max_failures=cluster.max_failures,
+            group=cluster.sequence_parallel,
+        )
         return drive_with(run, paths, prepared, executor, limits, observe)
 
 
@@ -231,12 +242,13 @@ def site_of(run: LoadedRun, name: str | None = None) -> SiteConfig:
 
 
 def workers_range(cluster: ClusterSection, auto: int) -> tuple[int, int]:
-    """The least and the most workers that the run file allows; `auto` where it leaves the number open."""
+    """The least and the most workers that the run file allows; where it leaves the number open, `auto` in whole groups, one at least."""
     if cluster.nodes is not None:
         fixed = cluster.nodes * (cluster.gpus_per_node or 1)
         return fixed, fixed
     if cluster.workers == "auto":
-        return auto, auto
+        whole = max(1, auto // cluster.sequence_parallel) * cluster.sequence_parallel
+        return whole, whole
     if isinstance(cluster.workers, int):
         return cluster.workers, cluster.workers
     return cluster.workers
