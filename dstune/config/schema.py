@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from dstune.config.adapter import AdapterSection
 from dstune.config.section import SECTION
 from dstune.config.train import TrainSection
-from dstune.config.units import parse_every, place
+from dstune.config.units import parse_every, place, size_bytes
 from dstune.paths import is_address
 
 _FILE = "file://"
@@ -47,9 +47,9 @@ class ModelSection(Section):
     kernels: Literal["auto", "off"] | list[KernelName] | dict[KernelName, bool] = "auto"
     """Faster ways to compute the same. `auto` uses each that is shown to work here; a list only those in it, or an error;
     `{rotary: false}` turns one off and leaves the others to `auto`."""
-    activation_checkpointing: bool | Literal["offload"] = False
-    """Recompute activations in the backward pass: about a third more compute, far less memory. `offload`: what each layer starts
-    from waits in main memory, for sequences so long that even this does not fit the GPU."""
+    activation_checkpointing: bool | Literal["auto", "offload"] = "auto"
+    """Recompute activations in the backward pass: about a third more compute, far less memory. `auto`: where the planner finds that it
+    pays. `offload`: what each layer starts from waits in main memory, for sequences so long that even this does not fit the GPU."""
     mlp_tile: Literal["off", "auto"] | Annotated[int, Field(ge=1)] = "off"
     """Tokens that go through a feed-forward layer at a time, for long sequences; `auto`: as many as the hidden size. Same loss."""
     overrides: dict[str, Any] = {}
@@ -192,7 +192,8 @@ class DeepspeedSection(Section):
     """How states are partitioned and offloaded."""
 
     preset: str = "auto"
-    """`auto`, a name in ds_configs/ (zero1, zero2, zero3, zero3-offload-optimizer, …), or a JSON file of yours."""
+    """`auto` (what the planner takes for the model and the machines: `dstune plan` says which, and why), a name in ds_configs/ (zero1,
+    zero2, zero3, zero3-offload-optimizer, …), or a JSON file of yours."""
     overrides: dict[str, Any] = {}
     """Put over the preset, key by key."""
 
@@ -206,6 +207,10 @@ class ClusterSection(Section):
     """Number of machines; with `gpus_per_node`, in place of `workers`."""
     gpus_per_node: int | None = Field(default=None, ge=1)
     """GPUs, and so workers, on each."""
+    gpu: str | None = None
+    """What they are (h100-80gb, a100-40gb, …), for the planner where it cannot look at them: on a laptop, or a head without GPUs."""
+    host_memory: Annotated[int, BeforeValidator(size_bytes)] | None = None
+    """Of one machine (`1TB`), likewise."""
     cpus_per_worker: int = Field(default=1, ge=1)
     """Cores, and so threads, of a worker."""
     max_failures: int = Field(default=3, ge=0)

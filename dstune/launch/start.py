@@ -15,19 +15,23 @@ from dstune.data import order
 from dstune.data.shards import Prepared
 from dstune.data.task import vocabulary_size
 from dstune.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
-from dstune.launch import rundir
+from dstune.launch import forecast, machine, rundir
 from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer, drive
 from dstune.launch.local import RayExecutor
 from dstune.launch.ray_pool import prepared_where_asked
+from dstune.launch.sizes import sizes
 from dstune.launch.status import read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
-from dstune.planning import deepspeed, plan
+from dstune.planning import deepspeed, plan, reasons
 from dstune.protocols import Executor
+from dstune.records.sinks import EventLog
 from dstune.selection.choose import prepared as prepare
 
 log = get_logger(__name__)
+
+_UNKNOWN = "the machines are not known here: `cluster.gpu` names their GPUs for the planner"
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,19 @@ class Planner:
     run: LoadedRun
     paths: RunPaths
     data: plan.DataFacts
+    elsewhere: bool = False
+    """Whether workers may be on other machines than this one."""
 
     def __call__(self, attempt: int, world_size: int, resume_from: Path | None, start_step: int) -> plan.Plan:
-        config, base = self.run.config, self.run.base
+        run, base = self.run, self.run.base
+        cluster = machine.cluster_of(run.config, world_size, self.elsewhere)
+        config, seen = run.config, None
+        if cluster is not None:
+            plan.require_rows(run.config, world_size)
+            rows = forecast.Rows.of(Prepared.open(self.data.directory))
+            seen = forecast.forecast(run, sizes(run.config, base), rows, cluster)
+            self._check_fit(seen)
+            config = seen.config
         made = plan.make(
             config,
             base,
@@ -51,9 +65,28 @@ class Planner:
             store_owner=rundir.environment(self.paths).get("store_owner"),
             resume_from=resume_from,
             start_step=start_step,
+            why=seen.why if seen else _UNKNOWN,
+            predicted=seen.predicted() if seen else None,
         )
         plan.write(made, deepspeed.make(config, base), self.paths)
+        EventLog(self.paths.events).event(
+            "planned", attempt=attempt, plan=described(made), why=made.why, predicted=made.predicted
+        )
+        log.info("attempt %d: %s (%s)", attempt, described(made), made.why)
         return made
+
+    def _check_fit(self, seen: forecast.Forecast) -> None:
+        if self.run.config.deepspeed.preset == "auto":
+            seen.require_fit()
+        elif not seen.this.fits:
+            log.warning("%s is not expected to fit: it lacks %s", reasons.named(seen.this), reasons.lacking(seen.this))
+
+
+def described(made: plan.Plan) -> str:
+    """What a plan chose, in one line."""
+    again = {False: "", True: ", recomputing activations", "offload": ", recomputing activations from host memory"}
+    batches = f"{made.micro_batches} x {made.micro_batch_size} rows a worker and step"
+    return f"{made.preset}, {batches}{again[made.activation_checkpointing]}"
 
 
 def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
@@ -194,7 +227,7 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
         if address is not None and cluster.workers == "auto" and cluster.nodes is None:
             least, most = 1, max(1, executor.available_workers())
         limits = DriveLimits(workers_wanted=most, workers_min=least, max_failures=cluster.max_failures)
-        return drive_with(run, paths, prepared, executor, limits, observe)
+        return drive_with(run, paths, prepared, executor, limits, observe, elsewhere=address is not None)
 
 
 def drive_with(
@@ -206,14 +239,17 @@ def drive_with(
     observe: Observer,
     *,
     restarts: bool = True,
+    elsewhere: bool = False,
 ) -> DriveEnd:
-    """Drive the run until it ends, on workers that `executor` places. `restarts`: it can place them more than once."""
+    """Drive the run until it ends, on workers that `executor` places. `restarts`: it can place them more than once; `elsewhere`: they
+    may be on other machines.
+    """
     checkpoints = rundir.checkpoints_of(run.config, run.base, paths)
     with claimed(checkpoints, run.config, prepared.fingerprint):
         return drive(
             paths,
             executor,
-            Planner(run, paths, data_facts(run.config, prepared)),
+            Planner(run, paths, data_facts(run.config, prepared), elsewhere),
             limits,
             observe,
             checkpoints=checkpoints,

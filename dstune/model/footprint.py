@@ -8,17 +8,20 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstune.config.schema import ModelSection
-from dstune.model import adapters, freezing
+from dstune.loggers import get_logger
+from dstune.model import adapters, freezing, tiling
 from dstune.model.build import skeleton
 from dstune.model.config import load_config
 from dstune.planning.shapes import ModelShape
+
+log = get_logger(__name__)
 
 _COUNTED = "counted"
 _TOKENS = 256
@@ -38,12 +41,9 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     layers = _layers(module)
     parameters = list(module.parameters())
     text = config.get_text_config()
-    seen = _Seen(parameters)
-    try:
-        _run(module, config, layers, seen)
-        counted = True
-    except _FAILURES:
-        counted = False
+    seen = _count(module, config, layers)
+    tiles = _tiles(module, config, layers, model, seen)
+    head: Any = module.get_output_embeddings()
     return ModelShape(
         kind=config.model_type,
         sizes=Counter(parameter.numel() for parameter in parameters),
@@ -53,11 +53,58 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         attention_width=_attention_width(text),
         vocabulary=int(text.vocab_size),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
-        layer_activations=seen.in_layers // (_TOKENS * max(1, len(layers))) if counted else _estimate(text, model),
+        layer_activations=(seen.a_layer(layers) if seen else _estimate(text, model)) - tiles.activations,
         layer_input=_width(text) * _bytes(module),
-        other_activations=seen.elsewhere // _TOKENS if counted else 8 * _width(text),
-        counted=counted,
+        other_activations=seen.elsewhere // _TOKENS if seen else 8 * _width(text),
+        tile_tokens=tiles.tokens,
+        tile_activations=tiles.activations,
+        tiled=tiles.elements,
+        head_trained=head is None or head.weight.requires_grad,
+        counted=seen is not None,
     )
+
+
+class _Tiles(NamedTuple):
+    """What `model.mlp_tile` changes (`planning.shapes`)."""
+
+    tokens: int = 0
+    activations: int = 0
+    elements: int = 0
+
+
+def _tiles(
+    module: PreTrainedModel,
+    config: PretrainedConfig,
+    layers: Sequence[torch.nn.Module],
+    model: ModelSection,
+    whole: "_Seen | None",
+) -> _Tiles:
+    """Counted by running the model again with two tiles; `whole`: what is kept without any."""
+    if model.mlp_tile == "off":
+        return _Tiles()
+    names = tiling.feed_forwards(module)
+    elements = sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
+    tokens = _width(config.get_text_config()) if model.mlp_tile == "auto" else model.mlp_tile
+    if whole is None or not names:
+        return _Tiles(tokens, 0, elements)
+    tiling.tile(module, _TOKENS // 2)
+    parts = _count(module, config, layers)
+    if parts is None:
+        return _Tiles(tokens, 0, elements)
+    # What a tile starts from is held by torch's checkpoint itself, where nobody sees it saved.
+    kept = parts.a_layer(layers) + _width(config.get_text_config()) * _bytes(module)
+    return _Tiles(tokens, max(0, whole.a_layer(layers) - kept), elements)
+
+
+def _count(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[torch.nn.Module]) -> "_Seen | None":
+    """What a forward pass keeps; None where the model could not be run without content."""
+    seen = _Seen(list(module.parameters()))
+    try:
+        _run(module, config, layers, seen)
+    except _FAILURES as error:
+        log.debug("%s was not counted: %s", config.model_type, error)
+        return None
+    return seen
 
 
 def _layers(module: PreTrainedModel) -> list[torch.nn.Module]:
@@ -79,6 +126,10 @@ class _Seen:
         self._kept: list[Any] = []  # a storage that is freed would lend its number to the next one
         self.depth = 0
         self.in_layers = self.elsewhere = 0
+
+    def a_layer(self, layers: Sequence[torch.nn.Module]) -> int:
+        """Bytes of one token in one layer."""
+        return self.in_layers // (_TOKENS * max(1, len(layers)))
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -39,18 +39,18 @@ DEVICES: Mapping[str, Device] = {
     "a100-80gb": Device(80 * GIB, 312e12, 2039 * GB, 24 * GB, 250 * GB),
     "h100-80gb": Device(80 * GIB, 989e12, 3350 * GB),
     "h100-pcie": Device(80 * GIB, 756e12, 2000 * GB, 55 * GB, 50 * GB),
-    "h200": Device(141 * GB, 989e12, 4800 * GB),
-    "h20": Device(96 * GB, 148e12, 4000 * GB),
-    "b200": Device(180 * GB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
-    "l40s": Device(48 * GB, 362e12, 864 * GB, 24 * GB, 24 * GB),
-    "a10g": Device(24 * GB, 70e12, 600 * GB, 24 * GB, 24 * GB),
-    "l4": Device(24 * GB, 121e12, 300 * GB, 24 * GB, 24 * GB),
-    "rtx-3090": Device(24 * GB, 71e12, 936 * GB, 24 * GB, 24 * GB),
-    "rtx-4090": Device(24 * GB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
-    "rtx-5090": Device(32 * GB, 210e12, 1792 * GB, 50 * GB, 50 * GB),
-    "mi300x": Device(192 * GB, 1307e12, 5300 * GB, 55 * GB, 300 * GB),
+    "h200": Device(140 * GIB, 989e12, 4800 * GB),
+    "h20": Device(95 * GIB, 148e12, 4000 * GB),
+    "b200": Device(178 * GIB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
+    "l40s": Device(45 * GIB, 362e12, 864 * GB, 24 * GB, 24 * GB),
+    "a10g": Device(22 * GIB, 70e12, 600 * GB, 24 * GB, 24 * GB),
+    "l4": Device(22 * GIB, 121e12, 300 * GB, 24 * GB, 24 * GB),
+    "rtx-3090": Device(24 * GIB, 71e12, 936 * GB, 24 * GB, 24 * GB),
+    "rtx-4090": Device(24 * GIB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
+    "rtx-5090": Device(32 * GIB, 210e12, 1792 * GB, 50 * GB, 50 * GB),
+    "mi300x": Device(192 * GIB, 1307e12, 5300 * GB, 55 * GB, 300 * GB),
 }
-"""`--gpu NAME` -> the device. Sources: the makers' data sheets (dense bf16, no sparsity)."""
+"""`--gpu NAME` -> the device. Sources: the makers' data sheets (dense bf16, no sparsity); memory as drivers report it, rounded down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,21 @@ class Cluster:
     nvme_rate: float = 5 * GB
     """Bytes/s of one machine's fast disk."""
 
+    host_assumed: bool = False
+    """Whether nobody said what the host's memory is."""
+
     @property
     def workers(self) -> int:
         return self.nodes * self.per_node
+
+
+_HOST_SHARE = 1.5
+"""Host memory of a machine that nobody described, over its devices' (DGX H100: 3.2; a workstation: 2.5; the leanest in clouds: 0.7)."""
+
+
+def assumed_host_memory(device: Device, per_node: int) -> int:
+    """Bytes of the host of `per_node` devices, where nobody said."""
+    return int(_HOST_SHARE * device.memory * per_node)
 
 
 def find_device(name: str, memory: int | None = None) -> Device:
