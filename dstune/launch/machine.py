@@ -75,7 +75,13 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Clu
     assumed = section.host_memory is None and not is_here
     host = section.host_memory or (hardware.assumed_host_memory(device, per_node) if assumed else memory_bytes())
     return hardware.Cluster(
-        nodes=nodes, per_node=per_node, device=device, host_memory=host, nvme=nvme_bytes(config), host_assumed=assumed
+        nodes=nodes,
+        per_node=per_node,
+        device=device,
+        host_memory=host,
+        nvme=nvme_bytes(config),
+        host_assumed=assumed,
+        cores=section.cpus_per_worker,
     )
 
 

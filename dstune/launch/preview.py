@@ -12,7 +12,7 @@ from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenizer_files import has_tokenizer
 from dstune.launch import machine, rundir, start
-from dstune.launch.forecast import Forecast, Rows, forecast
+from dstune.launch.forecast import Forecast, Rows, forecast, nvme_path
 from dstune.launch.sizes import sizes
 from dstune.loggers import get_logger
 from dstune.planning import choose, deepspeed, hardware, plan, reasons, saving
@@ -23,6 +23,7 @@ log = get_logger(__name__)
 _SHOWN = 12
 _ASSUMED = "h100-80gb"
 """The device of machines that nobody named."""
+_UNNAMED_NVME = "/NAME/THE/NVME/IN/deepspeed.overrides"
 _ASSUMED_STEPS = 1000
 """Of a run whose data is not here, and that names no `max_steps`."""
 
@@ -105,8 +106,20 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "nearest": None if best.fits else _nearest(seen),
         "why": reasons.why(seen.found, cluster.device.is_cpu),
         "ways": [_row(one, per_step) for one in choose.shown(seen.found, _SHOWN)],
-        "deepspeed": deepspeed.make(seen.config, run.base),
+        "deepspeed": _deepspeed(seen, run.base),
     }
+
+
+def _deepspeed(seen: Forecast, base: Path) -> dict[str, Any]:
+    """The whole config; where a plan for NVMe is chosen and nobody named its directory yet, with a place to write one."""
+    config = seen.config
+    if seen.this.memory.nvme and nvme_path(config) is None and config.deepspeed.preset in choose.PRESETS:
+        overrides = {"zero_optimization": {"offload_optimizer": {"nvme_path": _UNNAMED_NVME}}}
+        section = config.deepspeed.model_copy(
+            update={"overrides": deepspeed.merged(config.deepspeed.overrides, overrides)}
+        )
+        config = config.model_copy(update={"deepspeed": section})
+    return deepspeed.make(config, base)
 
 
 def _rows(run: LoadedRun, prepared: Prepared | None) -> tuple[Rows, plan.DataFacts]:
@@ -153,6 +166,7 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
         host_memory=said or (machine.memory_bytes() if is_here else assumed),
         host_assumed=not (said or is_here),
         nvme=asked.nvme or machine.nvme_bytes(config),
+        cores=section.cpus_per_worker,
     )
 
 

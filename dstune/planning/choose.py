@@ -20,7 +20,9 @@ _MARGIN = 0.92
 _HOST_MARGIN = 0.9
 _MOST_MICRO_BATCHES = 64
 _EQUALLY_FAST = 1.03
-"""Predicted times this close are taken as equal: then the way that needs less memory leads."""
+"""Predicted times this close are taken as equal."""
+_TIGHT = 0.85
+"""Of the room that may be filled: a way that fills more gives way to one that is equally fast and fills less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,9 @@ class Candidate:
         return not self.refused
 
     @property
-    def bytes(self) -> int:
-        """Of device and host together."""
-        return self.memory.peak + self.memory.host_peak
+    def filled(self) -> float:
+        """Of the tightest room."""
+        return max(room.needed / max(1, room.free) for room in self.rooms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def candidates(
 
 
 def _leader(fitting: Sequence[Candidate], cluster: Cluster) -> Candidate | None:
-    """The way that needs least memory among those that are as good as fastest.
+    """The fastest way; where that is a tight fit, the one that leaves most room among those that are as good as fastest.
 
     On a CPU, whose figures are rough and where little differs: ZeRO-3 before the others, for what runs here is then what runs on a
     cluster; nothing computed twice; and the largest micro-batch.
@@ -142,8 +144,11 @@ def _leader(fitting: Sequence[Candidate], cluster: Cluster) -> Candidate | None:
         return None
     if cluster.device.is_cpu:
         return min(fitting, key=lambda one: (one.preset != AUTO_PRESET, bool(one.recompute), -one.micro_batch_size))
-    limit = min(one.seconds.step for one in fitting) * _EQUALLY_FAST
-    return min((one for one in fitting if one.seconds.step <= limit), key=lambda one: one.bytes)
+    fastest = min(fitting, key=lambda one: one.seconds.step)
+    if fastest.filled <= _TIGHT:
+        return fastest
+    limit = fastest.seconds.step * _EQUALLY_FAST
+    return min((one for one in fitting if one.seconds.step <= limit), key=lambda one: max(_TIGHT, one.filled))
 
 
 def nearest(found: Sequence[Candidate]) -> Candidate:

@@ -122,14 +122,15 @@ def _offload(
     """Seconds on the way to the host and back, and of the update.
 
     An update reads master, moments and gradient and writes all but the last: 28 bytes an element with AdamW, whose rate the memory's
-    bandwidth sets (Ren et al. 2021, "ZeRO-Offload", section 5). On NVMe the same numbers are read and written, and the gradient both.
+    bandwidth sets, or the worker's cores (Ren et al. 2021, "ZeRO-Offload", section 5). On NVMe the same numbers are read and written,
+    and the gradient both.
     """
     share = shape.trained / work.world_size
     touched = share * _FP32 * (2 * work.numbers + 1)
     if cluster.device.is_cpu or place.offload_optimizer == "none":
         update = touched / cluster.device.bandwidth
     else:
-        update = touched * cluster.per_node / cluster.host_bandwidth
+        update = touched / cluster.host_rate
     if place.offload_optimizer == "nvme":
         update += 2 * _FP32 * share * (work.numbers + 1) * cluster.per_node / cluster.nvme_rate
     moved = 0.0

@@ -64,8 +64,10 @@ class Cluster:
     """Bytes of one machine."""
     nvme: int = 0
     """Bytes of one machine's fast disk; 0: none that may be used."""
+    cores: int = 1
+    """Of each worker, for the optimizer where it runs on the host."""
     host_bandwidth: float = 200 * GB
-    """Bytes/s of the host's memory, for the optimizer where it runs there."""
+    """Bytes/s of the host's memory."""
     network: float = 50 * GB
     """Bytes/s of one device to other machines."""
     nvme_rate: float = 5 * GB
@@ -77,6 +79,11 @@ class Cluster:
     @property
     def workers(self) -> int:
         return self.nodes * self.per_node
+
+    @property
+    def host_rate(self) -> float:
+        """Bytes/s of the host's memory that one worker's cores reach while all of them work."""
+        return min(self.cores * _CORE_BANDWIDTH, self.host_bandwidth / self.per_node)
 
 
 _HOST_SHARE = 1.5

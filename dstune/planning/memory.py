@@ -285,9 +285,13 @@ def _activations(shape: ModelShape, work: Work) -> int:
 
 
 def _logits(shape: ModelShape, work: Work, size: int) -> int:
-    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's sum in fp32."""
+    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's gradient.
+
+    The fused loss sums the head's gradient in fp32 where several chunks add up to it (`model.kernels.linear_cross_entropy`).
+    """
     logits = size * work.own_supervised * shape.vocabulary
-    if work.fused_loss:
-        head = shape.vocabulary * shape.layer_input // size
-        return min(logits, _FUSED_CHUNK) + (_FP32 * head if logits > _FUSED_CHUNK else 0)
-    return 2 * logits + 2 * min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32
+    if not work.fused_loss:
+        return 2 * logits + 2 * min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32
+    head = shape.vocabulary * shape.layer_input // size if shape.head_trained else 0
+    alone = _FUSED_CHUNK + head * (_FP32 - size)
+    return logits + size * head if logits <= alone else _FUSED_CHUNK + _FP32 * head

@@ -41,9 +41,8 @@ def _on_cpu(found: Sequence[Candidate]) -> str:
 def _against(first: Candidate, second: Candidate) -> str:
     faster = second.seconds.step / first.seconds.step - 1
     if faster < _ALIKE:
-        spared = second.bytes - first.bytes
         times = f"{first.seconds.step:.3g} and {second.seconds.step:.3g} s a step"
-        return f"as fast as {named(second)} ({times}), with {gib(spared)} less memory a worker"
+        return f"as fast as {named(second)} ({times}), with {headroom(first)}"
     part = max(first.seconds.parts, key=lambda name: second.seconds.parts[name] - first.seconds.parts[name])
     here, there = first.seconds.parts[part], second.seconds.parts[part]
     return f"{faster:.0%} faster than {named(second)}, most of it in {part}: {here:.3g} s a step against {there:.3g} s"

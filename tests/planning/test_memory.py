@@ -269,15 +269,15 @@ def test_a_device_is_recognised_by_its_drivers_name(driver, name):
     assert hardware.recognised(driver, 7) == hardware.find_device(name, 7)
 
 
-def test_the_leader_is_as_fast_as_the_fastest_and_leaves_most_room():
-    found = choose.candidates(BILLION, cluster(80), LOAD, POLICIES)
-    alike = [
-        one for one in found if one.fits and one.seconds.step <= 1.03 * min(w.seconds.step for w in found if w.fits)
-    ]
-    assert found[0].bytes == min(one.bytes for one in alike)
-    assert reasons.why(found, is_cpu=False).startswith(
-        "as fast as zero1, micro-batch 4 (0.72 and 0.739 s a step), with "
-    )
+def test_the_fastest_leads_unless_it_is_a_tight_fit():
+    roomy = choose.candidates(BILLION, cluster(80), LOAD, POLICIES)
+    assert roomy[0].seconds.step == min(one.seconds.step for one in roomy if one.fits)
+    assert reasons.why(roomy, is_cpu=False).startswith("as fast as zero1, micro-batch 4")
+    tight = choose.candidates(BILLION, cluster(11), LOAD, POLICIES)
+    fitting = [one for one in tight if one.fits]
+    fastest = min(fitting, key=lambda one: one.seconds.step)
+    alike = [one for one in fitting if one.seconds.step <= 1.03 * fastest.seconds.step]
+    assert fastest.filled > 0.85 and tight[0].filled <= max(0.85, min(one.filled for one in alike))
 
 
 def test_a_cpu_takes_zero3_and_what_fits_it():
@@ -288,7 +288,9 @@ def test_a_cpu_takes_zero3_and_what_fits_it():
     settled = choose.Settled(usual_micro_batch=2)
     roomy = choose.candidates(BILLION, machine(400), LOAD, POLICIES, settled)[0]
     assert (roomy.preset, roomy.micro_batch_size, roomy.recompute) == ("zero3", 2, False)
-    tight = choose.candidates(BILLION, machine(0.95 * 4 * roomy.bytes / GB), LOAD, POLICIES, settled)[0]
+    tight = choose.candidates(
+        BILLION, machine(0.95 * 4 * (roomy.memory.peak + roomy.memory.host_peak) / GB), LOAD, POLICIES, settled
+    )[0]
     assert (tight.preset, tight.micro_batch_size, tight.recompute) == ("zero3", 1, False)
     small = choose.candidates(BILLION, machine(10), LOAD, POLICIES, settled)
     assert "nothing fits; nearest comes" in reasons.why(small, is_cpu=True)
