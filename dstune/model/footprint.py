@@ -34,6 +34,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     config = load_config(model, base)
     _register()
     module = skeleton(config, model, _COUNTED)
+    module.config.pad_token_id = None  # or GPT-2 and others look for padding among tokens that have no content
     if model.adapter is not None:
         with torch.device("meta"):
             adapters.attach(module, model.adapter, 0)
