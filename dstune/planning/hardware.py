@@ -99,8 +99,10 @@ def find_device(name: str, memory: int | None = None) -> Device:
     """The device of that name, with another memory where given. Raises UsageError for an unknown one."""
     known = DEVICES.get(name.lower())
     if known is None:
-        near = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
+        asked = name.lower()
+        longer = [key for key in DEVICES if key.startswith(asked)]
+        near = longer or difflib.get_close_matches(asked, DEVICES, n=1, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(
             Problem("--gpu", f"{name!r} is no device that the planner knows", ", ".join(DEVICES), hint.strip())
         )

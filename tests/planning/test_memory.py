@@ -248,7 +248,9 @@ def test_checkpoints_fill_the_disk_with_all_that_stay_and_one_more():
 
 def test_an_unknown_device_is_refused_with_its_neighbour():
     with pytest.raises(UsageError, match="did you mean h100-80gb"):
-        hardware.find_device("h100-80g")
+        hardware.find_device("h10-80gb")
+    with pytest.raises(UsageError, match="did you mean h100-80gb or h100-pcie"):
+        hardware.find_device("H100")
     assert hardware.find_device("H100-80GB", 40).memory == 40
 
 
