@@ -10,6 +10,7 @@ import numpy as np
 
 from dstune.config.load import LoadedRun
 from dstune.config.schema import RunConfig
+from dstune.config.units import duration_seconds
 from dstune.data.shards import Prepared
 from dstune.errors import ConfigError, FitError, Problem
 from dstune.launch.sizes import Sizes
@@ -74,12 +75,26 @@ class Forecast:
     """Why that way; empty where the run file leaves no choice."""
     tokens_per_step: float
 
-    def predicted(self) -> dict[str, Any]:
-        """What metrics.jsonl should show: of a GPU's memory what its allocator counts, of a CPU's what is resident."""
+    def predicted(self, steps: int) -> dict[str, Any]:
+        """What metrics.jsonl should show of a run of `steps`: of a GPU's memory what its allocator counts, of a CPU's what is resident,
+        with the copy that a checkpoint before the last step is written from.
+        """
         memory, seconds = self.this.memory, self.this.seconds.step
-        peak = memory.peak + memory.host_peak if self.cluster.device.is_cpu else memory.allocated
+        peak = memory.allocated
+        if self.cluster.device.is_cpu:
+            peak = memory.peak + memory.host_peak + (memory.checkpoint_copy if self._copies(steps) else 0)
         rate = round(self.tokens_per_step / seconds, 1)
         return {"peak_memory_bytes": peak, "step_seconds": round(seconds, 4), "tokens_per_second": rate}
+
+    def _copies(self, steps: int) -> bool:
+        """Whether checkpoints are written behind the training while it goes on."""
+        section = self.config.checkpoint
+        if section.background is False:
+            return False
+        every = section.every
+        between = every if isinstance(every, int) else duration_seconds(every) / self.this.seconds.step
+        left = min(room.free - room.needed for room in self.this.rooms)
+        return between < steps and self.this.memory.checkpoint_copy * self.cluster.per_node <= left
 
     def require_fit(self) -> None:
         """Raises FitError where the planner was to choose and found nothing."""

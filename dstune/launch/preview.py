@@ -90,6 +90,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "micro_batch_size": made.micro_batch_size,
         "micro_batches": made.micro_batches,
         "global_batch_size": made.global_batch_size,
+        "data": None if prepared else f"not looked at: full rows of {rows.longest} tokens, {made.total_steps} steps",
         "rows": made.num_rows,
         "examples": rows.examples,
         "examples_per_step": round(rows.examples * config.train.global_batch_size / rows.num_rows, 1),

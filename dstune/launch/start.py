@@ -46,14 +46,10 @@ class Planner:
 
     def __call__(self, attempt: int, world_size: int, resume_from: Path | None, start_step: int) -> plan.Plan:
         run, base = self.run, self.run.base
-        cluster = machine.cluster_of(run.config, world_size, self.elsewhere)
-        config, seen = run.config, None
-        if cluster is not None:
-            plan.require_rows(run.config, world_size)
-            rows = forecast.Rows.of(Prepared.open(self.data.directory))
-            seen = forecast.forecast(run, sizes(run.config, base), rows, cluster)
-            self._check_fit(seen)
-            config = seen.config
+        plan.require_rows(run.config, world_size)
+        seen = self._forecast(world_size)
+        config = seen.config if seen else run.config
+        steps = order.num_steps(self.data.total_positions, config.train.global_batch_size)
         made = plan.make(
             config,
             base,
@@ -66,14 +62,23 @@ class Planner:
             resume_from=resume_from,
             start_step=start_step,
             why=seen.why if seen else _UNKNOWN,
-            predicted=seen.predicted() if seen else None,
+            predicted=seen.predicted(steps) if seen else None,
         )
         plan.write(made, deepspeed.make(config, base), self.paths)
-        EventLog(self.paths.events).event(
-            "planned", attempt=attempt, plan=described(made), why=made.why, predicted=made.predicted
-        )
-        log.info("attempt %d: %s (%s)", attempt, described(made), made.why)
+        told = {"plan": described(made), "why": made.why, "predicted": made.predicted}
+        EventLog(self.paths.events).event("planned", attempt=attempt, **told)
+        log.info("attempt %d: %s (%s)", attempt, told["plan"], made.why)
         return made
+
+    def _forecast(self, world_size: int) -> forecast.Forecast | None:
+        """What the workers should take; None where their machines are not known."""
+        cluster = machine.cluster_of(self.run.config, world_size, self.elsewhere)
+        if cluster is None:
+            return None
+        rows = forecast.Rows.of(Prepared.open(self.data.directory))
+        seen = forecast.forecast(self.run, sizes(self.run.config, self.run.base), rows, cluster)
+        self._check_fit(seen)
+        return seen
 
     def _check_fit(self, seen: forecast.Forecast) -> None:
         if self.run.config.deepspeed.preset == "auto":
