@@ -39,6 +39,16 @@ def _gpu(line: str) -> Gpu:
     return Gpu(name.strip(), int(mebibytes) << 20)
 
 
+def processor(cores: int) -> hardware.Device:
+    """What `cores` of this machine's cores are to a worker."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):  # not Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    flops = next(rate for flag, rate in hardware.CORE_FLOPS.items() if flag in flags or not flag)
+    return hardware.cpu(cores, memory_bytes(), flops)
+
+
 def memory_bytes() -> int:
     """Main memory of this machine, or less where this process's control group (version 2) has a limit."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
@@ -69,7 +79,7 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Clu
     elif elsewhere or section.gpus_per_node is not None:
         return None
     else:
-        device = hardware.cpu(section.cpus_per_worker, memory_bytes())
+        device = processor(section.cpus_per_worker)
     nodes, per_node = nodes_of(workers, section.gpus_per_node or len(here) or workers)
     is_here = bool(here) or device.is_cpu
     assumed = section.host_memory is None and not is_here

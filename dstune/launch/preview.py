@@ -157,7 +157,7 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
     elif section.gpus_per_node is not None or asked.gpus_per_node is not None:
         device, is_here = hardware.find_device(_ASSUMED), False
     else:
-        device = hardware.cpu(section.cpus_per_worker, machine.memory_bytes())
+        device = machine.processor(section.cpus_per_worker)
     said = asked.host_memory or section.host_memory
     assumed = hardware.assumed_host_memory(device, per_node)
     return hardware.Cluster(

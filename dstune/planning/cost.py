@@ -14,6 +14,8 @@ from dstune.planning.shapes import ModelShape
 _REACHED = 0.55
 """Share of the peak that a well-fed training step reaches on current GPUs, causally counted; a bf16 product alone reaches 0.8."""
 _REACHED_CPU = 0.35
+_FP32_SHARE = 1 / 8
+"""Of the 16-bit rate that products in fp32 reach: a seventh with AMX, a fifteenth on an H100 without TF32."""
 _HIDDEN = 0.5
 """Share of the traffic that runs behind arithmetic."""
 _LAUNCH_SECONDS = 0.004
@@ -72,8 +74,8 @@ def step_seconds(
     filled = 1.0 if device.is_cpu else tokens / (tokens + _HALF_TOKENS)
     tiles = 2.0 * shape.tiled * tokens  # their forward pass comes twice
     one = flops(shape, tokens, tokens * squares_per_token, work.recompute) + tiles
-    compute = micro_batches * (one / (device.flops * reached * filled) + _LAUNCH_SECONDS)
-    size = 2 if work.dtype != "fp32" else 4
+    size, rate = (4, device.flops * _FP32_SHARE) if work.dtype == "fp32" else (2, device.flops)
+    compute = micro_batches * (one / (rate * reached * filled) + _LAUNCH_SECONDS)
     communication = _communication(shape, place, work, cluster, size, micro_batches) if cluster.workers > 1 else 0.0
     offload, update = _offload(shape, place, work, cluster, size, micro_batches)
     exposed = max(0.0, communication - _HIDDEN * compute) if place.stage == 3 else communication

@@ -28,8 +28,8 @@ class Device:
     is_cpu: bool = False
 
 
-_CORE_FLOPS = 0.6e12
-"""bf16 with AMX, half of what a product alone reached; cores without it are up to ten times slower."""
+CORE_FLOPS: Mapping[str, float] = {"amx_bf16": 0.6e12, "avx512_bf16": 0.15e12, "": 0.05e12}
+"""A flag of a processor -> bf16 FLOP/s of one of its cores: with AMX half of what a product alone reached; the others are guessed."""
 _CORE_BANDWIDTH = 12 * GB
 _LOOPBACK = 0.7 * GB
 """gloo between processes of one machine."""
@@ -118,6 +118,6 @@ def recognised(name: str, memory: int) -> Device:
     return replace(DEVICES["a100-80gb"], memory=memory)
 
 
-def cpu(cores: int, memory: int) -> Device:
+def cpu(cores: int, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"]) -> Device:
     """The share of a machine's CPU that one worker of `cores` threads has."""
-    return Device(memory, _CORE_FLOPS * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)
+    return Device(memory, core_flops * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)
