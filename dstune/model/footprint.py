@@ -19,6 +19,7 @@ from dstune.loggers import get_logger
 from dstune.model import adapters, freezing, tiling
 from dstune.model.build import skeleton
 from dstune.model.config import load_config
+from dstune.model.per_example import FP32_ELEMENTS
 from dstune.planning.shapes import ModelShape
 
 log = get_logger(__name__)
@@ -57,6 +58,9 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         layer_activations=(seen.a_layer(layers) if seen else _estimate(text, model)) - tiles.activations,
         layer_input=_width(text) * _bytes(module),
         other_activations=seen.elsewhere // _TOKENS if seen else 8 * _width(text),
+        attention_activations=seen.attended // (_TOKENS * len(layers)) if seen and layers else 0,
+        attention_result=seen.results // (_TOKENS * len(layers)) if seen and layers else 0,
+        fp32_tokens=FP32_ELEMENTS // seen.head_size if seen and seen.head_size else 0,
         tile_tokens=tiles.tokens,
         tile_activations=tiles.activations,
         tiled=tiles.elements,
@@ -127,6 +131,8 @@ class _Seen:
         self._kept: list[Any] = []  # a storage that is freed would lend its number to the next one
         self.depth = 0
         self.in_layers = self.elsewhere = 0
+        self.attended = self.results = self.head_size = 0
+        """Bytes of attention's tensors, and of its results among them; the size of a head."""
 
     def a_layer(self, layers: Sequence[torch.nn.Module]) -> int:
         """Bytes of one token in one layer."""
@@ -156,6 +162,7 @@ def _run(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[tor
         # Of a packed pair, half the tokens are taken for the source's.
         inputs = {"input_ids": ids[:, : _TOKENS // 2], "decoder_input_ids": ids[:, _TOKENS // 2 :]}
     body: Any = module.base_model if not config.is_encoder_decoder else module
+    _Attention.seen = seen
     with _counting(layers, seen), torch.autograd.graph.saved_tensors_hooks(seen.pack, lambda tensor: tensor):
         body.train()(**inputs, use_cache=False)
 
@@ -194,11 +201,18 @@ def _attention(
 class _Attention(torch.autograd.Function):
     """Keeps what flash attention keeps: queries, keys, values, the result, and a number per head and token."""
 
+    seen: _Seen
+    """Whoever counts at present."""
+
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         batch, heads, length, _ = query.shape
         result = value.new_empty((batch, length, heads, value.shape[-1]))
-        ctx.save_for_backward(query, key, value, result, query.new_empty((batch, heads, length), dtype=torch.float32))
+        seen, tensors = _Attention.seen, (query, key, value, result)
+        seen.attended += sum(one.numel() * one.element_size() for one in tensors)
+        seen.results += result.numel() * result.element_size()
+        seen.head_size = value.shape[-1]
+        ctx.save_for_backward(*tensors, query.new_empty((batch, heads, length), dtype=torch.float32))
         return result
 
     @staticmethod

@@ -199,6 +199,7 @@ def _candidate(
         world_size=cluster.workers,
         tokens=tokens,
         supervised=math.ceil(tokens * load.supervised_share),
+        example_tokens=load.squares_per_token,
         recompute=bool(recompute),
         offload_inputs=recompute == "offload",
         fused_loss=load.fused_loss,

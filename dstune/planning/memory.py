@@ -6,6 +6,7 @@ workers (2 of the weight, 4 of the gradients' sum, 12 of master and moments), wh
 count 16 with sums in 16 bits. On a CPU device and host are one, and what a process takes before it has a model (`Process`) counts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,8 @@ class Work:
     """Of a micro-batch."""
     supervised: int
     """Targets among them: logits are computed for these alone."""
+    example_tokens: float = math.inf
+    """Of the example that a token stands in, on average."""
     recompute: bool
     """Activation checkpointing."""
     offload_inputs: bool = False
@@ -127,13 +130,19 @@ class Process:
     """Share of everything that lies idle in the allocator."""
     whole_buckets: bool
     """Whether a bucket takes its room before it is filled."""
+    retains: bool = False
+    """Whether what was freed stays resident: a C library's heap, of all but the largest tensors."""
     host: int = 0
     """Bytes of the host's memory, whatever it trains, where that is another memory."""
+    attends_apart: bool = False
+    """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
     pins: bool = False
     """Whether offloaded tensors are pinned: torch rounds each one's room up to a power of two."""
 
 
-CPU_PROCESS = Process(fixed=560 << 20, workspace=5.5, fragments=0.0, whole_buckets=False)
+CPU_PROCESS = Process(
+    fixed=560 << 20, workspace=5.5, fragments=0.0, whole_buckets=False, retains=True, attends_apart=True
+)
 """Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`."""
 GPU_PROCESS = Process(
     fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True, host=3 << 30, pins=True
@@ -182,10 +191,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
         "weights' copy within machines": _copy_within(shape, place, size),
         "gathered weights": _gathered(shape, place, size),
         **(_states(shape, place, work) if place.offload_optimizer == "none" else {}),
-        **_reduction(shape, place, work, process, size),
-        "activations": _activations(shape, work),
-        "logits": _logits(shape, work, size),
-        "workspace": int(process.workspace * shape.layer_activations * work.own_tokens),
+        **_passing(shape, place, work, process, size),
         "process": process.fixed,
     }
     device = {name: count for name, count in device.items() if count}
@@ -207,15 +213,28 @@ def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
     return {"masters and moments": _FP32 * share * work.numbers, "gradient sums": _FP32 * sums}
 
 
-def _reduction(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
-    """The bucket that gradients are gathered in, and what lies beside it while it is sent or the update is made."""
+def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
+    """What comes and goes within a step: at its most at the end of the forward pass, while gradients are reduced, or in the update.
+
+    Where freed memory stays resident, all of that adds up.
+    """
     trained, share = shape.trained, -(-shape.trained // work.world_size)
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
     waiting = min(bucket, trained)
-    backward = 0 if place.stage == 1 else size * waiting + _FP32 * waiting * _copies_of_bucket(place, work.world_size)
+    sent = 0 if place.stage == 1 else size * waiting + _FP32 * waiting * _copies_of_bucket(place, work.world_size)
     in_steps = place.stage == 3 and place.offload_optimizer == "none"
-    step = _FP32 * min(share, place.sub_group) if in_steps else 0
-    return {"gradient bucket": _FP32 * bucket, "gradients on their way": max(backward, step)}
+    update = _FP32 * min(share, place.sub_group) if in_steps else 0
+    activations = _activations(shape, work, process)
+    logits = _logits(shape, work, size)
+    workspace = int(process.workspace * shape.layer_activations * work.own_tokens)
+    found = {"gradient bucket": _FP32 * bucket, "activations": activations}
+    if process.retains:
+        return found | {"logits": logits, "workspace": workspace, "gradients on their way": max(sent, update)}
+    forward = activations + max(logits, workspace)
+    # The first bucket is full, and sent, when so much of the backward pass is over.
+    left = int(activations * max(0.0, 1 - bucket / max(1, trained)))
+    beyond = max(0, sent + left + workspace - forward, update - forward)
+    return found | {"logits or workspace": max(logits, workspace), "gradients on their way": beyond}
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:
@@ -274,14 +293,21 @@ def _copies_of_bucket(place: Placement, world: int) -> int:
     return 1
 
 
-def _activations(shape: ModelShape, work: Work) -> int:
+def _activations(shape: ModelShape, work: Work, process: Process) -> int:
     tokens = work.own_tokens
-    each = shape.layer_activations * shape.layers
+    layer = shape.layer_activations + (_apart(shape, work) if process.attends_apart else 0)
+    each = layer * shape.layers
     if work.recompute:
         inputs = 2 if work.offload_inputs else shape.layers
-        each = shape.layer_input * inputs + shape.layer_activations
+        each = shape.layer_input * inputs + layer
     tile = shape.tile_activations * min(shape.tile_tokens, tokens)
     return tokens * (each + shape.other_activations) + tile
+
+
+def _apart(shape: ModelShape, work: Work) -> int:
+    """Bytes a token and layer more, where attention goes example by example: its result once more, and in fp32 all of it twice as large."""
+    doubled = shape.attention_activations if work.dtype == "bf16" and work.example_tokens <= shape.fp32_tokens else 0
+    return shape.attention_result + doubled
 
 
 def _logits(shape: ModelShape, work: Work, size: int) -> int:

@@ -29,6 +29,12 @@ class ModelShape:
     """Bytes a token and layer that remain where activations are recomputed."""
     other_activations: int
     """Bytes a token outside the layers, logits left out."""
+    attention_activations: int = 0
+    """Bytes of `layer_activations` that are queries, keys, values and the result of attention."""
+    attention_result: int = 0
+    """Bytes of the result among them."""
+    fp32_tokens: int = 0
+    """Tokens of an example up to which a CPU attends in fp32 (`model.per_example`)."""
     tile_tokens: int = 0
     """Tokens that pass a feed-forward layer at once (`model.mlp_tile`); 0: all of them."""
     tile_activations: int = 0

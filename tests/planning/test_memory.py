@@ -107,6 +107,16 @@ def test_a_copy_within_machines_is_the_weights_over_its_workers():
     assert found["weights"] == 2 * BILLION.parameters / 16
 
 
+def test_what_a_gpu_frees_is_used_again():
+    """Gradients are sent when most activations are gone, or hardly any, as the bucket is large or small beside the model."""
+    process = Process(fixed=0, workspace=1.0, fragments=0.0, whole_buckets=True)
+    for bucket, sent in ((10**9, 10 * 10**9), (10**8, 10**9)):
+        found = estimate(BILLION, Placement(stage=3, reduce_bucket=bucket), work(), process).device
+        kept, passing = found["activations"], found["logits or workspace"]
+        assert kept == 4096 * (20 * 100_000 + 10_000) and passing == 4096 * 100_000
+        assert found["gradients on their way"] == sent - kept * bucket // 10**9
+
+
 def test_inputs_that_wait_on_the_host_leave_two_on_the_device():
     found = estimate(BILLION, Placement(stage=3), work(recompute=True, offload_inputs=True), GPU_PROCESS)
     assert found.device["activations"] == 4096 * (2 * 4096 + 100_000 + 10_000)
@@ -140,7 +150,7 @@ def test_every_byte_of_one_small_model():
         other_activations=40,
     )
     place = Placement(stage=3, persistence=0, reduce_bucket=1000)
-    process = Process(fixed=7, workspace=2.0, fragments=0.0, whole_buckets=False)
+    process = Process(fixed=7, workspace=2.0, fragments=0.0, whole_buckets=False, retains=True)
     found = estimate(small, place, work(world_size=2, tokens=64, supervised=32), process)
     assert found.device == {
         "weights": 2 * 1500,
@@ -275,11 +285,15 @@ def test_the_fastest_leads_unless_it_is_a_tight_fit():
     roomy = choose.candidates(BILLION, cluster(80), LOAD, POLICIES)
     assert roomy[0].seconds.step == min(one.seconds.step for one in roomy if one.fits)
     assert reasons.why(roomy, is_cpu=False).startswith("as fast as zero1, micro-batch 4")
-    tight = choose.candidates(BILLION, cluster(11), LOAD, POLICIES)
-    fitting = [one for one in tight if one.fits]
-    fastest = min(fitting, key=lambda one: one.seconds.step)
-    alike = [one for one in fitting if one.seconds.step <= 1.03 * fastest.seconds.step]
-    assert fastest.filled > 0.85 and tight[0].filled <= max(0.85, min(one.filled for one in alike))
+    gave_way = 0
+    for gigabytes in range(90, 400, 10):
+        found = choose.candidates(BILLION, cluster(gigabytes), LOAD, POLICIES)
+        fitting = [one for one in found if one.fits]
+        fastest = min(fitting, key=lambda one: one.seconds.step)
+        alike = [one for one in fitting if one.seconds.step <= 1.03 * fastest.seconds.step]
+        assert found[0] in alike and found[0].filled <= max(0.85, min(one.filled for one in alike))
+        gave_way += found[0] is not fastest
+    assert gave_way
 
 
 def test_a_cpu_takes_zero3_and_what_fits_it():
