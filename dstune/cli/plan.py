@@ -167,6 +167,9 @@ def _ways(plan: dict[str, Any]) -> Iterator[str]:
             + (f"   no: {way['why']}" if way["why"] else "")
         )
     yield f"  {plan['why']}"
+    if more := plan["enough_machines"]:
+        way = f"{more['preset']} and micro-batches of {more['micro_batch_size']}"
+        yield f"  on {more['nodes']} of these machines the run would fit, with {way}"
 
 
 def _gib(count: float) -> str:

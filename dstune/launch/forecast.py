@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,17 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
         why=reasons.why(mine, cluster.device.is_cpu) if len(mine) > 1 else "",
         tokens_per_step=rows.tokens * config.train.global_batch_size / rows.num_rows,
     )
+
+
+def enough_machines(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Forecast | None:
+    """How the run would go on two, four, … times as many of these machines, the first number that it fits; None: on none of them."""
+    nodes = cluster.nodes * 2
+    while nodes * cluster.per_node <= run.config.train.global_batch_size:
+        seen = forecast(run, sizes, rows, replace(cluster, nodes=nodes))
+        if seen.this.fits:
+            return seen
+        nodes *= 2
+    return None
 
 
 def _load(config: RunConfig, rows: Rows, fused_loss: bool) -> choose.Load:

@@ -12,7 +12,7 @@ from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenizer_files import has_tokenizer
 from dstune.launch import machine, rundir, start
-from dstune.launch.forecast import Forecast, Rows, forecast, nvme_path
+from dstune.launch.forecast import Forecast, Rows, enough_machines, forecast, nvme_path
 from dstune.launch.sizes import sizes
 from dstune.loggers import get_logger
 from dstune.planning import choose, deepspeed, hardware, plan, reasons, saving
@@ -105,6 +105,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "this_run": _described(seen.this, seen, made.total_steps, asked) | {"chosen_because": seen.why},
         "best": _described(best, seen, made.total_steps, asked) if best.fits else None,
         "nearest": None if best.fits else _nearest(seen),
+        "enough_machines": None if seen.this.fits else _enough(enough_machines(run, counted, rows, cluster)),
         "why": reasons.why(seen.found, cluster.device.is_cpu),
         "ways": [_row(one, per_step) for one in choose.shown(seen.found, _SHOWN)],
         "deepspeed": _deepspeed(seen, run.base),
@@ -221,6 +222,10 @@ def _row(one: choose.Candidate, per_step: float) -> dict[str, Any]:
 def _nearest(seen: Forecast) -> dict[str, Any]:
     close = choose.nearest(seen.found)
     return _row(close, seen.tokens_per_step) | {"lacks": reasons.lacking(close)}
+
+
+def _enough(more: Forecast | None) -> dict[str, Any] | None:
+    return None if more is None else {"nodes": more.cluster.nodes, **_row(more.this, more.tokens_per_step)}
 
 
 def _described(one: choose.Candidate, seen: Forecast, steps: int, asked: Asked) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def test_what_fits_nowhere_ends_with_status_4_and_says_what_it_lacks(run_file, c
     found = planned(capsys, run_file, *SMALL, "--host-memory", "32GB", status=4)
     assert found["best"] is None and not found["fits"]
     assert "more of the machine's memory than may be filled" in found["nearest"]["lacks"]
+    assert found["enough_machines"]["nodes"] == 8  # a billion parameters each: 20 GB of the host, and of 4 machines 40
 
 
 def test_a_named_preset_that_does_not_fit_is_told_so(run_file, capsys):
