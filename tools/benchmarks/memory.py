@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dstune import api
 from dstune.paths import RunPaths
 from dstune.planning.plan import Plan
 from tools.benchmarks import planned
@@ -109,6 +110,7 @@ def _row(name: str, case: Case) -> dict[str, Any]:
         )
         predicted = Plan.read(RunPaths(root).plan(1)).predicted
         assert predicted is not None
+        this = api.plan(root / "config.yaml", workers=case.workers)["this_run"]
         planned.spawn("tools.benchmarks.memory_worker", case.workers, [str(root)])
         lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         measured = max(json.loads(line)["peak_memory_bytes"] for line in lines)
@@ -118,6 +120,7 @@ def _row(name: str, case: Case) -> dict[str, Any]:
         "measured_mib": measured >> 20,
         "predicted_mib": expected >> 20,
         "off": round(expected / measured - 1, 3),
+        "parts_mib": {name: count >> 20 for name, count in (this["device_parts"] | this["host_parts"]).items()},
     }
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
