@@ -208,9 +208,10 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
 
 def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
     share = -(-shape.trained // work.world_size)
-    # DeepSpeed's stage 1 with fp32 sums keeps all of them.
+    # DeepSpeed's stage 1 with fp32 sums keeps all of them; under its stage 3 weights in fp32 are their own masters.
     sums = shape.trained if place.stage == 1 else share
-    return {"masters and moments": _FP32 * share * work.numbers, "gradient sums": _FP32 * sums}
+    lasting = work.numbers - (place.stage == 3 and work.dtype == "fp32")
+    return {"masters and moments": _FP32 * share * lasting, "gradient sums": _FP32 * sums}
 
 
 def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
