@@ -63,4 +63,5 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "ModelShape":
-        return cls(**{**value, "sizes": dict(value["sizes"])})
+        values: dict[str, Any] = {**value, "sizes": dict(value["sizes"])}
+        return cls(**values)

@@ -83,9 +83,9 @@ def main() -> int:
 
 def _row(name: str, case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        shape = planned.llama(case.hidden, case.layers) | {"max_position_embeddings": 4096} | case.shape
-        if "path" in case.model:
-            shape = dict(case.shape)
+        shape = dict(case.shape)
+        if "path" not in case.model:
+            shape = planned.llama(case.hidden, case.layers) | {"max_position_embeddings": 4096} | shape
         shape["vocab_size"] = case.vocabulary
         train = {
             "global_batch_size": case.micro_batch * case.workers,
