@@ -143,7 +143,7 @@ class Process:
 CPU_PROCESS = Process(
     fixed=560 << 20, workspace=5.5, fragments=0.0, whole_buckets=False, retains=True, attends_apart=True
 )
-"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`."""
+"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
 GPU_PROCESS = Process(
     fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True, host=3 << 30, pins=True
 )  # fmt: skip
