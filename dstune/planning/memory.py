@@ -125,7 +125,8 @@ class Process:
     fixed: int
     """Bytes, whatever it trains."""
     workspace: float
-    """Of the backward pass, in the activations of one layer: gradients on their way, and heap between large tensors."""
+    """Of the backward pass, in the 16-bit activations of one layer: gradients on their way, and heap between large tensors. As many
+    bytes in fp32: norms and attention make fp32 of 16 bits for a moment anyway."""
     fragments: float
     """Share of everything that lies idle in the allocator."""
     whole_buckets: bool
@@ -228,7 +229,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     update = _FP32 * min(share, place.sub_group) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
-    workspace = int(process.workspace * shape.layer_activations * work.own_tokens)
+    workspace = int(process.workspace * 2 / size * shape.layer_activations * work.own_tokens)
     found = {"gradient bucket": _FP32 * bucket, "activations": activations}
     if process.retains:
         return found | {"logits": logits, "workspace": workspace, "gradients on their way": max(sent, update)}
