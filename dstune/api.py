@@ -4,7 +4,7 @@
 dictionaries, as the run directory's logs have them), never the trainer. Functions raise `dstune.errors.DstuneError`s.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ class RunResult:
     """The last step done, or the committed one that a resume goes on from."""
     exit_status: int
     message: str = ""
+    compared: Mapping[str, Any] | None = None
+    """`predicted` and `measured` memory and speed of the last attempt."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -146,15 +148,19 @@ def plan(run: RunFile, overrides: Sequence[str] = (), **machines: Any) -> dict[s
     """What a run would do and need: steps, memory by part, the ways to run, time, checkpoints, DeepSpeed config.
 
     `machines`: the fields of `launch.preview.Asked` (`workers`, `nodes`, `gpus_per_node`, `gpu`, `gpu_memory`, `host_memory`, `nvme`,
-    `price`, `failure_hours`), sizes in bytes. Prepares the data where it is not yet; looks at no GPU and no weights.
+    `price`, `node_hours`, `without_data`), sizes in bytes. Prepares the data where it is not yet; looks at no GPU and no weights.
+    `fits` in it says whether the run as it stands should fit.
     """
     from dstune.launch import preview, start
 
     loaded = _loaded(run, overrides)
     start.check(loaded)
+    asked = preview.Asked(**machines)
+    if preview.does_without_data(loaded, asked):
+        return dict(preview.preview(loaded, None, asked))
     prepared = prepare(loaded)
     start.warn_of_few_rows(loaded, prepared)
-    return dict(preview.preview(loaded, prepared, preview.Asked(**machines)))
+    return dict(preview.preview(loaded, prepared, asked))
 
 
 def train(
@@ -226,10 +232,12 @@ def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
 
 
 def status(run: str | Path) -> dict[str, Any]:
-    """Where a run stands, wherever it was submitted."""
-    from dstune.launch import rundir, submission
+    """Where a run stands, wherever it was submitted, and what was predicted of its newest attempt beside what was measured."""
+    from dstune.launch import comparison, rundir, submission
 
-    return submission.status(rundir.find(run))
+    paths = rundir.find(run)
+    found = submission.status(paths)
+    return found | (comparison.compared(paths, int(found["attempt"])) or {})
 
 
 def logs(run: str | Path, *, follow: bool = False, rank: int | None = None) -> Iterator[str]:
@@ -366,7 +374,8 @@ def _found_again(run: str | Path, overrides: Sequence[str], progress: bool = Fal
 def _drive(
     loaded: LoadedRun, paths: "RunPaths", address: str | None, progress: bool, hooks: Sequence[Hook | None]
 ) -> RunResult:
-    from dstune.launch import start
+    from dstune.launch import comparison, start
+    from dstune.launch.driver import last_attempt
     from dstune.launch.observers import Watcher
 
     prepared = start.open_prepared(loaded, paths)
@@ -374,7 +383,8 @@ def _drive(
     with Watcher(start.total_steps(loaded, prepared), shown, *hooks) as observe:
         observe.say(f"starting Ray{' at ' + address if address else ''} and the workers; logs: {paths.logs}")
         end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
-    return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message)
+    compared = comparison.compared(paths, last_attempt(paths))
+    return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message, compared)
 
 
 def _finished(loaded: LoadedRun, paths: "RunPaths") -> RunResult | None:

@@ -217,6 +217,11 @@ def selection_losses(base: str, digest: str) -> Path:
     return cache_directory() / "prepared" / f"{base}.losses-{digest}"
 
 
+def model_sizes(digest: str) -> Path:
+    """What planning counted of a model."""
+    return cache_directory() / "sizes" / f"{digest}.json"
+
+
 def config_directory() -> Path:
     """Where a user's site files are looked up after the run file's own directory."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dstune"

@@ -135,8 +135,8 @@ def _is_collateral(error: BaseException) -> bool:
 
 
 def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> LoopEnd:
-    run = load_run(paths.config)
-    config, plan = run.config, Plan.read(paths.plan(attempt))
+    plan = Plan.read(paths.plan(attempt))
+    config = plan.settle(load_run(paths.config).config)
     if world.world_size != plan.world_size:
         came = f"{world.world_size} workers were started"
         raise DstuneError(Problem(str(paths.plan(attempt)), came, f"{plan.world_size}, as planned"))

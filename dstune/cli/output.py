@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def report_end(args: argparse.Namespace, result: "RunResult") -> int:
     if args.json:
         print_json(result.as_dict())
     elif result.state == "succeeded":
+        for line in compared(result.compared):
+            print(line)
         print(f"done: step {result.step}, {result.directory}\nnext: dstune export {result.directory}")
     elif result.exit_status == 75:
         print(f"{result.state} at step {result.step}; go on with: dstune resume {result.directory}", file=sys.stderr)
@@ -50,3 +52,12 @@ def report_end(args: argparse.Namespace, result: "RunResult") -> int:
         if result.step > 0:
             print(f"step {result.step} is committed; go on with: dstune resume {result.directory}", file=sys.stderr)
     return result.exit_status
+
+
+def compared(found: Mapping[str, Any] | None) -> list[str]:
+    """What a run took beside what was predicted; nothing where nothing was."""
+    if not found:
+        return []
+    from dstune.launch.comparison import lines
+
+    return list(lines(found))

@@ -5,6 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dstune.cli.output import add_run_file, emit
+from dstune.errors import EXIT_DONE, EXIT_FIT
+
+_RECOMPUTING = {
+    True: "recomputing activations",
+    False: "keeping activations",
+    "offload": "recomputing activations from what waits in host memory",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nvme", type=_size, metavar="SIZE", help="of one machine's fast disk, if states may lie there"
     )
-    parser.add_argument("--price", type=float, metavar="X", help="of one GPU and hour, for the price of the run")
+    parser.add_argument("--price", type=_amount, metavar="X", help="of one GPU and hour, for the price of the run")
+    parser.add_argument(
+        "--mtbf", type=_amount, metavar="HOURS", help="of one machine between failures (default: 50,700 over its GPUs)"
+    )
+    parser.add_argument("--no-data", action="store_true", help="prepare nothing: take every row as full")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,13 +48,15 @@ def run(args: argparse.Namespace) -> int:
         host_memory=args.host_memory,
         nvme=args.nvme,
         price=args.price,
+        node_hours=args.mtbf,
+        without_data=args.no_data,
     )
     emit(args, plan, _lines(plan))
-    return 0
+    return EXIT_DONE if plan["fits"] else EXIT_FIT
 
 
-def _checked(check: Callable[[str], int]) -> Callable[[str], int]:
-    def parse(text: str) -> int:
+def _checked(check: Callable[[str], float]) -> Callable[[str], Any]:
+    def parse(text: str) -> float:
         try:
             return check(text)
         except ValueError as error:
@@ -64,73 +77,99 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-_size, _count = _checked(_parse_size), _checked(_parse_count)
-_size.__name__, _count.__name__ = "size", "count"
+def _parse_amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text!r} is no number above 0")
+    return value
+
+
+_size, _count, _amount = _checked(_parse_size), _checked(_parse_count), _checked(_parse_amount)
 
 
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
     for name, value in plan.items():
-        if not isinstance(value, dict | list) and value is not None:
+        if not isinstance(value, dict | list) and value is not None and name not in ("fits", "why"):
             yield f"{name.replace('_', ' '):<22} {value}"
     model, machines = plan["model"], plan["machines"]
     yield (
-        f"{'model':<22} {model['kind']}, {model['parameters'] / 1e6:,.1f} M parameters, {model['trained'] / 1e6:,.1f} M trained"
-        f" (activations {model['activations']})"
+        f"{'model':<22} {model['kind']}, {model['parameters'] / 1e6:,.1f} M parameters, {model['trained'] / 1e6:,.1f} M trained,"
+        f" {model['active_per_token'] / 1e6:,.1f} M active for a token (activations {model['activations']})"
     )
     yield (
         f"{'machines':<22} {machines['nodes']} x {machines['workers_per_node']} {machines['device']}"
         f" of {_gib(machines['device_memory_bytes'])}, {_gib(machines['host_memory_bytes'])} of host memory each"
+        + (" (assumed: --host-memory)" if machines["host_memory_assumed"] else "")
     )
     for kernel in plan["kernels"]:
         yield f"{'kernel':<22} {kernel['name']}: {'on' if kernel['on'] else 'off'} ({kernel['why']})"
     yield ""
     yield from _this_run(plan["this_run"])
     yield ""
-    yield from _ways(plan["ways"], plan["best"])
+    yield from _ways(plan)
     yield ""
     yield "DeepSpeed config (dstune feeds and weighs the forward passes, so its batch sizes stay 1):"
     yield from _indented(plan["deepspeed"])
 
 
 def _this_run(this: dict[str, Any]) -> Iterator[str]:
-    yield f"this run: {this['preset']}, micro-batch {this['micro_batch_size']}, " + (
-        "recomputing activations" if this["activation_checkpointing"] else "keeping activations"
+    yield (
+        f"this run: {this['preset']}, {this['micro_batches']} x {this['micro_batch_size']} rows a worker and step, "
+        + _RECOMPUTING[this["activation_checkpointing"]]
     )
+    if this["chosen_because"]:
+        yield f"  {'chosen':<24} {this['chosen_because']}"
     yield (
         f"  {'needs a worker' if this['fits'] else 'DOES NOT FIT a worker':<24} {_gib(this['device_bytes'])}"
         + (f" and {_gib(this['host_bytes'])} of its host" if this["host_bytes"] else "")
         + (f": {this['why']}" if this["why"] else "")
     )
-    for name, count in {
-        **this["device_parts"],
-        **{f"{name} (host)": n for name, n in this["host_parts"].items()},
-    }.items():
+    parts = this["device_parts"] | {f"{name} (host)": count for name, count in this["host_parts"].items()}
+    for name, count in parts.items():
         yield f"    {name:<50} {_gib(count):>12}"
+    if this["host_bytes"] or this["nvme_bytes"]:
+        nvme = f", {_gib(this['nvme_bytes_per_node'])} of NVMe" if this["nvme_bytes"] else ""
+        yield f"  {'needs a machine':<24} {_gib(this['host_bytes_per_node'])} of host memory{nvme}"
     yield (
         f"  {'takes about':<24} {this['step_seconds']:.3g} s a step, {this['tokens_per_second']:,.0f} tokens/s, {this['hours']:.3g} h"
         + (f", {this['device_hours']:.4g} GPU hours" if this["device_hours"] != this["hours"] else "")
         + (f", {this['price']:,.2f} to pay" if this["price"] is not None else "")
     )
-    save = this["checkpoint"]
+    yield from _checkpoints(this["checkpoint"])
+
+
+def _checkpoints(save: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"  {'a checkpoint':<24} {_gib(save['bytes'])} on the disk, {_gib(save['host_copy_bytes_per_node'])} of host memory"
-        f" a machine while it is written behind the training"
+        f"  {'a checkpoint':<24} {_gib(save['bytes'])} on the disk ({_gib(save['shard_bytes'])} from each worker, "
+        f"{_gib(save['node_bytes'])} from each machine); up to {_gib(save['disk_bytes'])} for all that stay"
     )
+    if save["background"]:
+        yield f"  {'':<24} {_gib(save['host_bytes_per_node'])} of host memory a machine while it is written behind the training"
+    else:
+        yield f"  {'':<24} the training waits {save['seconds']:,.0f} s for each: no host memory for copies"
     yield (
-        f"  {'best saved every':<24} {save['best_interval_steps']:,} steps ({save['best_interval_seconds'] / 60:,.0f} min);"
+        f"  {'best saved every':<24} {save['interval_steps']:,} steps ({save['interval_seconds'] / 60:,.1f} min);"
         f" {save['goodput']:.2%} of the time then makes progress"
     )
 
 
-def _ways(ways: list[dict[str, Any]], best: dict[str, Any] | None) -> Iterator[str]:
-    yield "ways to run, the fastest that fits first:" if best else "ways to run: none fits"
-    yield f"  {'preset':<26}{'micro':>6}{'recompute':>11}{'worker':>12}{'host':>12}{'s/step':>10}{'tokens/s':>12}"
-    for way in ways:
+def _ways(plan: dict[str, Any]) -> Iterator[str]:
+    yield "ways to run, the best that fits first:" if plan["best"] else "ways to run: none fits"
+    yield f"  {'preset':<26}{'micro':>6}{'passes':>7}{'recompute':>11}{'worker':>12}{'host':>12}{'s/step':>10}{'tokens/s':>12}"
+    for way in plan["ways"]:
+        again = {True: "yes", False: "no"}.get(way["activation_checkpointing"], way["activation_checkpointing"])
         yield (
-            f"  {way['preset']:<26}{way['micro_batch_size']:>6}{'yes' if way['activation_checkpointing'] else 'no':>11}"
+            f"  {way['preset']:<26}{way['micro_batch_size']:>6}{way['micro_batches']:>7}{again:>11}"
             f"{_gib(way['device_bytes']):>12}{_gib(way['host_bytes']):>12}{way['step_seconds']:>10.3g}{way['tokens_per_second']:>12,.0f}"
             + (f"   no: {way['why']}" if way["why"] else "")
         )
+    yield f"  {plan['why']}"
+    if more := plan["enough_machines"]:
+        way = f"{more['preset']} and micro-batches of {more['micro_batch_size']}"
+        yield f"  on {more['nodes']} of these machines the run would fit, with {way}"
 
 
 def _gib(count: float) -> str:

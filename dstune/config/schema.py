@@ -8,7 +8,7 @@ from dstune.config.adapter import AdapterSection
 from dstune.config.new_tokens import NewTokens, NewTokensSection
 from dstune.config.section import SECTION
 from dstune.config.train import TrainSection
-from dstune.config.units import parse_every, place
+from dstune.config.units import parse_every, place, size_bytes
 from dstune.paths import is_address
 
 _FILE = "file://"
@@ -51,9 +51,9 @@ class ModelSection(Section):
     kernels: Literal["auto", "off"] | list[KernelName] | dict[KernelName, bool] = "auto"
     """Faster ways to compute the same. `auto` uses each that is shown to work here; a list only those in it, or an error;
     `{rotary: false}` turns one off and leaves the others to `auto`."""
-    activation_checkpointing: bool | Literal["offload"] = False
-    """Recompute activations in the backward pass: about a third more compute, far less memory. `offload`: what each layer starts
-    from waits in main memory, for sequences so long that even this does not fit the GPU."""
+    activation_checkpointing: bool | Literal["auto", "offload"] = "auto"
+    """Recompute activations in the backward pass: about a third more compute, far less memory. `auto`: where the planner finds that it
+    pays. `offload`: what each layer starts from waits in main memory, for sequences so long that even this does not fit the GPU."""
     mlp_tile: Literal["off", "auto"] | Annotated[int, Field(ge=1)] = "off"
     """Tokens that go through a feed-forward layer at a time, for long sequences; `auto`: as many as the hidden size. Same loss."""
     overrides: dict[str, Any] = {}
@@ -197,7 +197,8 @@ class DeepspeedSection(Section):
     """How states are partitioned and offloaded."""
 
     preset: str = "auto"
-    """`auto`, a name in ds_configs/ (zero1, zero2, zero3, zero3-offload-optimizer, …), or a JSON file of yours."""
+    """`auto` (what the planner takes for the model and the machines: `dstune plan` says which, and why), a name in ds_configs/ (zero1,
+    zero2, zero3, zero3-offload-optimizer, …), or a JSON file of yours."""
     overrides: dict[str, Any] = {}
     """Put over the preset, key by key."""
 
@@ -214,6 +215,10 @@ class ClusterSection(Section):
     sequence_parallel: int = Field(default=1, ge=1)
     """Workers that share each row (Ulysses), each with the activations of a piece of it: for rows too long for one GPU. Divides the
     workers and the model's attention heads; wants packing, and a causal model that looks at other tokens in its attention alone."""
+    gpu: str | None = None
+    """What they are (h100-80gb, a100-40gb, …), for the planner where it cannot look at them: on a laptop, or a head without GPUs."""
+    host_memory: Annotated[int, BeforeValidator(size_bytes)] | None = None
+    """Of one machine (`1TB`), likewise."""
     cpus_per_worker: int = Field(default=1, ge=1)
     """Cores, and so threads, of a worker."""
     max_failures: int = Field(default=3, ge=0)

@@ -49,7 +49,7 @@ class TrainSection(BaseModel):
     global_batch_size: int = Field(default=64, ge=1)
     """Rows per step over all workers."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Rows per forward pass and worker; does not change the loss."""
+    """Rows per forward pass and worker; does not change the loss. `auto`: as the planner finds, on CPUs about 8,192 tokens."""
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

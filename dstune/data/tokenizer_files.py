@@ -11,7 +11,14 @@ from dstune.config.schema import ModelSection
 from dstune.data import new_tokens
 from dstune.errors import ConfigError, Problem
 
+_FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken")
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin_tokenizer"
+
+
+def has_tokenizer(model: ModelSection, base: Path) -> bool:
+    """False where `model` names a directory of this machine that holds no tokenizer of any kind."""
+    path = base / Path(model.tokenizer or model.path).expanduser()
+    return not path.is_dir() or any(file for pattern in _FILES for file in path.glob(pattern))
 
 
 def load_tokenizer(model: ModelSection, base: Path) -> Any:

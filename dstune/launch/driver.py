@@ -4,7 +4,7 @@ The driver decides (through `attempts.decide`) and keeps the books (status.json,
 places them. Nothing here knows Ray.
 
 Who writes what: worker 0 appends to metrics.jsonl, evaluations.jsonl and events.jsonl (`{"event": "commit", "step": N, ...}`)
-and writes outcome.json; the driver appends attempt_started, attempt_ended, failure, resize, stop_requested, passed_over, fetched,
+and writes outcome.json; the driver appends planned, attempt_started, attempt_ended, failure, resize, stop_requested, passed_over, fetched,
 drive_ended to events.jsonl. A record of step N is of the N-th update: a checkpoint of step N holds the updates 1 to N, and
 going on from it keeps the records up to and including N.
 """

@@ -1,12 +1,19 @@
-"""What this machine has: its memory, and its GPUs as their driver names them, without torch."""
+"""What this machine has, without torch: its memory, its GPUs as their driver names them; and so what a run's machines are."""
 
 import contextlib
 import os
+import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+from dstune.config.schema import RunConfig
+from dstune.launch.forecast import nodes_of, nvme_path
+from dstune.planning import hardware
+
 _SECONDS = 20.0
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Gpu(NamedTuple):
@@ -32,6 +39,67 @@ def _gpu(line: str) -> Gpu:
     return Gpu(name.strip(), int(mebibytes) << 20)
 
 
+def processor(cores: int) -> hardware.Device:
+    """What `cores` of this machine's cores are to a worker."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):  # not Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    flops = next(rate for flag, rate in hardware.CORE_FLOPS.items() if flag in flags or not flag)
+    return hardware.cpu(cores, memory_bytes(), flops)
+
+
 def memory_bytes() -> int:
-    """Main memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Main memory of this machine, or less where this process's control group (version 2) has a limit."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
+
+
+def _limits() -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # no control groups here
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::")[2].strip().lstrip("/")
+        for group in [_CGROUPS / own, *(_CGROUPS / own).parents]:
+            with contextlib.suppress(OSError):
+                limit = (group / "memory.max").read_text(encoding="ascii").strip()
+                found += [int(limit)] if limit.isdigit() else []
+    return found
+
+
+def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Cluster | None:
+    """The machines of `workers` workers, as far as they are known here; None where they are not.
+
+    `elsewhere`: the workers may be on other machines than this one. A machine without GPUs then says nothing, unless the run file
+    names them (`cluster.gpu`). Raises UsageError for a device that nobody knows.
+    """
+    section, here = config.cluster, gpus()
+    if section.gpu is not None:
+        device = hardware.find_device(section.gpu)
+    elif here:
+        device = hardware.recognised(here[0].name, here[0].memory)
+    elif elsewhere or section.gpus_per_node is not None:
+        return None
+    else:
+        device = processor(section.cpus_per_worker)
+    nodes, per_node = nodes_of(workers, section.gpus_per_node or len(here) or workers)
+    is_here = bool(here) or device.is_cpu
+    assumed = section.host_memory is None and not is_here
+    host = section.host_memory or (hardware.assumed_host_memory(device, per_node) if assumed else memory_bytes())
+    return hardware.Cluster(
+        nodes=nodes,
+        per_node=per_node,
+        device=device,
+        host_memory=host,
+        nvme=nvme_bytes(config),
+        host_assumed=assumed,
+        cores=section.cpus_per_worker,
+    )
+
+
+def nvme_bytes(config: RunConfig) -> int:
+    """Free bytes of the disk that the run's overrides name for states; 0 where they name none that is here."""
+    path = nvme_path(config)
+    if path is None:
+        return 0
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free
+    return 0

@@ -59,6 +59,9 @@ class Watcher(Observer):
         if kind == "attempt_started":
             start = f", from step {record['from_step']}" if record["from_step"] else ""
             self._progress.say(f"attempt {record['attempt']}: {record['world']} workers{start}")
+        elif kind == "planned":
+            why = f" ({record['why']})" if record["why"] else ""
+            self._progress.say(f"attempt {record['attempt']}: {record['plan']}{why}")
         elif kind == "failure":
             self._progress.say(f"attempt {record['attempt']} failed: {record['message']}")
         elif kind == "passed_over":

@@ -3,26 +3,29 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dstune.config.load import LoadedRun
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
-from dstune.errors import ConfigError
+from dstune.data.task import is_seq2seq
+from dstune.data.tokenizer_files import has_tokenizer
 from dstune.launch import machine, rundir, start
-from dstune.planning import choose, cost, deepspeed, hardware, plan
+from dstune.launch.forecast import Forecast, Rows, enough_machines, forecast, nvme_path
+from dstune.launch.sizes import sizes
+from dstune.loggers import get_logger
+from dstune.planning import choose, deepspeed, hardware, plan, reasons, saving
 from dstune.planning.shapes import ModelShape
 
+log = get_logger(__name__)
+
 _SHOWN = 12
-_FUSED_LOSS = "linear-cross-entropy"
 _ASSUMED = "h100-80gb"
 """The device of machines that nobody named."""
-_FAILURE_HOURS = 50_700
-"""Mean hours of one GPU between failures: 419 in 54 days on 16,384 (Llama 3's report, section 3.3.4)."""
-_SAVE_RATE = 2e9
-"""Bytes/s that one machine writes to a checkpoint's disk, for the interval that is proposed."""
+_UNNAMED_NVME = "/NAME/THE/NVME/IN/deepspeed.overrides"
+_ASSUMED_STEPS = 1000
+"""Of a run whose data is not here, and that names no `max_steps`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,136 +41,136 @@ class Asked:
     nvme: int | None = None
     price: float | None = None
     """Of one GPU and hour, in whatever currency."""
-    failure_hours: float = _FAILURE_HOURS
+    node_hours: float | None = None
+    """Mean hours of one machine between failures."""
+    without_data: bool = False
+    """Take every row as full instead of preparing the data."""
 
 
-def preview(run: LoadedRun, prepared: Prepared, asked: Asked) -> Mapping[str, Any]:
+def does_without_data(run: LoadedRun, asked: Asked) -> bool:
+    """Whether the data is left alone: because that was asked for, or because the model's directory has no tokenizer to prepare it."""
+    if asked.without_data or run.config.data.prepared is not None:
+        return asked.without_data
+    lacks = not has_tokenizer(run.config.model, run.base)
+    if lacks:
+        log.warning("%s has no tokenizer: every row is taken as full, every token as a target", run.config.model.path)
+    return lacks
+
+
+def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[str, Any]:
     """The plan of a first attempt, the ways to run with what they need, the size of the data, the DeepSpeed config.
 
-    Raises UsageError for a device that nobody knows, ConfigError where transformers cannot build the model.
+    `prepared` None: the data is not here, and every row is taken as full. Raises UsageError for a device that nobody knows, ConfigError
+    where transformers cannot build the model, FitError where there are fewer rows than workers.
     """
-    from dstune.model.footprint import footprint
     from dstune.model.kernels import choice as kernels
 
     config = run.config
     cluster = _cluster(config, asked)
-    shape = footprint(config.model, run.base, config.train.freeze)
-    used = kernels.planned(config.model, run.base, "cpu" if cluster.device.is_cpu else "cuda")
-    load = _load(config, prepared, fused_loss=any(one.on for one in used if one.name == _FUSED_LOSS))
-    found = choose.candidates(
-        shape,
-        cluster,
-        load,
-        _policies(run),
-        micro_batch_size=config.train.micro_batch_size if config.train.micro_batch_size != "auto" else None,
-        recompute=bool(config.model.activation_checkpointing) or None,
-        usable=lambda preset: "" if preset != "zero3-nvme" or cluster.nvme else "no NVMe is named (--nvme SIZE)",
-    )
-    chosen = next((one for one in found if one.fits), None)
-    paths = rundir.run_paths(run)
+    plan.require_rows(config, cluster.workers)
+    counted = sizes(config, run.base)
+    rows, facts = _rows(run, prepared)
+    seen = forecast(run, counted, rows, cluster)
     made = plan.make(
-        config,
+        seen.config,
         run.base,
-        start.data_facts(config, prepared),
+        facts,
         attempt=1,
         world_size=cluster.workers,
-        checkpoints=rundir.checkpoints_of(config, run.base, paths),
+        checkpoints=rundir.checkpoints_of(config, run.base, rundir.run_paths(run)),
         resume_from=None,
         start_step=0,
     )
-    this = _this_run(run, shape, cluster, load, made)
-    tokens = int(prepared.rows_tokens.sum())
-    share = config.train.global_batch_size / prepared.num_rows
-    per_step = tokens * share
+    used = kernels.planned(config.model, run.base, "cpu" if cluster.device.is_cpu else "cuda")
+    best = seen.found[0]
+    per_step = seen.tokens_per_step
     return {
+        "fits": seen.this.fits,
         "workers": made.world_size,
         "sequence_parallel": made.sequence_parallel,
         "micro_batch_size": made.micro_batch_size,
         "micro_batches": made.micro_batches,
         "global_batch_size": made.global_batch_size,
+        "data": None if prepared else f"not looked at: full rows of {rows.longest} tokens, {made.total_steps} steps",
         "rows": made.num_rows,
-        "examples": prepared.num_examples,
-        "examples_per_step": round(prepared.num_examples * share, 1),
-        "tokens": tokens,
+        "examples": rows.examples,
+        "examples_per_step": round(rows.examples * config.train.global_batch_size / rows.num_rows, 1),
+        "tokens": rows.tokens,
         "tokens_per_step": round(per_step, 1),
         "steps": made.total_steps,
         "layout": made.layout,
-        "prepared": made.prepared,
-        "model": _model(shape),
-        "machines": _machines(cluster, asked),
+        "prepared": made.prepared if prepared else None,
+        "model": _model(counted.shape),
+        "machines": _machines(cluster, config, asked),
         "kernels": [asdict(one) for one in used],
-        "this_run": _described(this, cluster, per_step, made.total_steps, asked),
-        "best": _described(chosen, cluster, per_step, made.total_steps, asked) if chosen else None,
-        "ways": [_row(one, per_step) for one in choose.shown(found, _SHOWN)],
-        "deepspeed": deepspeed.make(config, run.base),
+        "this_run": _described(seen.this, seen, made.total_steps, asked) | {"chosen_because": seen.why},
+        "best": _described(best, seen, made.total_steps, asked) if best.fits else None,
+        "nearest": None if best.fits else _nearest(seen),
+        "enough_machines": None if seen.this.fits else _enough(enough_machines(run, counted, rows, cluster)),
+        "why": reasons.why(seen.found, cluster.device.is_cpu),
+        "ways": [_row(one, per_step) for one in choose.shown(seen.found, _SHOWN)],
+        "deepspeed": _deepspeed(seen, run.base),
     }
 
 
+def _deepspeed(seen: Forecast, base: Path) -> dict[str, Any]:
+    """The whole config; where a plan for NVMe is chosen and nobody named its directory yet, with a place to write one."""
+    config = seen.config
+    if seen.this.memory.nvme and nvme_path(config) is None and config.deepspeed.preset in choose.PRESETS:
+        overrides = {"zero_optimization": {"offload_optimizer": {"nvme_path": _UNNAMED_NVME}}}
+        section = config.deepspeed.model_copy(
+            update={"overrides": deepspeed.merged(config.deepspeed.overrides, overrides)}
+        )
+        config = config.model_copy(update={"deepspeed": section})
+    return deepspeed.make(config, base)
+
+
+def _rows(run: LoadedRun, prepared: Prepared | None) -> tuple[Rows, plan.DataFacts]:
+    if prepared is not None:
+        return Rows.of(prepared), start.data_facts(run.config, prepared)
+    config = run.config
+    batch, steps = config.train.global_batch_size, config.train.max_steps or _ASSUMED_STEPS
+    layout: plan.Layout = "seq2seq" if is_seq2seq(config.model, run.base) else "packed"
+    facts = plan.DataFacts(
+        directory=Path(),
+        fingerprint="",
+        num_rows=batch * steps,
+        total_positions=batch * steps,
+        has_validation=False,
+        layout=layout,
+    )
+    return Rows.assumed(config, batch * steps), facts
+
+
 def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
-    section = config.cluster
-    here = machine.gpus()
+    section, here = config.cluster, machine.gpus()
     nodes = asked.nodes or section.nodes or 1
     per_node = asked.gpus_per_node or section.gpus_per_node
     if asked.workers is not None:
         per_node = math.ceil(asked.workers / nodes)
     elif per_node is None:
         per_node = math.ceil(start.workers_range(section, len(here) or 1)[1] / nodes)
-    host = asked.host_memory or machine.memory_bytes()
-    if asked.gpu is not None or asked.gpu_memory is not None:
-        device = hardware.find_device(asked.gpu or _ASSUMED, asked.gpu_memory)
+    named = asked.gpu or section.gpu
+    is_here = named is None and asked.gpu_memory is None
+    if not is_here:
+        device = hardware.find_device(named or _ASSUMED, asked.gpu_memory)
     elif here:
         device = hardware.recognised(here[0].name, here[0].memory)
-    elif section.gpus_per_node is not None:
-        device = hardware.find_device(_ASSUMED)
+    elif section.gpus_per_node is not None or asked.gpus_per_node is not None:
+        device, is_here = hardware.find_device(_ASSUMED), False
     else:
-        device = hardware.cpu(section.cpus_per_worker, host // per_node)
-    return hardware.Cluster(nodes=nodes, per_node=per_node, device=device, host_memory=host, nvme=asked.nvme or 0)
-
-
-def _load(config: RunConfig, prepared: Prepared, fused_loss: bool) -> choose.Load:
-    lengths = np.asarray(prepared.rows_tokens, dtype=np.int64)
-    counts = prepared.manifest["counts"]
-    epoch_tokens = max(1, int(counts["epoch_tokens"]))
-    return choose.Load(
-        global_batch_size=config.train.global_batch_size,
-        row_tokens=int(lengths.max()),
-        supervised_share=int(counts["epoch_supervised_tokens"]) / epoch_tokens,
-        squares_per_token=int(counts["epoch_squared_lengths"]) / epoch_tokens,
-        dtype=config.model.dtype,
-        optimizer=config.train.optimizer,
-        fused_loss=fused_loss,
-        ema=config.train.ema is not None,
+        device = machine.processor(section.cpus_per_worker)
+    said = asked.host_memory or section.host_memory
+    assumed = hardware.assumed_host_memory(device, per_node)
+    return hardware.Cluster(
+        nodes=nodes,
+        per_node=per_node,
+        device=device,
+        host_memory=said or (machine.memory_bytes() if is_here else assumed),
+        host_assumed=not (said or is_here),
+        nvme=asked.nvme or machine.nvme_bytes(config),
+        cores=section.cpus_per_worker,
     )
-
-
-def _policies(run: LoadedRun) -> dict[str, dict[str, Any]]:
-    """Every preset that could be taken, the user's own file or name first; the run's overrides over each."""
-    section = run.config.deepspeed
-    names = list(choose.PRESETS) if section.preset == "auto" else [section.preset, *choose.PRESETS]
-    found: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(names):
-        try:
-            found[name] = deepspeed.policy_of(name, section.overrides, run.base)
-        except ConfigError:
-            if name == section.preset:
-                raise
-    return found
-
-
-def _this_run(
-    run: LoadedRun, shape: ModelShape, cluster: hardware.Cluster, load: choose.Load, made: plan.Plan
-) -> choose.Candidate:
-    """What the run file as it stands comes to."""
-    config = run.config
-    (found,) = choose.candidates(
-        shape,
-        cluster,
-        load,
-        {config.deepspeed.preset: deepspeed.make(config, run.base)},
-        micro_batch_size=made.micro_batch_size,
-        recompute=bool(config.model.activation_checkpointing),
-    )
-    return found
 
 
 def _model(shape: ModelShape) -> dict[str, Any]:
@@ -181,29 +184,32 @@ def _model(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _machines(cluster: hardware.Cluster, asked: Asked) -> dict[str, Any]:
+def _machines(cluster: hardware.Cluster, config: RunConfig, asked: Asked) -> dict[str, Any]:
     return {
         "nodes": cluster.nodes,
         "workers_per_node": cluster.per_node,
-        "device": _device_name(cluster, asked),
+        "device": _device_name(cluster, config, asked),
         "device_memory_bytes": cluster.device.memory,
         "host_memory_bytes": cluster.host_memory,
+        "host_memory_assumed": cluster.host_assumed,
         "nvme_bytes": cluster.nvme,
     }
 
 
-def _device_name(cluster: hardware.Cluster, asked: Asked) -> str:
+def _device_name(cluster: hardware.Cluster, config: RunConfig, asked: Asked) -> str:
     if cluster.device.is_cpu:
         return "cpu"
     here = machine.gpus()
-    return asked.gpu or (here[0].name if here and asked.gpu_memory is None else _ASSUMED)
+    return asked.gpu or config.cluster.gpu or (here[0].name if here and asked.gpu_memory is None else _ASSUMED)
 
 
 def _row(one: choose.Candidate, per_step: float) -> dict[str, Any]:
     return {
         "preset": one.preset,
         "micro_batch_size": one.micro_batch_size,
+        "micro_batches": one.micro_batches,
         "activation_checkpointing": one.recompute,
+        "sequence_parallel": one.sequence_parallel,
         "fits": one.fits,
         "why": one.refused,
         "device_bytes": one.memory.peak,
@@ -214,28 +220,39 @@ def _row(one: choose.Candidate, per_step: float) -> dict[str, Any]:
     }
 
 
-def _described(
-    one: choose.Candidate, cluster: hardware.Cluster, per_step: float, steps: int, asked: Asked
-) -> dict[str, Any]:
+def _nearest(seen: Forecast) -> dict[str, Any]:
+    close = choose.nearest(seen.found)
+    return _row(close, seen.tokens_per_step) | {"lacks": reasons.lacking(close)}
+
+
+def _enough(more: Forecast | None) -> dict[str, Any] | None:
+    return None if more is None else {"nodes": more.cluster.nodes, **_row(more.this, more.tokens_per_step)}
+
+
+def _described(one: choose.Candidate, seen: Forecast, steps: int, asked: Asked) -> dict[str, Any]:
+    cluster, memory = seen.cluster, one.memory
     hours = one.seconds.step * steps / 3600
-    memory = one.memory
-    save = memory.checkpoint_bytes / (_SAVE_RATE * cluster.nodes)
-    mean = asked.failure_hours / cluster.workers
-    every = cost.checkpoint_interval(save, mean)
+    used = memory.host_peak + (memory.peak if cluster.device.is_cpu else 0)
+    section = seen.config.checkpoint
+    save = saving.saving(
+        memory,
+        cluster,
+        kept=section.keep + (section.best is not None),
+        node_hours=asked.node_hours or saving.GPU_HOURS_BETWEEN_FAILURES / cluster.per_node,
+        host_room=cluster.host_memory - used * cluster.per_node if section.background is not False else -1,
+    )
     return {
-        **_row(one, per_step),
+        **_row(one, seen.tokens_per_step),
         "device_parts": dict(memory.device),
         "host_parts": dict(memory.host),
+        "host_bytes_per_node": memory.host_peak * cluster.per_node,
+        "nvme_bytes_per_node": memory.nvme * cluster.per_node,
         "seconds": {name: round(value, 4) for name, value in asdict(one.seconds).items()},
         "hours": round(hours, 3),
         "device_hours": round(hours * cluster.workers, 3),
         "price": None if asked.price is None else round(hours * cluster.workers * asked.price, 2),
         "checkpoint": {
-            "bytes": memory.checkpoint_bytes,
-            "host_copy_bytes_per_node": memory.checkpoint_copy * cluster.per_node,
-            "save_seconds": round(save, 2),
-            "best_interval_seconds": round(every, 1),
-            "best_interval_steps": max(1, round(every / one.seconds.step)),
-            "goodput": round(cost.goodput(save, every, 120.0, mean), 5),
-        },
+            name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(save).items()
+        }
+        | {"interval_steps": max(1, round(save.interval_seconds / one.seconds.step))},
     }

@@ -15,19 +15,23 @@ from dstune.data import order
 from dstune.data.shards import Prepared
 from dstune.data.task import vocabulary_size
 from dstune.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
-from dstune.launch import rundir
+from dstune.launch import forecast, machine, rundir
 from dstune.launch.attempts import DriveLimits
 from dstune.launch.driver import DriveEnd, Observer, drive
 from dstune.launch.local import RayExecutor
 from dstune.launch.ray_pool import prepared_where_asked
+from dstune.launch.sizes import sizes
 from dstune.launch.status import read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
-from dstune.planning import deepspeed, plan
+from dstune.planning import deepspeed, plan, reasons
 from dstune.protocols import Executor
+from dstune.records.sinks import EventLog
 from dstune.selection.choose import prepared as prepare
 
 log = get_logger(__name__)
+
+_UNKNOWN = "the machines are not known here: `cluster.gpu` names their GPUs for the planner"
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,15 @@ class Planner:
     run: LoadedRun
     paths: RunPaths
     data: plan.DataFacts
+    elsewhere: bool = False
+    """Whether workers may be on other machines than this one."""
 
     def __call__(self, attempt: int, world_size: int, resume_from: Path | None, start_step: int) -> plan.Plan:
-        config, base = self.run.config, self.run.base
+        run, base = self.run, self.run.base
+        plan.require_rows(run.config, world_size)
+        seen = self._forecast(world_size)
+        config = seen.config if seen else run.config
+        steps = order.num_steps(self.data.total_positions, config.train.global_batch_size)
         made = plan.make(
             config,
             base,
@@ -51,9 +61,37 @@ class Planner:
             store_owner=rundir.environment(self.paths).get("store_owner"),
             resume_from=resume_from,
             start_step=start_step,
+            why=seen.why if seen else _UNKNOWN,
+            predicted=seen.predicted(steps) if seen else None,
         )
         plan.write(made, deepspeed.make(config, base), self.paths)
+        told = {"plan": described(made), "why": made.why, "predicted": made.predicted}
+        EventLog(self.paths.events).event("planned", attempt=attempt, **told)
+        log.info("attempt %d: %s (%s)", attempt, told["plan"], made.why)
         return made
+
+    def _forecast(self, world_size: int) -> forecast.Forecast | None:
+        """What the workers should take; None where their machines are not known."""
+        cluster = machine.cluster_of(self.run.config, world_size, self.elsewhere)
+        if cluster is None:
+            return None
+        rows = forecast.Rows.of(Prepared.open(self.data.directory))
+        seen = forecast.forecast(self.run, sizes(self.run.config, self.run.base), rows, cluster)
+        self._check_fit(seen)
+        return seen
+
+    def _check_fit(self, seen: forecast.Forecast) -> None:
+        if self.run.config.deepspeed.preset == "auto":
+            seen.require_fit()
+        elif not seen.this.fits:
+            log.warning("%s is not expected to fit: it lacks %s", reasons.named(seen.this), reasons.lacking(seen.this))
+
+
+def described(made: plan.Plan) -> str:
+    """What a plan chose, in one line."""
+    again = {False: "", True: ", recomputing activations", "offload": ", recomputing activations from host memory"}
+    batches = f"{made.micro_batches} x {made.micro_batch_size} rows a worker and step"
+    return f"{made.preset}, {batches}{again[made.activation_checkpointing]}"
 
 
 def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
@@ -206,7 +244,7 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
             max_failures=cluster.max_failures,
             group=cluster.sequence_parallel,
         )
-        return drive_with(run, paths, prepared, executor, limits, observe)
+        return drive_with(run, paths, prepared, executor, limits, observe, elsewhere=address is not None)
 
 
 def drive_with(
@@ -218,14 +256,17 @@ def drive_with(
     observe: Observer,
     *,
     restarts: bool = True,
+    elsewhere: bool = False,
 ) -> DriveEnd:
-    """Drive the run until it ends, on workers that `executor` places. `restarts`: it can place them more than once."""
+    """Drive the run until it ends, on workers that `executor` places. `restarts`: it can place them more than once; `elsewhere`: they
+    may be on other machines.
+    """
     checkpoints = rundir.checkpoints_of(run.config, run.base, paths)
     with claimed(checkpoints, run.config, prepared.fingerprint):
         return drive(
             paths,
             executor,
-            Planner(run, paths, data_facts(run.config, prepared)),
+            Planner(run, paths, data_facts(run.config, prepared), elsewhere),
             limits,
             observe,
             checkpoints=checkpoints,

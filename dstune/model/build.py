@@ -40,7 +40,7 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
         load_weights(module, model_directory(model, base), new_rows(model, base), head_seed)
     if model.adapter is not None:
         adapters.attach(module, model.adapter, seed)
-    if model.activation_checkpointing:
+    if model.activation_checkpointing in (True, "offload"):  # whoever plans a run settles `auto`
         checkpoint_activations(module, offload=model.activation_checkpointing == "offload")
     return module.train()
 

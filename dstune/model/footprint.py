@@ -8,7 +8,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
@@ -16,10 +16,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstune.config.schema import ModelSection
 from dstune.data import tokenizer_files
-from dstune.model import adapters, freezing, new_rows, text_side
+from dstune.engine.construction import DTYPES
+from dstune.loggers import get_logger
+from dstune.model import adapters, freezing, new_rows, text_side, tiling
 from dstune.model.build import skeleton
 from dstune.model.config import is_multimodal, load_config
+from dstune.model.per_example import FP32_ELEMENTS
 from dstune.planning.shapes import ModelShape
+
+log = get_logger(__name__)
 
 _COUNTED = "counted"
 _TOKENS = 256
@@ -32,20 +37,20 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     config = load_config(model, base)
     _register()
     module = skeleton(config, model, _COUNTED)
+    module.config.pad_token_id = None  # or GPT-2 and others look for padding among tokens that have no content
     if model.adapter is not None:
         with torch.device("meta"):
             adapters.attach(module, model.adapter, 0)
+        for parameter in module.parameters():  # peft makes adapters in fp32, and the engine all parameters alike
+            parameter.data = parameter.data.to(DTYPES[model.dtype])
     freezing.freeze(module, freeze)
     new_rows.require_trained(module, tokenizer_files.new_rows(model, base))
     layers = _layers(module)
     parameters = list(module.parameters())
     text = config.get_text_config()
-    seen = _Seen(parameters)
-    try:
-        _run(module, config, layers, seen)
-        counted = True
-    except _FAILURES:
-        counted = False
+    seen = _count(module, config, layers)
+    tiles = _tiles(module, config, layers, model, seen)
+    head: Any = module.get_output_embeddings()
     return ModelShape(
         kind=config.model_type,
         sizes=Counter(parameter.numel() for parameter in parameters),
@@ -55,11 +60,63 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         attention_width=_attention_width(text),
         vocabulary=int(text.vocab_size),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
-        layer_activations=seen.in_layers // (_TOKENS * max(1, len(layers))) if counted else _estimate(text, model),
+        layer_activations=(seen.a_layer(layers) if seen else _estimate(text, model)) - tiles.activations,
         layer_input=_width(text) * _bytes(module),
-        other_activations=seen.elsewhere // _TOKENS if counted else 8 * _width(text),
-        counted=counted,
+        other_activations=seen.elsewhere // _TOKENS if seen else 8 * _width(text),
+        attention_activations=seen.attended // (_TOKENS * len(layers)) if seen and layers else 0,
+        attention_result=seen.results // (_TOKENS * len(layers)) if seen and layers else 0,
+        fp32_tokens=FP32_ELEMENTS // seen.head_size if seen and seen.head_size else 0,
+        tile_tokens=tiles.tokens,
+        tile_activations=tiles.activations,
+        tiled=tiles.elements,
+        recomputable=module.supports_gradient_checkpointing and bool(layers),
+        head_trained=head is None or head.weight.requires_grad,
+        head_tied=_tied(module.get_input_embeddings(), head),
+        counted=seen is not None,
     )
+
+
+class _Tiles(NamedTuple):
+    """What `model.mlp_tile` changes (`planning.shapes`)."""
+
+    tokens: int = 0
+    activations: int = 0
+    elements: int = 0
+
+
+def _tiles(
+    module: PreTrainedModel,
+    config: PretrainedConfig,
+    layers: Sequence[torch.nn.Module],
+    model: ModelSection,
+    whole: "_Seen | None",
+) -> _Tiles:
+    """Counted by running the model again with two tiles; `whole`: what is kept without any."""
+    if model.mlp_tile == "off":
+        return _Tiles()
+    names = tiling.feed_forwards(module)
+    elements = sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
+    tokens = _width(config.get_text_config()) if model.mlp_tile == "auto" else model.mlp_tile
+    if whole is None or not names:
+        return _Tiles(tokens, 0, elements)
+    tiling.tile(module, _TOKENS // 2)
+    parts = _count(module, config, layers)
+    if parts is None:
+        return _Tiles(tokens, 0, elements)
+    # What a tile starts from is held by torch's checkpoint itself, where nobody sees it saved.
+    kept = parts.a_layer(layers) + _width(config.get_text_config()) * _bytes(module)
+    return _Tiles(tokens, max(0, whole.a_layer(layers) - kept), elements)
+
+
+def _count(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[torch.nn.Module]) -> "_Seen | None":
+    """What a forward pass keeps; None where the model could not be run without content."""
+    seen = _Seen(list(module.parameters()))
+    try:
+        _run(module, config, layers, seen)
+    except _FAILURES as error:
+        log.debug("%s was not counted: %s", config.model_type, error)
+        return None
+    return seen
 
 
 def _layers(module: PreTrainedModel) -> list[torch.nn.Module]:
@@ -82,6 +139,12 @@ class _Seen:
         self._kept: list[Any] = []  # a storage that is freed would lend its number to the next one
         self.depth = 0
         self.in_layers = self.elsewhere = 0
+        self.attended = self.results = self.head_size = 0
+        """Bytes of attention's tensors, and of its results among them; the size of a head."""
+
+    def a_layer(self, layers: Sequence[torch.nn.Module]) -> int:
+        """Bytes of one token in one layer."""
+        return self.in_layers // (_TOKENS * max(1, len(layers)))
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -110,6 +173,7 @@ def _run(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[tor
     body: Any = (
         module.get_decoder() if is_multimodal(config) else module if config.is_encoder_decoder else module.base_model
     )
+    _Attention.seen = seen
     with _counting(layers, seen), torch.autograd.graph.saved_tensors_hooks(seen.pack, lambda tensor: tensor):
         body.train()(**inputs, use_cache=False)
 
@@ -148,11 +212,18 @@ def _attention(
 class _Attention(torch.autograd.Function):
     """Keeps what flash attention keeps: queries, keys, values, the result, and a number per head and token."""
 
+    seen: _Seen
+    """Whoever counts at present."""
+
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         batch, heads, length, _ = query.shape
         result = value.new_empty((batch, length, heads, value.shape[-1]))
-        ctx.save_for_backward(query, key, value, result, query.new_empty((batch, heads, length), dtype=torch.float32))
+        seen, tensors = _Attention.seen, (query, key, value, result)
+        seen.attended += sum(one.numel() * one.element_size() for one in tensors)
+        seen.results += result.numel() * result.element_size()
+        seen.head_size = value.shape[-1]
+        ctx.save_for_backward(*tensors, query.new_empty((batch, heads, length), dtype=torch.float32))
         return result
 
     @staticmethod
@@ -203,7 +274,7 @@ def _num_experts(text: PretrainedConfig) -> int:
 
 
 def _tied(embedding: Any, head: Any) -> bool:
-    return head is not None and head.weight is embedding.weight
+    return head is not None and embedding is not None and head.weight is embedding.weight
 
 
 def _estimate(text: PretrainedConfig, model: ModelSection) -> int:

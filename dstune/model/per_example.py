@@ -19,7 +19,7 @@ PER_EXAMPLE = "per-example"
 _UNKNOWN = ("softcap", "s_aux", "cache")
 """Arguments of other kernels that change the result, and that this one does not have."""
 
-_FP32_ELEMENTS = 16_384
+FP32_ELEMENTS = 16_384
 """Tokens of an example times the size of a head, up to which a CPU attends in fp32."""
 
 
@@ -153,7 +153,7 @@ def _faster_in_fp32(query: torch.Tensor) -> bool:
 
     Measured on cores with AMX, forward and backward: even at 512 tokens of 32 per head, or 192 of 128; slower beyond.
     """
-    small = query.shape[2] * query.shape[3] <= _FP32_ELEMENTS
+    small = query.shape[2] * query.shape[3] <= FP32_ELEMENTS
     return small and query.dtype is torch.bfloat16 and not query.is_cuda
 
 

@@ -1,9 +1,10 @@
 """How long a step takes, roughly: arithmetic, ZeRO's traffic, the way to the host and to NVMe, and how much of it hides behind the rest.
 
-Rough on purpose: it ranks plans and tells hours from days. A run's own first steps tell better.
+Rough on purpose: it ranks plans and tells hours from days. A run's own first steps tell better. The shares below are those of
+published runs (Llama 3's report, table 4: 38 to 43% of the peak over 8,192 to 16,384 GPUs; single H100s and H200s with 8 billion
+parameters: 50 to 58%), not measured by dstune.
 """
 
-import math
 from dataclasses import dataclass
 
 from dstune.planning.hardware import Cluster
@@ -13,15 +14,18 @@ from dstune.planning.shapes import ModelShape
 _REACHED = 0.55
 """Share of the peak that a well-fed training step reaches on current GPUs, causally counted; a bf16 product alone reaches 0.8."""
 _REACHED_CPU = 0.35
+_FP32_SHARE = 1 / 8
+"""Of the 16-bit rate that products in fp32 reach: a seventh with AMX, a fifteenth on an H100 without TF32."""
 _HIDDEN = 0.5
 """Share of the traffic that runs behind arithmetic."""
 _LAUNCH_SECONDS = 0.004
-"""What a micro-batch costs whatever its size, for each layer thousand launches included."""
+"""What a micro-batch costs whatever its size."""
 _HALF_TOKENS = 900
 """Tokens of a micro-batch at which a GPU reaches half of what it reaches with many."""
-_STATE_BYTES = 8
-"""Read and written of each fp32 number that an update touches."""
-NVME_STATE_BYTES = 4
+_FP32 = 4
+_QUANTIZED_WEIGHTS = 0.5
+_QUANTIZED_GRADIENTS = 0.25
+"""What ZeRO++ leaves of the bytes (Wang et al. 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,16 @@ class Seconds:
     @property
     def step(self) -> float:
         return self.compute + self.communication + self.offload + self.update
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By the words that a person reads."""
+        return {
+            "arithmetic": self.compute,
+            "communication": self.communication,
+            "the way to the host and back": self.offload,
+            "the update": self.update,
+        }
 
 
 def flops(shape: ModelShape, tokens: float, squares: float, recompute: bool) -> float:
@@ -56,57 +70,75 @@ def step_seconds(
     """The time of a step of `micro_batches` micro-batches on every worker; `squares_per_token`: mean of the squared lengths over them."""
     device = cluster.device
     reached = _REACHED_CPU if device.is_cpu else _REACHED
-    filled = 1.0 if device.is_cpu else work.tokens / (work.tokens + _HALF_TOKENS)
-    one = flops(shape, work.tokens, work.tokens * squares_per_token, work.recompute)
-    compute = micro_batches * (one / (device.flops * reached * filled) + _LAUNCH_SECONDS)
-    size = 2 if work.dtype != "fp32" else 4
-    link = cluster.network if cluster.nodes > 1 else device.node_link
-    traffic = _traffic(shape, place, work, size, micro_batches)
-    communication = traffic / link if cluster.workers > 1 else 0.0
+    tokens = work.own_tokens
+    filled = 1.0 if device.is_cpu else tokens / (tokens + _HALF_TOKENS)
+    tiles = 2.0 * shape.tiled * tokens  # their forward pass comes twice
+    one = flops(shape, tokens, tokens * squares_per_token, work.recompute) + tiles
+    size, rate = (4, device.flops * _FP32_SHARE) if work.dtype == "fp32" else (2, device.flops)
+    compute = micro_batches * (one / (rate * reached * filled) + _LAUNCH_SECONDS)
+    communication = _communication(shape, place, work, cluster, size, micro_batches) if cluster.workers > 1 else 0.0
     offload, update = _offload(shape, place, work, cluster, size, micro_batches)
     exposed = max(0.0, communication - _HIDDEN * compute) if place.stage == 3 else communication
+    exposed += _sequence_traffic(shape, work, cluster, size, micro_batches)
     hidden_offload = max(0.0, offload - _HIDDEN * compute)
+    if work.offload_inputs and not device.is_cpu:  # on the stream that computes: nothing of it hides
+        hidden_offload += 2 * micro_batches * tokens * shape.layer_input * shape.layers / device.host_link
     return Seconds(compute=compute, communication=exposed, offload=hidden_offload, update=update)
 
 
-def _traffic(shape: ModelShape, place: Placement, work: Work, size: int, micro_batches: int) -> float:
-    """Bytes of one worker and step. Stage 3: weights gathered for forward and backward of each micro-batch, gradients scattered in fp32."""
+def _communication(
+    shape: ModelShape, place: Placement, work: Work, cluster: Cluster, size: int, micro_batches: int
+) -> float:
+    """Seconds of one worker's traffic in a step, all of it: three times the parameters for stage 3 (Rajbhandari et al. 2020, section 7).
+
+    Stage 3: weights gathered for forward and backward of each micro-batch (once for both where they stay gathered), gradients
+    scattered in fp32. A copy within the machines (hpZ) takes the backward pass's gathering off the network.
+    """
+    device = cluster.device
     others = (work.world_size - 1) / work.world_size
-    gathered = 2 * micro_batches if place.stage == 3 and shape.parameters > place.max_live else micro_batches + 1
-    weights = size * shape.parameters * (gathered if place.stage == 3 else 1)
-    reductions = micro_batches if place.stage > 1 else 1
-    gradients = 4 * shape.trained * reductions * (2 if place.stage == 1 else 1)
-    return others * (weights + gradients)
+    wide = cluster.network if cluster.nodes > 1 else device.node_link
+    weights = size * shape.parameters * (_QUANTIZED_WEIGHTS if place.quantized_weights else 1.0)
+    gradients = _FP32 * shape.trained * (_QUANTIZED_GRADIENTS if place.quantized_gradients else 1.0)
+    if place.stage < 3:
+        reductions = micro_batches if place.stage == 2 else 2  # stage 1: one reduction of everything, to every worker
+        return others * (weights + gradients * reductions) / wide
+    backward = micro_batches if shape.parameters > place.max_live else 1
+    near = device.node_link if place.copies > 1 else wide
+    return others * ((weights * micro_batches + gradients * micro_batches) / wide + weights * backward / near)
+
+
+def _sequence_traffic(shape: ModelShape, work: Work, cluster: Cluster, size: int, micro_batches: int) -> float:
+    """Ulysses' all-to-alls: queries, keys, values and the result of each layer, forward and backward (Jacobs et al. 2023)."""
+    if work.sequence_parallel == 1:
+        return 0.0
+    link = cluster.network if work.sequence_parallel > cluster.per_node else cluster.device.node_link
+    passes = 3 if work.recompute else 2
+    away = (work.sequence_parallel - 1) / work.sequence_parallel
+    moved = 4 * size * shape.attention_width * shape.layers * work.own_tokens * passes
+    return micro_batches * moved * away / link
 
 
 def _offload(
     shape: ModelShape, place: Placement, work: Work, cluster: Cluster, size: int, micro_batches: int
 ) -> tuple[float, float]:
+    """Seconds on the way to the host and back, and of the update.
+
+    An update reads master, moments and gradient and writes all but the last: 28 bytes an element with AdamW, whose rate the memory's
+    bandwidth sets, or the worker's cores (Ren et al. 2021, "ZeRO-Offload", section 5). On NVMe the same numbers are read and written,
+    and the gradient both.
+    """
     share = shape.trained / work.world_size
-    numbers = share * (1 + work.numbers)
+    touched = share * _FP32 * (2 * work.numbers + 1)
     if cluster.device.is_cpu or place.offload_optimizer == "none":
-        update = numbers * _STATE_BYTES / cluster.device.bandwidth
+        update = touched / cluster.device.bandwidth
     else:
-        update = numbers * _STATE_BYTES * cluster.per_node / cluster.host_bandwidth
+        update = touched / cluster.host_rate
     if place.offload_optimizer == "nvme":
-        update += 2 * NVME_STATE_BYTES * share * work.numbers * cluster.per_node / cluster.nvme_rate
+        update += 2 * _FP32 * share * (work.numbers + 1) * cluster.per_node / cluster.nvme_rate
     moved = 0.0
     if not cluster.device.is_cpu:
         if place.offload_param != "none":
             moved += 2 * micro_batches * size * shape.parameters / work.world_size
         if place.offload_optimizer != "none":
-            moved += (4 + size) * share
+            moved += (_FP32 + size) * share
     return moved / cluster.device.host_link, update
-
-
-def checkpoint_interval(save_seconds: float, mean_hours_between_failures: float) -> float:
-    """Seconds between two saves that lose the least: Young's first-order optimum, sqrt(2 C M) (Young 1974)."""
-    return math.sqrt(2 * save_seconds * mean_hours_between_failures * 3600)
-
-
-def goodput(
-    save_seconds: float, every_seconds: float, restart_seconds: float, mean_hours_between_failures: float
-) -> float:
-    """Share of the time that makes progress: 1 / (1 + C/t + (t/2 + R)/M)."""
-    mean = mean_hours_between_failures * 3600
-    return 1 / (1 + save_seconds / every_seconds + (every_seconds / 2 + restart_seconds) / mean)

@@ -102,16 +102,17 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
 
 def policy_of(preset: str, overrides: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """A preset with the run's overrides over it. Raises ConfigError for one that is not there, or for a foreign key."""
-    policy = _merged(load_preset(preset, base), overrides)
+    policy = merged(load_preset(preset, base), overrides)
     _refuse_foreign_keys(policy, preset)
     return policy
 
 
-def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` put over `under`, section by section."""
     result = dict(under)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
     return result
 
 

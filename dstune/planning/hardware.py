@@ -28,8 +28,8 @@ class Device:
     is_cpu: bool = False
 
 
-_CORE_FLOPS = 0.6e12
-"""bf16 with AMX, half of what a product alone reached; cores without it are up to ten times slower."""
+CORE_FLOPS: Mapping[str, float] = {"amx_bf16": 0.6e12, "avx512_bf16": 0.15e12, "": 0.05e12}
+"""A flag of a processor -> bf16 FLOP/s of one of its cores: with AMX half of what a product alone reached; the others are guessed."""
 _CORE_BANDWIDTH = 12 * GB
 _LOOPBACK = 0.7 * GB
 """gloo between processes of one machine."""
@@ -39,18 +39,18 @@ DEVICES: Mapping[str, Device] = {
     "a100-80gb": Device(80 * GIB, 312e12, 2039 * GB, 24 * GB, 250 * GB),
     "h100-80gb": Device(80 * GIB, 989e12, 3350 * GB),
     "h100-pcie": Device(80 * GIB, 756e12, 2000 * GB, 55 * GB, 50 * GB),
-    "h200": Device(141 * GB, 989e12, 4800 * GB),
-    "h20": Device(96 * GB, 148e12, 4000 * GB),
-    "b200": Device(180 * GB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
-    "l40s": Device(48 * GB, 362e12, 864 * GB, 24 * GB, 24 * GB),
-    "a10g": Device(24 * GB, 70e12, 600 * GB, 24 * GB, 24 * GB),
-    "l4": Device(24 * GB, 121e12, 300 * GB, 24 * GB, 24 * GB),
-    "rtx-3090": Device(24 * GB, 71e12, 936 * GB, 24 * GB, 24 * GB),
-    "rtx-4090": Device(24 * GB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
-    "rtx-5090": Device(32 * GB, 210e12, 1792 * GB, 50 * GB, 50 * GB),
-    "mi300x": Device(192 * GB, 1307e12, 5300 * GB, 55 * GB, 300 * GB),
+    "h200": Device(140 * GIB, 989e12, 4800 * GB),
+    "h20": Device(95 * GIB, 148e12, 4000 * GB),
+    "b200": Device(178 * GIB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
+    "l40s": Device(45 * GIB, 362e12, 864 * GB, 24 * GB, 24 * GB),
+    "a10g": Device(22 * GIB, 70e12, 600 * GB, 24 * GB, 24 * GB),
+    "l4": Device(22 * GIB, 121e12, 300 * GB, 24 * GB, 24 * GB),
+    "rtx-3090": Device(24 * GIB, 71e12, 936 * GB, 24 * GB, 24 * GB),
+    "rtx-4090": Device(24 * GIB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
+    "rtx-5090": Device(32 * GIB, 210e12, 1792 * GB, 50 * GB, 50 * GB),
+    "mi300x": Device(192 * GIB, 1307e12, 5300 * GB, 55 * GB, 300 * GB),
 }
-"""`--gpu NAME` -> the device. Sources: the makers' data sheets (dense bf16, no sparsity)."""
+"""`--gpu NAME` -> the device. Sources: the makers' data sheets (dense bf16, no sparsity); memory as drivers report it, rounded down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +64,45 @@ class Cluster:
     """Bytes of one machine."""
     nvme: int = 0
     """Bytes of one machine's fast disk; 0: none that may be used."""
+    cores: int = 1
+    """Of each worker, for the optimizer where it runs on the host."""
     host_bandwidth: float = 200 * GB
-    """Bytes/s of the host's memory, for the optimizer where it runs there."""
+    """Bytes/s of the host's memory."""
     network: float = 50 * GB
     """Bytes/s of one device to other machines."""
     nvme_rate: float = 5 * GB
     """Bytes/s of one machine's fast disk."""
 
+    host_assumed: bool = False
+    """Whether nobody said what the host's memory is."""
+
     @property
     def workers(self) -> int:
         return self.nodes * self.per_node
+
+    @property
+    def host_rate(self) -> float:
+        """Bytes/s of the host's memory that one worker's cores reach while all of them work."""
+        return min(self.cores * _CORE_BANDWIDTH, self.host_bandwidth / self.per_node)
+
+
+_HOST_SHARE = 1.5
+"""Host memory of a machine that nobody described, over its devices' (DGX H100: 3.2; a workstation: 2.5; the leanest in clouds: 0.7)."""
+
+
+def assumed_host_memory(device: Device, per_node: int) -> int:
+    """Bytes of the host of `per_node` devices, where nobody said."""
+    return int(_HOST_SHARE * device.memory * per_node)
 
 
 def find_device(name: str, memory: int | None = None) -> Device:
     """The device of that name, with another memory where given. Raises UsageError for an unknown one."""
     known = DEVICES.get(name.lower())
     if known is None:
-        near = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
+        asked = name.lower()
+        longer = [key for key in DEVICES if key.startswith(asked)]
+        near = longer or difflib.get_close_matches(asked, DEVICES, n=1, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(
             Problem("--gpu", f"{name!r} is no device that the planner knows", ", ".join(DEVICES), hint.strip())
         )
@@ -97,6 +118,6 @@ def recognised(name: str, memory: int) -> Device:
     return replace(DEVICES["a100-80gb"], memory=memory)
 
 
-def cpu(cores: int, memory: int) -> Device:
+def cpu(cores: int, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"]) -> Device:
     """The share of a machine's CPU that one worker of `cores` threads has."""
-    return Device(memory, _CORE_FLOPS * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)
+    return Device(memory, core_flops * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)

@@ -1,10 +1,12 @@
-"""How much memory a worker of a plan takes, part by part, on its device and on its host: bytes, from sizes alone.
+"""How much memory a worker of a plan takes, part by part, on its device, its host and its NVMe: bytes, from sizes alone.
 
 The parts are those of DeepSpeed's ZeRO 1, 2 and 3 as `engine` sets them up: gradients are summed in fp32 and a bucket of them is
-kept whole; ZeRO-3 gathers up to `stage3_max_live_parameters` again. On a CPU device and host are one, and what a process takes
-before it has a model (`ProcessCost`) counts.
+kept whole; ZeRO-3 gathers up to `stage3_max_live_parameters` again. With AdamW in bf16 that makes 18 bytes a parameter over all
+workers (2 of the weight, 4 of the gradients' sum, 12 of master and moments), where Rajbhandari et al. 2020 ("ZeRO", section 3.1)
+count 16 with sums in 16 bits. On a CPU device and host are one, and what a process takes before it has a model (`Process`) counts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,8 @@ _FUSED_CHUNK = 96 << 20
 """Bytes of logits at once of the fused loss (`model.kernels.linear_cross_entropy`)."""
 _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""
+_SWAP_BUFFERS = 4
+"""DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +41,33 @@ class Placement:
     """Elements that ZeRO-3 keeps gathered."""
     persistence: int = 100_000
     """Parameters of at most so many elements stay whole on every worker under ZeRO-3."""
+    copies: int = 1
+    """Workers that keep one copy of all weights between them, beside the partition over all (ZeRO++'s hpZ); 1: no such copy."""
+    quantized_weights: bool = False
+    """Weights travel in 8 bits (ZeRO++)."""
+    quantized_gradients: bool = False
+    """Gradients travel in 4 bits (ZeRO++)."""
+    swap_buffers: int = _SWAP_BUFFERS
 
     @classmethod
     def of(cls, ds_config: Mapping[str, Any]) -> "Placement":
         """The placement that a DeepSpeed config describes; its silence means DeepSpeed's own defaults."""
         zero = ds_config.get("zero_optimization", {})
+        optimizer = zero.get("offload_optimizer") or {}
         found = {
             "reduce_bucket": zero.get("reduce_bucket_size"),
             "sub_group": zero.get("sub_group_size"),
             "max_live": zero.get("stage3_max_live_parameters"),
             "persistence": zero.get("stage3_param_persistence_threshold"),
+            "copies": zero.get("zero_hpz_partition_size"),
+            "swap_buffers": optimizer.get("buffer_count"),
         }
         return cls(
             stage=int(zero.get("stage", 0)),
-            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none"),
+            offload_optimizer=optimizer.get("device", "none"),
             offload_param=(zero.get("offload_param") or {}).get("device", "none"),
+            quantized_weights=bool(zero.get("zero_quantized_weights")),
+            quantized_gradients=bool(zero.get("zero_quantized_gradients")),
             **{key: int(value) for key, value in found.items() if isinstance(value, int | float)},
         )
 
@@ -67,17 +83,39 @@ class Work:
     """Of a micro-batch."""
     supervised: int
     """Targets among them: logits are computed for these alone."""
+    example_tokens: float = math.inf
+    """Of the example that a token stands in, on average."""
     recompute: bool
     """Activation checkpointing."""
+    offload_inputs: bool = False
+    """Whether what the recomputed layers start from waits in the host's memory."""
     fused_loss: bool = False
     """Whether the logits are never held whole."""
     ema: bool = False
     """Whether an average of the weights is kept beside them."""
+    weights_only: bool = False
+    """Whether checkpoints leave the optimizer's states out."""
+    sequence_parallel: int = 1
+    """Workers that share the tokens of a micro-batch between them; the states are cut over all workers all the same."""
 
     @property
     def numbers(self) -> int:
         """fp32 numbers of each trained element that last: the master weight and what the update keeps."""
         return 1 + STATES[self.optimizer] + self.ema
+
+    @property
+    def saved_numbers(self) -> int:
+        """Those of them that a checkpoint holds."""
+        return 1 + self.ema if self.weights_only else self.numbers
+
+    @property
+    def own_tokens(self) -> int:
+        """Of a micro-batch, on this worker."""
+        return -(-self.tokens // self.sequence_parallel)
+
+    @property
+    def own_supervised(self) -> int:
+        return -(-self.supervised // self.sequence_parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +125,32 @@ class Process:
     fixed: int
     """Bytes, whatever it trains."""
     workspace: float
-    """Of the backward pass, in the activations of one layer: gradients on their way, and heap between large tensors."""
+    """Of the backward pass, in the 16-bit activations of one layer: gradients on their way, and heap between large tensors. As many
+    bytes in fp32: norms and attention make fp32 of 16 bits for a moment anyway."""
     fragments: float
     """Share of everything that lies idle in the allocator."""
     whole_buckets: bool
     """Whether a bucket takes its room before it is filled."""
+    retains: bool = False
+    """Whether what was freed stays resident: a C library's heap, of all but the largest tensors."""
+    host: int = 0
+    """Bytes of the host's memory, whatever it trains, where that is another memory."""
+    attends_apart: bool = False
+    """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
+    pins: bool = False
+    """Whether offloaded tensors are pinned: torch rounds each one's room up to a power of two."""
 
 
-CPU_PROCESS = Process(fixed=560 << 20, workspace=5.5, fragments=0.0, whole_buckets=False)
-"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`."""
-GPU_PROCESS = Process(fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True)
-"""The CUDA context, NCCL's and cuBLAS's buffers, and the caching allocator's fragments: not measured here yet."""
+CPU_PROCESS = Process(
+    fixed=590 << 20, workspace=5.5, fragments=0.0, whole_buckets=False, retains=True, attends_apart=True
+)
+"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
+GPU_PROCESS = Process(
+    fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True, host=3 << 30, pins=True
+)  # fmt: skip
+"""The CUDA context, NCCL's and cuBLAS's buffers, the caching allocator's fragments, and on the host CUDA's libraries: not measured."""
+NOT_ALLOCATED = ("process", "fragments")
+"""Parts of a GPU's memory that torch's allocator does not count as allocated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +159,7 @@ class Memory:
 
     device: Mapping[str, int]
     host: Mapping[str, int]
-    """What was offloaded to the host's memory."""
+    """What was offloaded to the host's memory, and what the process takes there."""
     nvme: int
     checkpoint_copy: int
     """Host memory of this worker's part of a checkpoint that is written behind the training."""
@@ -119,6 +172,11 @@ class Memory:
         return sum(self.device.values())
 
     @property
+    def allocated(self) -> int:
+        """Bytes of the peak that torch's allocator would count on a GPU."""
+        return sum(count for name, count in self.device.items() if name not in NOT_ALLOCATED)
+
+    @property
     def host_peak(self) -> int:
         """Bytes of the host for this worker, without checkpoint copies."""
         return sum(self.host.values())
@@ -126,43 +184,93 @@ class Memory:
 
 def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) -> Memory:
     """The memory of one worker."""
-    world, trained = work.world_size, shape.trained
     size = _DTYPE_BYTES[work.dtype]
-    share = -(-trained // world)
-    weights = _weights(shape, place, world, size)
-    update = _FP32 * share * work.numbers
-    sums = _FP32 * (trained if place.stage == 1 else share)  # DeepSpeed's stage 1 with fp32 sums keeps all of them
-    states = {"masters and moments": update, "gradient sums": sums}
-    offloaded = place.offload_optimizer != "none"
-    bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
-    waiting = min(bucket, trained)
-    backward = 0 if place.stage == 1 else size * waiting + _FP32 * waiting * _copies_of_bucket(place, world)
-    step = _FP32 * min(share, place.sub_group) if place.stage == 3 and not offloaded else 0
+    weights = _weights(shape, place, work.world_size, size)
+    share = -(-shape.trained // work.world_size)
     device = {
         "weights": 0 if place.offload_param != "none" else weights,
+        "weights' copy within machines": _copy_within(shape, place, size),
         "gathered weights": _gathered(shape, place, size),
-        **({} if offloaded else states),
-        "gradient bucket": _FP32 * bucket,
-        "gradients on their way": max(backward, step),
-        "activations": _activations(shape, work),
-        "logits": _logits(shape, work, size),
-        "workspace": int(process.workspace * shape.layer_activations * work.tokens),
+        **(_states(shape, place, work) if place.offload_optimizer == "none" else {}),
+        **_passing(shape, place, work, process, size),
         "process": process.fixed,
     }
+    device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
-    host: dict[str, int] = {}
-    if place.offload_param == "cpu":
-        host["weights"] = weights
-    if place.offload_optimizer == "cpu":
-        host |= states
-    saved = _FP32 * trained * work.numbers
+    saved = _FP32 * shape.trained * work.saved_numbers
     return Memory(
         device=device,
-        host=host,
-        nvme=(update if place.offload_optimizer == "nvme" else 0) + (weights if place.offload_param == "nvme" else 0),
-        checkpoint_copy=-(-saved // world),
+        host={name: count for name, count in _host(shape, place, work, process, weights).items() if count},
+        nvme=_FP32 * share * (work.numbers + 1) if place.offload_optimizer == "nvme" else 0,
+        checkpoint_copy=-(-saved // work.world_size),
         checkpoint_bytes=saved,
     )
+
+
+def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
+    share = -(-shape.trained // work.world_size)
+    # DeepSpeed's stage 1 with fp32 sums keeps all of them; under its stage 3 weights in fp32 are their own masters.
+    sums = shape.trained if place.stage == 1 else share
+    lasting = work.numbers - (place.stage == 3 and work.dtype == "fp32")
+    return {"masters and moments": _FP32 * share * lasting, "gradient sums": _FP32 * sums}
+
+
+def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
+    """What comes and goes within a step: at its most at the end of the forward pass, while gradients are reduced, or in the update.
+
+    Where freed memory stays resident, all of that adds up.
+    """
+    trained, share = shape.trained, -(-shape.trained // work.world_size)
+    bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
+    waiting = min(bucket, trained)
+    copies = _FP32 * _copies_of_bucket(place, work.world_size)
+    sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
+    in_steps = place.stage == 3 and place.offload_optimizer == "none"
+    update = _FP32 * min(share, place.sub_group) if in_steps else 0
+    activations = _activations(shape, work, process)
+    logits = _logits(shape, work, size)
+    # A heap takes no less where tiles are made one after another.
+    layer = shape.layer_activations + (shape.tile_activations if process.retains else 0)
+    workspace = int(process.workspace * 2 / size * layer * work.own_tokens)
+    found = {"gradient bucket": _FP32 * bucket, "activations": activations}
+    if process.retains:
+        return found | {"logits": logits, "workspace": workspace, "gradients on their way": max(sent, update)}
+    forward = activations + max(logits, workspace)
+    # The first bucket is full, and sent, when so much of the backward pass is over.
+    left = int(activations * max(0.0, 1 - bucket / max(1, trained)))
+    beyond = max(0, sent + left + workspace - forward, update - forward)
+    return found | {"logits or workspace": max(logits, workspace), "gradients on their way": beyond}
+
+
+def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:
+    """What is offloaded there. DeepSpeed keeps the gradients' sums, and beside them the gradients that an update reads."""
+    share = -(-shape.trained // work.world_size)
+    group = min(share, place.sub_group) if place.stage == 3 else share
+    held = {"process": process.host, "weights": weights if place.offload_param == "cpu" else 0}
+    pinned: list[int] = [weights] if place.offload_param == "cpu" else []
+    if work.offload_inputs and process.pins:
+        each = shape.layer_input * work.own_tokens
+        held["layers' inputs"] = each * shape.layers
+        pinned += [each] * shape.layers
+    if place.offload_optimizer != "none":
+        held["gradient sums"] = _FP32 * share
+        pinned.append(_FP32 * share)
+    if place.offload_optimizer == "cpu":
+        held["masters and moments"] = _FP32 * share * work.numbers
+        held["gradients of the update"] = _FP32 * share
+        pinned += [_FP32 * group] * -(-share // max(1, group))
+    if place.offload_optimizer == "nvme":
+        buffers = place.swap_buffers + work.ema
+        held["swap buffers"] = _FP32 * group * buffers
+        pinned += [_FP32 * group] * buffers
+    if process.pins:
+        held["rounding of pinned memory"] = sum(_power_of_two(count) - count for count in pinned)
+    return held
+
+
+def _power_of_two(count: int) -> int:
+    """The next one: what torch's CachingHostAllocator takes for a tensor of `count` bytes."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _weights(shape: ModelShape, place: Placement, world: int, size: int) -> int:
@@ -170,6 +278,10 @@ def _weights(shape: ModelShape, place: Placement, world: int, size: int) -> int:
         return size * shape.parameters
     whole = shape.no_larger_than(place.persistence)
     return size * (whole + -(-(shape.parameters - whole) // world))
+
+
+def _copy_within(shape: ModelShape, place: Placement, size: int) -> int:
+    return size * -(-shape.parameters // place.copies) if place.stage == 3 and place.copies > 1 else 0
 
 
 def _gathered(shape: ModelShape, place: Placement, size: int) -> int:
@@ -186,19 +298,32 @@ def _copies_of_bucket(place: Placement, world: int) -> int:
     return 1
 
 
-def _activations(shape: ModelShape, work: Work) -> int:
-    each = (
-        shape.layer_input * shape.layers + shape.layer_activations
-        if work.recompute
-        else shape.layer_activations * shape.layers
-    )
-    return work.tokens * (each + shape.other_activations)
+def _activations(shape: ModelShape, work: Work, process: Process) -> int:
+    tokens = work.own_tokens
+    layer = shape.layer_activations + (_apart(shape, work) if process.attends_apart else 0)
+    each = layer * shape.layers
+    if work.recompute:
+        inputs = 2 if work.offload_inputs else shape.layers
+        each = shape.layer_input * inputs + layer
+    tile = shape.tile_activations * min(shape.tile_tokens, tokens)
+    return tokens * (each + shape.other_activations) + tile
+
+
+def _apart(shape: ModelShape, work: Work) -> int:
+    """Bytes a token and layer more, where attention goes example by example: its result once more, and in fp32 all of it twice as large."""
+    doubled = shape.attention_activations if work.dtype == "bf16" and work.example_tokens <= shape.fp32_tokens else 0
+    return shape.attention_result + doubled
 
 
 def _logits(shape: ModelShape, work: Work, size: int) -> int:
-    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's sum in fp32."""
-    logits = size * work.supervised * shape.vocabulary
-    if work.fused_loss:
-        head = shape.vocabulary * shape.layer_input // size
-        return min(logits, _FUSED_CHUNK) + (_FP32 * head if logits > _FUSED_CHUNK else 0)
-    return 2 * logits + 2 * min(_CHUNK_TOKENS, work.supervised) * shape.vocabulary * _FP32
+    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's gradient.
+
+    The fused loss sums the head's gradient in fp32 where several chunks add up to it (`model.kernels.linear_cross_entropy`).
+    """
+    logits = size * work.own_supervised * shape.vocabulary
+    head = shape.vocabulary * shape.layer_input // size if shape.head_trained else 0
+    second = size * head if shape.head_tied else 0  # an embedding that is the head too has a gradient from either end
+    if not work.fused_loss:
+        return 2 * logits + 2 * min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32 + second
+    alone = _FUSED_CHUNK + head * (_FP32 - size)
+    return (logits + size * head if logits <= alone else _FUSED_CHUNK + _FP32 * head) + second

@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from dstune.atomic import write_json
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, FitError, Problem
 from dstune.paths import RunPaths
+from dstune.planning.deepspeed import AUTO_PRESET
 
 Layout = Literal["packed", "padded", "packed-seq2seq", "seq2seq"]
 _AUTO_MICRO_BATCH_TOKENS = 8192
@@ -59,11 +61,25 @@ class Plan:
     resume_from: str | None
     start_step: int
     cpus_per_worker: int
+    preset: str = AUTO_PRESET
+    """What `deepspeed.preset` came to; the whole config is beside the plan."""
+    activation_checkpointing: bool | Literal["offload"] = False
+    """What `model.activation_checkpointing` came to."""
+    why: str = ""
+    """Why these were chosen, for a person; empty where the run file left no choice."""
+    predicted: Mapping[str, Any] | None = None
+    """`peak_memory_bytes`, `step_seconds` and `tokens_per_second` as the planner expects them in metrics.jsonl; None where the
+    machines are not known."""
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
+        """A plan that an earlier version wrote lacks what has a default."""
         value = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
+        return cls(**{f.name: value[f.name] for f in fields(cls) if f.default is MISSING or f.name in value})
+
+    def settle(self, config: RunConfig) -> RunConfig:
+        """The run's config with what this plan chose where it says `auto`."""
+        return settled(config, self.preset, self.micro_batch_size, self.activation_checkpointing)
 
 
 def make(
@@ -78,9 +94,11 @@ def make(
     store_owner: str | None = None,
     resume_from: Path | None,
     start_step: int,
+    why: str = "",
+    predicted: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Join `config` with `world_size` workers. Raises FitError as `require_rows`, and ConfigError where workers would share rows that
-    are not packed.
+    """Join `config` (settled: what it leaves to `auto` takes the usual) with `world_size` workers. Raises FitError as `require_rows`,
+    and ConfigError where workers would share rows that are not packed.
     """
     batch = config.train.global_batch_size
     require_rows(config, world_size)
@@ -110,7 +128,22 @@ def make(
         resume_from=str(resume_from) if resume_from else None,
         start_step=start_step,
         cpus_per_worker=config.cluster.cpus_per_worker,
+        preset=AUTO_PRESET if config.deepspeed.preset == "auto" else config.deepspeed.preset,
+        activation_checkpointing=again if (again := config.model.activation_checkpointing) != "auto" else False,
+        why=why,
+        predicted=predicted,
     )
+
+
+def settled(config: RunConfig, preset: str, micro_batch: int, activation_checkpointing: bool | str) -> RunConfig:
+    """`config` with `deepspeed.preset`, `train.micro_batch_size` and `model.activation_checkpointing` as given."""
+    changes: dict[str, tuple[str, Any]] = {
+        "deepspeed": ("preset", preset),
+        "train": ("micro_batch_size", micro_batch),
+        "model": ("activation_checkpointing", activation_checkpointing),
+    }
+    sections = {name: getattr(config, name).model_copy(update=dict([change])) for name, change in changes.items()}
+    return config.model_copy(update=sections)
 
 
 def require_rows(config: RunConfig, world_size: int) -> None:

@@ -1,7 +1,8 @@
 """What planning knows of a model: how many numbers of which kind, counted without any weights (`model.footprint`)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,29 @@ class ModelShape:
     largest_layer: int
     """Elements of the largest of the repeated layers."""
     layer_activations: int
-    """Bytes a token and layer, kept from the forward for the backward pass."""
+    """Bytes a token and layer, kept from the forward for the backward pass; without what a tile computes again."""
     layer_input: int
     """Bytes a token and layer that remain where activations are recomputed."""
     other_activations: int
     """Bytes a token outside the layers, logits left out."""
+    attention_activations: int = 0
+    """Bytes of `layer_activations` that are queries, keys, values and the result of attention."""
+    attention_result: int = 0
+    """Bytes of the result among them."""
+    fp32_tokens: int = 0
+    """Tokens of an example up to which a CPU attends in fp32 (`model.per_example`)."""
+    tile_tokens: int = 0
+    """Tokens that pass a feed-forward layer at once (`model.mlp_tile`); 0: all of them."""
+    tile_activations: int = 0
+    """Bytes a token that exist for one tile alone."""
+    tiled: int = 0
+    """Elements of the layers that go tile by tile, and are computed once more therefore."""
+    recomputable: bool = True
+    """Whether activation checkpointing works for this architecture."""
+    head_trained: bool = True
+    """Whether the layer that makes the logits is updated."""
+    head_tied: bool = False
+    """Whether that layer is the input embedding too."""
     counted: bool
     """Whether the activations were counted on the model itself, or only estimated from its sizes (mixtures of experts)."""
 
@@ -39,3 +58,12 @@ class ModelShape:
     def no_larger_than(self, threshold: int) -> int:
         """Elements in parameters of at most `threshold` elements: what ZeRO-3 leaves whole on every worker."""
         return sum(size * count for size, count in self.sizes.items() if size <= threshold)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-like; `from_dict` gives an equal one back."""
+        return asdict(self) | {"sizes": sorted([size, count] for size, count in self.sizes.items())}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "ModelShape":
+        values: dict[str, Any] = {**value, "sizes": dict(value["sizes"])}
+        return cls(**values)

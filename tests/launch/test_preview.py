@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dstune.cli.main import main
 
@@ -16,16 +17,15 @@ train: {global_batch_size: 16}
 EIGHT = ["--nodes", "1", "--gpus-per-node", "8", "--gpu", "h100-80gb", "--host-memory", "1TB", "--price", "2"]
 
 
-@pytest.fixture
-def run_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "run.yaml"
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("planned") / "run.yaml"
     path.write_text(RUN)
     return str(path)
 
 
-def planned(capsys, *words: str) -> dict:
-    assert main(["plan", *words, "--json"]) == 0
+def planned(capsys, *words: str, status: int = 0) -> dict:
+    assert main(["plan", *words, "--json"]) == status
     return json.loads(capsys.readouterr().out)
 
 
@@ -41,19 +41,40 @@ def test_eight_billion_on_eight_gpus(run_file, capsys):
     assert found["best"]["fits"] and {way["preset"] for way in found["ways"]} >= {"zero1", "zero2", "zero3"}
 
 
-def test_one_small_gpu_takes_offload_or_nothing(run_file, capsys):
-    words = [
-        "--gpus-per-node",
-        "1",
-        "--gpu",
-        "rtx-4090",
-        "--host-memory",
-        "256GB",
-        "model.activation_checkpointing=true",
-    ]
-    found = planned(capsys, run_file, *words)
+SMALL = ["--gpus-per-node", "1", "--gpu", "rtx-4090"]
+
+
+def test_one_small_gpu_takes_offload_and_recomputes(run_file, capsys):
+    found = planned(capsys, run_file, *SMALL, "--host-memory", "256GB")
+    this = found["this_run"]
+    assert this["preset"] == "zero3-offload-all" and this["activation_checkpointing"] and this["fits"]
+    assert found["deepspeed"]["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert this["chosen_because"] == found["why"]
     assert {way["preset"] for way in found["ways"] if way["fits"]} <= {"zero3-offload-all", "zero3-offload-optimizer"}
-    assert not found["this_run"]["fits"] and "of the device's memory" in found["this_run"]["why"]
+
+
+def test_what_fits_nowhere_ends_with_status_4_and_says_what_it_lacks(run_file, capsys):
+    found = planned(capsys, run_file, *SMALL, "--host-memory", "32GB", status=4)
+    assert found["best"] is None and not found["fits"]
+    assert "more of the machine's memory than may be filled" in found["nearest"]["lacks"]
+    assert found["enough_machines"]["nodes"] == 8  # a billion parameters each: 20 GB of the host, and of 4 machines 40
+
+
+def test_a_named_preset_that_does_not_fit_is_told_so(run_file, capsys):
+    found = planned(capsys, run_file, *SMALL, "--host-memory", "256GB", "deepspeed.preset=zero3", status=4)
+    assert "of the device's memory" in found["this_run"]["why"] and found["best"]["preset"] == "zero3-offload-all"
+
+
+def test_a_config_alone_is_planned_with_full_rows(tmp_path, capsys):
+    shape = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=1000)
+    shape.save_pretrained(tmp_path / "model")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: x\nmodel: {path: model}\ndata: {sources: [{path: nowhere.jsonl}], max_length: 512}\ntrain: {max_steps: 7}\n"
+    )
+    found = planned(capsys, str(path), "--gpu", "h200", "--gpus-per-node", "2")
+    assert (found["steps"], found["tokens_per_step"], found["prepared"]) == (7, 64 * 512, None)
+    assert found["model"]["parameters"] == LlamaForCausalLM(shape).num_parameters()
 
 
 def test_a_person_reads_parts_ways_and_time(run_file, capsys):

@@ -1,5 +1,6 @@
 """What is counted without weights is what a model with weights has and keeps."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from dstune.config.schema import ModelSection
 from dstune.model.config import load_config
 from dstune.model.footprint import footprint
+from dstune.planning.shapes import ModelShape
 from tests.model.architectures import tiny_config
 
 SHAPE = {
@@ -42,6 +44,9 @@ def test_an_adapter_alone_is_trained():
     model = ModelSection.model_validate({"path": "builtin:tiny-llama", "overrides": SHAPE, "adapter": {"rank": 4}})
     found = footprint(model, Path())
     assert 0 < found.trained < found.parameters / 4
+    # In 16 bits as the rest: no fp32 copy of any layer's input is kept for it, and frozen matrices keep none at all.
+    whole = footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE), Path())
+    assert found.layer_activations < 1.1 * whole.layer_activations and not found.head_trained
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -78,6 +83,18 @@ def test_other_architectures_are_counted(name, tmp_path):
     tiny_config(name).save_pretrained(tmp_path)
     found = footprint(ModelSection(path=str(tmp_path)), Path())
     assert found.layers > 0 and found.layer_activations > 0 and 0 < found.active <= found.parameters
+    assert found.counted and ModelShape.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+
+
+def test_tiles_keep_less_of_a_layer_and_the_rest_for_one_tile_alone():
+    whole, tiled = (
+        footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE, mlp_tile=tile), Path())
+        for tile in ("off", 50)
+    )
+    assert tiled.layer_activations + tiled.tile_activations == whole.layer_activations
+    # Gate, up, their product and what the gate's function keeps: at least three of the 160 numbers of two bytes; less the tile's input.
+    assert tiled.tile_activations >= 3 * 160 * 2 - 64 * 2 and tiled.tile_tokens == 50
+    assert tiled.tiled == 3 * 3 * 64 * 160 and tiled.parameters == whole.parameters
 
 
 def test_a_token_of_a_mixture_visits_its_own_experts(tmp_path):

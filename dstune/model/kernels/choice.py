@@ -67,6 +67,17 @@ def planned(section: ModelSection, base: Path, device: str) -> list[Choice]:
     return chosen(section, skeleton(load_config(section, base), section), device)
 
 
+def fuses_loss(section: ModelSection, base: Path) -> bool:
+    """Whether the logits of a run are never held whole. Shown on the CPU: no GPU is touched."""
+    kernel = FusedLossKernel()
+    if _wanted(section, kernel.name) is False:
+        return False
+    model = (
+        skeleton(load_config(section, base), section) if section.adapter is None else adapted_skeleton(section, base)
+    )
+    return kernel.find(model, "cpu").works
+
+
 def put_in(choices: Sequence[Choice], model: PreTrainedModel, device: str) -> TokenLoss:
     """Make `model` use the kernels that are on, and log all of them; the loss to train with."""
     loss: TokenLoss = summed_token_loss

@@ -1,0 +1,63 @@
+"""Why a plan is what it is, in a sentence for the log and for `dstune plan`."""
+
+from collections.abc import Sequence
+
+from dstune.planning.choose import Candidate, gib, nearest
+
+_ALIKE = 0.03
+
+
+def named(one: Candidate) -> str:
+    """A way to run in a few words."""
+    again = {False: "", True: ", recomputing activations", "offload": ", recomputing activations from host memory"}
+    split = f", each row over {one.sequence_parallel} workers" if one.sequence_parallel > 1 else ""
+    return f"{one.preset}, micro-batch {one.micro_batch_size}{again[one.recompute]}{split}"
+
+
+def why(found: Sequence[Candidate], is_cpu: bool) -> str:
+    """Why the first of `found` comes before the next other way; or what stands in the way of all."""
+    first = found[0]
+    if not first.fits:
+        close = nearest(found)
+        return f"nothing fits; nearest comes {named(close)}: {lacking(close)}"
+    others = [one for one in found[1:] if one.fits]
+    if not others:
+        return f"the only way that fits, with {headroom(first)}"
+    if is_cpu:
+        return _on_cpu(found)
+    second = min(others, key=lambda one: one.seconds.step)
+    return _against(first, second)
+
+
+def _on_cpu(found: Sequence[Candidate]) -> str:
+    first = found[0]
+    larger = [one for one in found if not one.fits and one.preset == first.preset]
+    tight = ""
+    if first.recompute or any(one.micro_batch_size > first.micro_batch_size and not one.recompute for one in larger):
+        tight = "; keeping more does not fit this machine's memory"
+    return f"on CPUs the presets take about the same time, and this is what a cluster runs; {headroom(first)}{tight}"
+
+
+def _against(first: Candidate, second: Candidate) -> str:
+    faster = second.seconds.step / first.seconds.step - 1
+    if faster < _ALIKE:
+        times = f"{first.seconds.step:.3g} and {second.seconds.step:.3g} s a step"
+        return f"as fast as {named(second)} ({times}), with {headroom(first)}"
+    part = max(first.seconds.parts, key=lambda name: second.seconds.parts[name] - first.seconds.parts[name])
+    here, there = first.seconds.parts[part], second.seconds.parts[part]
+    return f"{faster:.0%} faster than {named(second)}, most of it in {part}: {here:.3g} s a step against {there:.3g} s"
+
+
+def headroom(one: Candidate) -> str:
+    """How much of the tightest room is left."""
+    tight = max(one.rooms, key=lambda room: room.needed / max(1, room.free))
+    return f"{gib(tight.free - tight.needed)} of {tight.name} to spare"
+
+
+def lacking(one: Candidate) -> str:
+    """By how much a way does not fit."""
+    if one.unusable:
+        return one.unusable
+    return "; ".join(
+        f"{gib(room.missing)} more of {room.name} than may be filled" for room in one.rooms if room.missing
+    )

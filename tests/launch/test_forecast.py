@@ -1,0 +1,71 @@
+"""What an attempt's plan settles where the run file says `auto`, and how a prediction meets what was measured."""
+
+import json
+
+import pytest
+
+from dstune import api
+from dstune.config.load import load_run
+from dstune.errors import FitError
+from dstune.launch import comparison, machine, rundir, start
+from dstune.paths import RunPaths
+from dstune.planning.plan import Plan
+from tests.runs.tiny import write_run
+
+GIB = 1 << 30
+
+
+def planner(folder, elsewhere=False, **sections) -> start.Planner:
+    run = load_run(write_run(folder, **sections))
+    prepared = api.prepare(run)
+    return start.Planner(run, rundir.create(run), start.data_facts(run.config, prepared), elsewhere)
+
+
+def test_a_laptop_is_planned_zero3_with_what_it_should_take(tmp_path):
+    make = planner(tmp_path, train={"micro_batch_size": "auto"})
+    made = make(1, 2, None, 0)
+    assert (made.preset, made.micro_batch_size, made.activation_checkpointing) == ("zero3", 2, False)
+    assert made.predicted is not None and 0.3 * GIB < made.predicted["peak_memory_bytes"] < GIB
+    assert Plan.read(make.paths.plan(1)) == made
+    assert json.loads(make.paths.ds_config(1).read_text())["zero_optimization"]["stage"] == 3
+    assert [one["event"] for one in map(json.loads, make.paths.events.read_text().splitlines())] == ["planned"]
+    settled = made.settle(make.run.config)
+    assert settled.train.micro_batch_size == 2 and settled.model.activation_checkpointing is False
+
+
+def test_gpus_that_are_named_decide_although_they_are_not_here(tmp_path):
+    make = planner(tmp_path, elsewhere=True, cluster={"gpu": "rtx-4090"}, train={"micro_batch_size": "auto"})
+    made = make(1, 2, None, 0)
+    assert made.why and made.predicted is not None
+    assert made.predicted["peak_memory_bytes"] < GIB  # no process on the host, nothing but tensors
+
+
+def test_machines_that_nobody_knows_get_zero3(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: ())
+    made = planner(tmp_path, elsewhere=True)(1, 2, None, 0)
+    assert made.preset == "zero3" and made.predicted is None and "cluster.gpu" in made.why
+
+
+def test_what_fits_nowhere_is_not_started_unless_its_preset_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "memory_bytes", lambda: GIB)
+    with pytest.raises(FitError, match=r"nearest comes zero\d, micro-batch 1, recomputing activations, which lacks"):
+        planner(tmp_path / "auto", train={"micro_batch_size": "auto"})(1, 2, None, 0)
+    assert planner(tmp_path / "named", deepspeed={"preset": "zero2"})(1, 2, None, 0).preset == "zero2"
+
+
+def test_predicted_stands_beside_measured(tmp_path):
+    make = planner(tmp_path)
+    predicted = make(3, 2, None, 10).predicted
+    slow = {"step": 11, "attempt": 3, "peak_memory_bytes": 5, "step_seconds": 90.0, "tokens_per_second": 1.0}
+    usual = slow | {"peak_memory_bytes": 7, "step_seconds": 2.0, "tokens_per_second": 50.0}
+    before = usual | {"step": 10, "attempt": 2, "peak_memory_bytes": 99}
+    lines = [before, slow, usual | {"step": 12}, usual | {"step": 13}]
+    assert comparison.compared(make.paths, 3) is None
+    make.paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = comparison.compared(make.paths, 3)
+    measured = {"peak_memory_bytes": 7, "step_seconds": 2.0, "tokens_per_second": 50.0}
+    assert found == {"predicted": predicted, "measured": measured}
+    assert next(comparison.lines({"predicted": measured | {"peak_memory_bytes": 10}, "measured": measured})).endswith(
+        "(-30%)"
+    )
+    assert comparison.compared(RunPaths(tmp_path / "nothing"), 1) is None
