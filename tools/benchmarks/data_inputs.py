@@ -1,16 +1,17 @@
 """What benchmarks of data and training work on: chats grown from real ones, and a byte-level BPE trained on their text.
 
-The real ones are the developers' in ../shared/data; without them the quickstart's generator stands in, and the report says so.
+The real ones are the developers' in ../shared/data (or DSTUNE_SHARED); without them the quickstart's generator stands in, and the report says so.
 """
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 128_000
-_SHARED = Path(__file__).parents[3] / "shared" / "data"
+_SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 _PAIRS = ("llama_factory/alpaca_en_demo.json", "llama_factory/alpaca_zh_demo.json", "gsm8k/gsm_8k_train.json")
 _TURNS = (1, 1, 1, 2, 2, 3, 4)
 """Questions in a chat, drawn among these."""

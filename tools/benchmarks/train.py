@@ -17,6 +17,7 @@ that rate. The ratios are a CPU's: on GPUs the others have flash attention.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def main() -> int:
         parser.error(f"--steps: at least {_UNCOUNTED + 1}")
     if args.against and not peers.has_trl():
         parser.error(peers.TRL)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says on stdout that it found no other
     print(json.dumps(_Bench(args).run(), indent=2))
     return 0
 
