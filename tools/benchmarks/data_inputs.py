@@ -1,6 +1,7 @@
 """What benchmarks of data and training work on: chats grown from real ones, and a byte-level BPE trained on their text.
 
-The real ones are the developers' in ../shared/data (or DSTUNE_SHARED); without them the quickstart's generator stands in, and the report says so.
+The real ones are the developers' in ../shared/data (or $DSTUNE_SHARED/data); without them the quickstart's generator stands in, and
+the report says so.
 """
 
 import json
