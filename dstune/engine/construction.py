@@ -113,9 +113,17 @@ def computes_fp16() -> bool:
 def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
     """Modules built inside have parameters of `dtype`; under ZeRO-3 each worker keeps only its piece of every parameter.
 
-    `world.init` must have been called. A collective: every worker builds the same modules in the same order.
+    `world.init` must have been called. Every worker builds the same modules in the same order, and the same values, or sets them
+    afterwards: nothing is sent.
     """
-    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    class Unsent(Init):
+        """DeepSpeed sends worker 0's values of every parameter to all, the whole model. They are set later, piece by piece."""
+
+        def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
 
     # NOTE: zero.Init replaces torch's constructors while it is open, and torch._dynamo cannot be imported then.
     importlib.import_module("torch._dynamo")
@@ -135,7 +143,7 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=stage_of(config) == 3):
+        with Unsent(config_dict_or_path=config, dtype=dtype, enabled=stage_of(config) == 3):
             yield
     finally:
         torch.set_default_dtype(before)

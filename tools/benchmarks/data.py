@@ -1,11 +1,10 @@
 """Preparing, packing, opening and loading data beside TRL's way, in one run, the sides taking turns, each in its own process.
 
-Wants TRL in the same environment for its sides (`pip install --no-deps trl==1.16.0 accelerate`); without it they are left out and
-said to be. What is compared, and the limits beside it, stands in `data_sides.py`.
+Without TRL (`peers.py` says how to have it) its sides are left out, and said to be. What is compared, and the limits beside it,
+stands in `data_sides.py`.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks import data_inputs
+from tools.benchmarks.peers import has_trl
 
 PARTS = ("prepare", "packing", "opening", "loader")
 
@@ -45,7 +45,7 @@ class _Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.chats, self.tokenizer, self.origin = data_inputs.make(args.folder, args.chats)
-        self.has_trl = importlib.util.find_spec("trl") is not None
+        self.has_trl = has_trl()
         self._directories: dict[int, str] = {}
 
     def prepare(self) -> dict[str, Any]:

@@ -1,16 +1,18 @@
-"""What `tools/bench data` works on: chats grown from real ones, and a byte-level BPE of 128,000 tokens trained on their text.
+"""What benchmarks of data and training work on: chats grown from real ones, and a byte-level BPE trained on their text.
 
-The real ones are the developers' in ../shared/data; without them the quickstart's generator stands in, and the report says so.
+The real ones are the developers' in ../shared/data (or $DSTUNE_SHARED/data); without them the quickstart's generator stands in, and
+the report says so.
 """
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 128_000
-_SHARED = Path(__file__).parents[3] / "shared" / "data"
+_SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 _PAIRS = ("llama_factory/alpaca_en_demo.json", "llama_factory/alpaca_zh_demo.json", "gsm8k/gsm_8k_train.json")
 _TURNS = (1, 1, 1, 2, 2, 3, 4)
 """Questions in a chat, drawn among these."""
@@ -18,17 +20,20 @@ _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 """Llama 3's way of cutting text into words."""
 
 
-def make(folder: Path, num_chats: int) -> tuple[Path, Path, str]:
-    """The chats' JSONL file, the tokenizer's directory and where the chats come from; made in `folder` if not there."""
+def make(folder: Path, num_chats: int, vocabulary: int = VOCABULARY) -> tuple[Path, Path, str]:
+    """The chats' JSONL file, the tokenizer's directory and where the chats come from; made in `folder` if not there.
+
+    `vocabulary`: tokens of the BPE; three special ones are added.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     real = list(_real_pairs()) if _SHARED.is_dir() else []
     pairs = real or list(_generated_pairs())
     chats = folder / f"chats-{num_chats}-{'real' if real else 'generated'}.jsonl"
     if not chats.exists():
         _grow(pairs, num_chats, chats)
-    tokenizer = folder / f"bpe-{VOCABULARY}-{'real' if real else 'generated'}"
+    tokenizer = folder / f"bpe-{vocabulary}-{'real' if real else 'generated'}"
     if not (tokenizer / "tokenizer_config.json").exists():
-        _train(tokenizer)
+        _train(tokenizer, vocabulary)
     return (
         chats,
         tokenizer,
@@ -78,7 +83,7 @@ def _grow(pairs: list[tuple[str, str]], num_chats: int, path: Path) -> None:
     temporary.rename(path)
 
 
-def _train(folder: Path) -> None:
+def _train(folder: Path, vocabulary: int) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
@@ -88,7 +93,7 @@ def _train(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, min_frequency=1, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_texts(), trainer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])

@@ -25,6 +25,8 @@ from torch.nn.functional import cross_entropy, linear
 from dstune.model.kernels.fused_loss import fastest
 from dstune.model.kernels.linear_cross_entropy import Logits
 from dstune.model.loss import IGNORED
+from tools.benchmarks.measures import memory_bytes, product_rate, ratios, wait_for
+from tools.benchmarks.peers import TRL, has_trl
 
 Side = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`side(hidden [n, width], weight [vocabulary, width], targets [n])`: the mean loss of the supervised tokens."""
@@ -84,12 +86,9 @@ def main() -> int:
 
 
 def found_trl() -> bool:
-    try:
-        import trl.kernels.chunked_logprob  # noqa: F401
-    except ImportError as error:
-        print(f"TRL's side is left out: {error}", file=sys.stderr)
-        return False
-    return True
+    if not has_trl():
+        print(f"TRL's side is left out. {TRL}", file=sys.stderr)
+    return has_trl()
 
 
 def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,17 +105,12 @@ def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.
 def once(side: Side, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
     """Seconds of a forward and a backward pass, and the loss."""
     hidden.grad = weight.grad = None
-    _wait(hidden)
+    wait_for(hidden)
     started = time.perf_counter()
     loss = side(hidden, weight, targets)
     loss.backward()
-    _wait(hidden)
+    wait_for(hidden)
     return time.perf_counter() - started, float(loss.detach())
-
-
-def _wait(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def peak_bytes(side: Side, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, device: str) -> int:
@@ -128,14 +122,9 @@ def peak_bytes(side: Side, hidden: torch.Tensor, weight: torch.Tensor, targets: 
         return torch.cuda.max_memory_allocated() - before
     # The kernel's own high-water mark, set back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = memory_bytes("VmRSS")
     once(side, hidden, weight, targets)
-    return _resident("VmHWM") - before
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return memory_bytes("VmHWM") - before
 
 
 def peaks(names: list[str], words: list[str]) -> dict[str, int]:
@@ -162,20 +151,6 @@ def gradient_errors(names: list[str], given: tuple[torch.Tensor, ...], tokens: i
     return errors
 
 
-def product_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product, the best of five."""
-    size = 8192 if device == "cuda" else 2048
-    square = torch.empty(size, size, dtype=dtype, device=device).normal_()
-    best = 1e9
-    for _ in range(5):
-        _wait(square)
-        started = time.perf_counter()
-        square @ square
-        _wait(square)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
 def compare(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     given = inputs(args)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -193,7 +168,7 @@ def compare(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": {key: getattr(args, key) for key in (*_SIZES, "threads", "rounds")} | {"targets": supervised},
         "seconds_median": {name: round(statistics.median(each), 4) for name, each in seconds.items()},
-        "time_over_plain": {name: _ratio(seconds[name], seconds["plain"]) for name in names},
+        "time_over_plain": {name: ratios(seconds[name], seconds["plain"]) for name in names},
         "target_time_over_plain": TARGET_TIME,
         "peak_bytes": peak,
         "peak_over_plain": {name: round(peak[name] / peak["plain"], 4) for name in names},
@@ -212,16 +187,6 @@ def compare(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
 
 
 _SIZES = ("tokens", "hidden", "vocabulary", "supervised", "dtype", "device")
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Round by round: the median, the least and the most."""
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    return {
-        "median": round(statistics.median(ratios), 4),
-        "least": round(ratios[0], 4),
-        "most": round(ratios[-1], 4),
-    }
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_WATCH_SECONDS = 0.01
 
 
 def make_run(
@@ -62,8 +64,13 @@ def llama(hidden: int, layers: int) -> dict[str, Any]:
     }
 
 
-def spawn(module: str, workers: int, arguments: list[str]) -> None:
-    """Run `python -m module arguments` as `workers` ranks of one gloo group, a thread each. Raises SystemExit where one fails."""
+def spawn(
+    module: str, workers: int, arguments: list[str], threads: int = 1, watch: Callable[[list[int]], None] | None = None
+) -> None:
+    """Run `python -m module arguments` as `workers` ranks of one gloo group. Raises SystemExit where one fails.
+
+    What they print goes to stderr. `threads`: of each; `watch`: called with their process ids a hundred times a second.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -78,13 +85,17 @@ def spawn(module: str, workers: int, arguments: list[str]) -> None:
                 "LOCAL_WORLD_SIZE": str(workers),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": str(threads),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             },
             cwd=ROOT,
+            stdout=sys.stderr,
         )
         for rank in range(workers)
     ]
+    while watch is not None and any(process.poll() is None for process in processes):
+        watch([process.pid for process in processes])
+        time.sleep(_WATCH_SECONDS)
     codes = [process.wait() for process in processes]
     if any(codes):
         raise SystemExit(f"workers ended with {codes}")
