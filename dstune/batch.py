@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from dstune.data import order
+
 IGNORED = -100
 """A target that is no target (`model.loss` agrees)."""
 
@@ -92,6 +94,51 @@ def collate(
         lengths=tuple(len(example.input_ids) for example in examples),
         supervised=int((targets != IGNORED).sum()),
     )
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of `world_size` workers does of a step: `members` workers in a row take the same rows, each a piece of every one."""
+
+    rank: int
+    world_size: int
+    members: int = 1
+
+    @property
+    def place(self) -> int:
+        """Which of the pieces is this worker's, from 0."""
+        return self.rank % self.members
+
+    def micro_batches(self, rows: Sequence[int] | order.IntArray, size: int) -> list[list[int | None]]:
+        """`order.share` between the groups of workers."""
+        return order.share(rows, self.rank // self.members, self.world_size // self.members, size)
+
+    def piece(self, batch: Batch, pad_id: int) -> Batch:
+        """This worker's piece of a packed row: of 9 tokens the members of two have 5 each, the last of them padding.
+
+        `cu_seq_lens_*` stay the whole row's, with the padding as an example at the end; a target stays where it was, so that the last
+        token of a piece predicts the first of the next. `examples` and `lengths` are the whole row's.
+        """
+        if self.members == 1:
+            return batch
+        tokens = batch.targets.shape[1]
+        length = -(-tokens // self.members)
+        padding = torch.arange(length * self.members - tokens)[None]
+        inputs = dict(batch.inputs)
+        if padding.numel():
+            starts = torch.cat([inputs["cu_seq_lens_q"], torch.tensor([length * self.members], dtype=torch.int32)])
+            longest = max(inputs["max_length_q"], padding.numel())
+            inputs |= {
+                "cu_seq_lens_q": starts,
+                "cu_seq_lens_k": starts,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        mine = slice(self.place * length, (self.place + 1) * length)
+        filled = {"input_ids": torch.full_like(padding, pad_id), "position_ids": padding}
+        inputs |= {name: torch.cat([inputs[name], fill], 1)[:, mine] for name, fill in filled.items()}
+        targets = torch.cat([batch.targets, torch.full_like(padding, IGNORED)], 1)[:, mine]
+        return replace(batch, inputs=inputs, targets=targets, supervised=int((targets != IGNORED).sum()))
 
 
 def _height(rows: Sequence[int | None], examples: Sequence[StoredExample]) -> int:

@@ -31,7 +31,7 @@ from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
-from dstune.model import attention, freezing, isolation, neftune, patterns, tiling
+from dstune.model import attention, freezing, isolation, neftune, patterns, sequence_parallel, tiling
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
@@ -165,6 +165,9 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     kernel = attention.choose(config.model, model_config, plan.layout)
     if plan.layout in ("packed", "packed-seq2seq"):
         isolation.prove(model_config, kernel)
+    if plan.sequence_parallel > 1:
+        sequence_parallel.prove(config.model, model_config, plan.sequence_parallel)
+        kernel = sequence_parallel.register(sequence_parallel.Workers(world.row_group(plan.sequence_parallel)))
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
     freezing.freeze(module, config.train.freeze)
@@ -260,6 +263,7 @@ def _validator(
         pad_id=pad_id,
         control=control,
         device=world.device,
+        sequence_parallel=plan.sequence_parallel,
     )
 
 

@@ -211,6 +211,9 @@ class ClusterSection(Section):
     """What they are (h100-80gb, a100-40gb, …), for the planner where it cannot look at them: on a laptop, or a head without GPUs."""
     host_memory: Annotated[int, BeforeValidator(size_bytes)] | None = None
     """Of one machine (`1TB`), likewise."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Workers that share each row (Ulysses), each with the activations of a piece of it: for rows too long for one GPU. Divides the
+    workers and the model's attention heads; wants packing, and a causal model that looks at other tokens in its attention alone."""
     cpus_per_worker: int = Field(default=1, ge=1)
     """Cores, and so threads, of a worker."""
     max_failures: int = Field(default=3, ge=0)
@@ -226,6 +229,15 @@ class ClusterSection(Section):
             raise ValueError("`gpus_per_node` wants `nodes` too")
         if isinstance(self.workers, tuple) and not 1 <= self.workers[0] <= self.workers[1]:
             raise ValueError("`workers: [min, max]` wants 1 <= min <= max")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "ClusterSection":
+        counts = self.workers if isinstance(self.workers, tuple) else (self.workers,)
+        if self.nodes is not None:
+            counts = (self.nodes * (self.gpus_per_node or 1),)
+        if any(isinstance(count, int) and count % self.sequence_parallel for count in counts):
+            raise ValueError(f"`sequence_parallel: {self.sequence_parallel}` wants a multiple of so many workers")
         return self
 
 
@@ -320,6 +332,14 @@ class RunConfig(Section):
     """Where run directories go; relative to the run file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _noise_knows_whole_examples(self) -> "RunConfig":
+        if self.train.neftune_alpha is not None and self.cluster.sequence_parallel > 1:
+            raise ValueError(
+                "give either `train.neftune_alpha` or `cluster.sequence_parallel`: its noise counts whole examples"
+            )
+        return self
 
     @model_validator(mode="after")
     def _frozen_weights_are_kept_somewhere(self) -> "RunConfig":

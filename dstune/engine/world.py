@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,13 @@ class World:
     def control(self, timeout_seconds: float = 1800.0) -> ControlGroup:
         """A gloo group of its own, on the CPU. A collective call: every worker makes it once, at the same point."""
         return ControlGroup(timedelta(seconds=timeout_seconds))
+
+    def row_group(self, members: int, timeout_seconds: float = 600.0) -> Any:
+        """The process group of the `members` workers in a row (neighbours on their machine) that this one is of, for the training's
+        own collectives. A collective call, as `control`; `members` divides the world.
+        """
+        group, _ = dist.new_subgroups(members, timeout=timedelta(seconds=timeout_seconds))
+        return group
 
     def close(self) -> None:
         """Leave the group of all workers."""

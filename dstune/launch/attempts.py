@@ -30,6 +30,8 @@ class DriveLimits:
     """How long to wait for `workers_min` before giving up."""
     grow_seconds: float = 120.0
     """How long a smaller world runs at least before it is stopped, at a commit, to grow again."""
+    group: int = 1
+    """Workers that share rows: a world is a multiple of it, as `workers_wanted` and `workers_min` are."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def decide(facts: Facts, limits: DriveLimits) -> Decision:
 
 def can_grow(world_size: int, free_workers: int, running_seconds: float, limits: DriveLimits) -> bool:
     """True where a running attempt should stop at a commit and go on with more workers."""
-    return world_size < limits.workers_wanted and free_workers >= 1 and running_seconds >= limits.grow_seconds
+    return (
+        world_size < limits.workers_wanted and free_workers >= limits.group and running_seconds >= limits.grow_seconds
+    )
 
 
 def _stopped(reason: str) -> Stop:
@@ -109,10 +113,10 @@ def _too_many(failures: int) -> str:
 
 def _place(facts: Facts, limits: DriveLimits) -> Decision:
     """As many workers as wanted; fewer once they have not come within the settling time; none: wait, then give up."""
-    available, waited = facts.workers_available, facts.waited_seconds
+    available, waited = facts.workers_available - facts.workers_available % limits.group, facts.waited_seconds
     if available >= limits.workers_wanted:
         return Again(limits.workers_wanted)
-    short = f"{available} of {limits.workers_wanted} workers can be placed now"
+    short = f"{facts.workers_available} of {limits.workers_wanted} workers can be placed now"
     if available >= limits.workers_min:
         return Again(available) if waited >= limits.settle_seconds else Wait(short)
     if waited < limits.wait_seconds:

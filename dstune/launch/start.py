@@ -145,6 +145,12 @@ def check(run: LoadedRun) -> None:
         from dstune.model.build import adapted_skeleton
 
         adapted_skeleton(run.config.model, run.base)
+    if run.config.cluster.sequence_parallel > 1:
+        from dstune.model import sequence_parallel
+        from dstune.model.config import load_config
+
+        model = run.config.model
+        sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
 
 
 def reached_store(config: RunConfig, new: bool = False, owner: str | None = None) -> Store | None:
@@ -230,8 +236,13 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
     )
     with executor:
         if address is not None and cluster.workers == "auto" and cluster.nodes is None:
-            least, most = 1, max(1, executor.available_workers())
-        limits = DriveLimits(workers_wanted=most, workers_min=least, max_failures=cluster.max_failures)
+            least, most = cluster.sequence_parallel, workers_range(cluster, executor.available_workers())[1]
+        limits = DriveLimits(
+            workers_wanted=most,
+            workers_min=least,
+            max_failures=cluster.max_failures,
+            group=cluster.sequence_parallel,
+        )
         return drive_with(run, paths, prepared, executor, limits, observe, elsewhere=address is not None)
 
 
@@ -271,12 +282,13 @@ def site_of(run: LoadedRun, name: str | None = None) -> SiteConfig:
 
 
 def workers_range(cluster: ClusterSection, auto: int) -> tuple[int, int]:
-    """The least and the most workers that the run file allows; `auto` where it leaves the number open."""
+    """The least and the most workers that the run file allows; where it leaves the number open, `auto` in whole groups, one at least."""
     if cluster.nodes is not None:
         fixed = cluster.nodes * (cluster.gpus_per_node or 1)
         return fixed, fixed
     if cluster.workers == "auto":
-        return auto, auto
+        whole = max(1, auto // cluster.sequence_parallel) * cluster.sequence_parallel
+        return whole, whole
     if isinstance(cluster.workers, int):
         return cluster.workers, cluster.workers
     return cluster.workers

@@ -26,11 +26,11 @@ FP32_ELEMENTS = 16_384
 def register() -> None:
     """Make `per-example` known to transformers; again does no harm."""
     AttentionInterface.register(PER_EXAMPLE, per_example_attention)
-    AttentionMaskInterface.register(PER_EXAMPLE, _no_mask_for_packed_rows)
+    AttentionMaskInterface.register(PER_EXAMPLE, no_mask_for_packed_rows)
 
 
-def _no_mask_for_packed_rows(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """None where nothing is padded: each example's own call is causal. Padded batches get the mask that sdpa gets."""
+def no_mask_for_packed_rows(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """Of `AttentionMaskInterface`: None where nothing is padded, for each example's own call is causal; else the mask that sdpa gets."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 

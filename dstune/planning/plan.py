@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dstune.atomic import write_json
 from dstune.config.schema import RunConfig
-from dstune.errors import FitError, Problem
+from dstune.errors import ConfigError, FitError, Problem
 from dstune.paths import RunPaths
 from dstune.planning.deepspeed import AUTO_PRESET
 
@@ -36,8 +36,10 @@ class Plan:
 
     attempt: int
     world_size: int
+    sequence_parallel: int
+    """Workers in a row that take the same rows, each a piece of every one."""
     micro_batch_size: int
-    """Rows per forward pass and worker."""
+    """Rows per forward pass and worker (or group of workers that share rows)."""
     micro_batches: int
     """Forward passes per step and worker, the same on every worker."""
     global_batch_size: int
@@ -95,17 +97,23 @@ def make(
     why: str = "",
     predicted: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Join `config` (settled: what it leaves to `auto` takes the usual) with `world_size` workers. Raises FitError where the batch has
-    fewer rows than there are workers.
+    """Join `config` (settled: what it leaves to `auto` takes the usual) with `world_size` workers.
+
+    Raises FitError as `require_rows`, ConfigError where rows are shared that are not packed.
     """
     batch = config.train.global_batch_size
     require_rows(config, world_size)
+    shared = config.cluster.sequence_parallel
+    if shared > 1 and data.layout != "packed":
+        came = f"{shared} workers would share rows of the layout {data.layout}"
+        raise ConfigError(Problem("cluster.sequence_parallel", came, "1, or packed rows of a causal model"))
     micro = micro_batch_size(config, world_size)
     return Plan(
         attempt=attempt,
         world_size=world_size,
+        sequence_parallel=shared,
         micro_batch_size=micro,
-        micro_batches=math.ceil(math.ceil(batch / world_size) / micro),
+        micro_batches=math.ceil(math.ceil(batch * shared / world_size) / micro),
         global_batch_size=batch,
         num_rows=data.num_rows,
         total_positions=data.total_positions,
@@ -140,24 +148,29 @@ def settled(config: RunConfig, preset: str, micro_batch: int, activation_checkpo
 
 
 def require_rows(config: RunConfig, world_size: int) -> None:
-    """Raises FitError where the global batch has fewer rows than there are workers."""
-    batch = config.train.global_batch_size
-    if world_size > batch:
+    """Raises FitError where the workers are no whole number of groups that share rows, or the global batch has no row for each group."""
+    batch, shared = config.train.global_batch_size, config.cluster.sequence_parallel
+    if world_size % shared:
+        came = f"{world_size} workers, of which {shared} share each row"
+        do = "set cluster.workers (or nodes and gpus_per_node), or lower cluster.sequence_parallel"
+        raise FitError(Problem("cluster.sequence_parallel", came, f"a multiple of {shared} workers", do))
+    if world_size // shared > batch:
         problem = Problem(
             "train.global_batch_size",
-            f"{batch} rows for {world_size} workers",
-            "a row for each worker at least",
+            f"{batch} rows for {world_size} workers" + (f" in groups of {shared}" if shared > 1 else ""),
+            "a row for each worker at least" if shared == 1 else "a row for each group at least",
             do="raise train.global_batch_size, or lower cluster.workers",
         )
         raise FitError(problem)
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
-    """The rows of a forward pass: as asked, else what keeps one near 8,192 tokens; never more than a worker's share."""
-    share = math.ceil(config.train.global_batch_size / world_size)
+    """The rows of a forward pass: as asked, else what keeps one near 8,192 tokens a worker; never more than a worker's share."""
+    shared = config.cluster.sequence_parallel
+    share = math.ceil(config.train.global_batch_size * shared / world_size)
     asked = config.train.micro_batch_size
     if asked == "auto":
-        asked = max(1, _AUTO_MICRO_BATCH_TOKENS // config.data.max_length)
+        asked = max(1, _AUTO_MICRO_BATCH_TOKENS * shared // config.data.max_length)
     return min(asked, share)
 
 

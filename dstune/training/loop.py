@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dstune.batch import Batch, collate
+from dstune.batch import Batch, Share, collate
 from dstune.config.schema import RunConfig
 from dstune.data import order
 from dstune.data.shards import Prepared
@@ -98,6 +98,7 @@ class Loop:
         self.state, self.saver, self.books = state, saver, books
         self.device, self.pad_id, self.utilisation = device, pad_id, utilisation
         self.trace = trace
+        self._share = Share(control.rank, control.world_size, plan.sequence_parallel)
         self._cadence = SaveCadence(config.checkpoint.every)
         self._saved_step = state.step
         self._checkpoint_seconds = 0.0
@@ -143,16 +144,17 @@ class Loop:
         supervised = int(self.prepared.rows_supervised[rows].sum())
         scale = self.control.world_size / supervised
         total, squares, nonfinite, clock = 0.0, 0, list[int](), PhaseClock(self.device)
-        shares = order.share(rows, self.control.rank, self.control.world_size, plan.micro_batch_size)
-        for number, micro in enumerate(shares):
+        micro_batches = self._share.micro_batches(rows, plan.micro_batch_size)
+        for number, micro in enumerate(micro_batches):
             with clock.phase("data"):
-                batch = collate(self.prepared, micro, plan.layout, self.pad_id).to(self.device)
+                batch = collate(self.prepared, micro, plan.layout, self.pad_id)
+                batch = self._share.piece(batch, self.pad_id).to(self.device)
             squares += sum(length * length for length in batch.lengths)
-            torch.manual_seed(forward_seed(self.config.train.seed, step, micro[0]))
+            torch.manual_seed(forward_seed(self.config.train.seed, step, micro[0], self._share.place))
             with clock.phase("forward"):
                 loss_sum = self.loss(self.engine.module, batch)
             with clock.phase("backward"):
-                self.engine.backward(loss_sum * scale, last=number == len(shares) - 1)
+                self.engine.backward(loss_sum * scale, last=number == len(micro_batches) - 1)
             value = float(loss_sum.detach())
             total += value
             if not math.isfinite(value):
@@ -216,7 +218,7 @@ class Loop:
             checkpoint_seconds=round(checkpoint_seconds, 6),
             tokens_per_second=round(tokens / seconds, 3),
             supervised_tokens_per_second=round(supervised / seconds, 3),
-            mfu=self._mfu(tokens, sum(one["squares"] for one in everyone), seconds),
+            mfu=self._mfu(tokens, sum(one["squares"] for one in everyone) // self.plan.sequence_parallel, seconds),
             peak_memory_bytes=max(one["memory"] for one in everyone),
             world=self.control.world_size,
             attempt=self.plan.attempt,

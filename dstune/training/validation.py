@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dstune.batch import Batch, collate
-from dstune.data import order
+from dstune.batch import Batch, Share, collate
 from dstune.data.shards import Prepared
 from dstune.planning.plan import Layout
 from dstune.protocols import Control
@@ -48,11 +47,13 @@ class Validator:
         pad_id: int,
         control: Control,
         device: torch.device,
+        sequence_parallel: int = 1,
     ) -> None:
         self.module, self.loss, self.prepared = module, loss, prepared
         self.rows = np.arange(min(prepared.num_rows, max_rows or prepared.num_rows))
         self.micro_batch_size, self.layout, self.pad_id = micro_batch_size, layout, pad_id
         self.control, self.device = control, device
+        self.share = Share(control.rank, control.world_size, sequence_parallel)
 
     def run(self, step: int) -> ValidationRecord:
         """The loss behind `step`."""
@@ -60,9 +61,9 @@ class Validator:
         self.module.eval()
         total = 0.0
         with torch.no_grad():
-            for micro in order.share(self.rows, self.control.rank, self.control.world_size, self.micro_batch_size):
-                batch = collate(self.prepared, micro, self.layout, self.pad_id).to(self.device)
-                total += float(self.loss(self.module, batch))
+            for micro in self.share.micro_batches(self.rows, self.micro_batch_size):
+                batch = self.share.piece(collate(self.prepared, micro, self.layout, self.pad_id), self.pad_id)
+                total += float(self.loss(self.module, batch.to(self.device)))
         self.module.train()
         supervised = int(self.prepared.rows_supervised[self.rows].sum())
         parts = self.control.gather(total if math.isfinite(total) else None)

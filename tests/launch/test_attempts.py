@@ -97,6 +97,15 @@ def test_growing_wants_room_and_patience():
     assert not can_grow(2, 1, 119, LIMITS)
 
 
+def test_worlds_are_whole_groups_of_workers_that_share_rows():
+    grouped = DriveLimits(workers_wanted=8, workers_min=4, group=4)
+    for available in (4, 7):
+        later = facts(ended="failed", failures_in_a_row=1, workers_available=available, waited_seconds=30)
+        assert decide(later, grouped) == Again(4)
+    assert isinstance(decide(facts(workers_available=3, waited_seconds=30), grouped), Wait)
+    assert not can_grow(4, 3, 120, grouped) and can_grow(4, 4, 120, grouped)
+
+
 def test_every_combination_has_a_decision():
     ends = ("not_started", "succeeded", "stopped", "failed", "lost")
     reasons = (None, "stop", "preempted", RESIZE)

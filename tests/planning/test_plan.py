@@ -1,6 +1,7 @@
 """Plans: pure arithmetic from a config, the data's facts and a number of workers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,31 @@ def test_the_global_batch_is_shared_in_equal_numbers_of_micro_batches(
 def test_more_workers_than_rows_do_not_fit() -> None:
     with pytest.raises(FitError, match="4 rows for 5 workers"):
         made(config(train={"global_batch_size": 4}), 5)
+
+
+def test_workers_that_share_rows_count_as_one() -> None:
+    run = config(train={"global_batch_size": 8, "micro_batch_size": 2}, cluster={"workers": 4, "sequence_parallel": 2})
+    alone = config(train={"global_batch_size": 8, "micro_batch_size": 2})
+    one, two = made(run, 4), made(alone, 2)
+    assert (one.sequence_parallel, one.micro_batch_size, one.micro_batches) == (2, 2, two.micro_batches)
+    assert made(run, 16).micro_batches == 1
+    with pytest.raises(FitError, match="8 rows for 18 workers in groups of 2"):
+        made(run, 18)
+    with pytest.raises(FitError, match="3 workers, of which 2 share each row"):
+        made(run, 3)
+    long = {"data": {"sources": [{"path": "a"}], "max_length": 4096}, "train": {"global_batch_size": 64}}
+    assert plan.micro_batch_size(config(**long), 4) == 2
+    assert plan.micro_batch_size(config(**long, cluster={"workers": 4, "sequence_parallel": 4}), 4) == 8
+
+
+@pytest.mark.parametrize("layout", ["padded", "seq2seq", "packed-seq2seq"])
+def test_rows_that_are_not_packed_are_not_shared(layout: plan.Layout) -> None:
+    run = config(train={"global_batch_size": 8}, cluster={"workers": 2, "sequence_parallel": 2})
+    facts = replace(FACTS, layout=layout)
+    with pytest.raises(ConfigError, match=f"rows of the layout {layout}"):
+        plan.make(
+            run, Path("/"), facts, attempt=1, world_size=2, checkpoints=Path("/c"), resume_from=None, start_step=0
+        )
 
 
 def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
