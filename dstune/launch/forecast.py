@@ -122,7 +122,8 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
     policies = _policies(run)
 
     def usable(preset: str) -> str:
-        offload = policies[preset]["zero_optimization"].get("offload_optimizer") or {}
+        zero = policies[preset].get("zero_optimization") or {}
+        offload = zero.get("offload_optimizer") or {}
         return "" if offload.get("device") != "nvme" or cluster.nvme else "no NVMe is named (--nvme SIZE)"
 
     def ways(names: Sequence[str]) -> list[choose.Candidate]:

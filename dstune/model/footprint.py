@@ -64,6 +64,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         tile_tokens=tiles.tokens,
         tile_activations=tiles.activations,
         tiled=tiles.elements,
+        recomputable=module.supports_gradient_checkpointing and bool(layers),
         head_trained=head is None or head.weight.requires_grad,
         counted=seen is not None,
     )

@@ -121,7 +121,7 @@ def candidates(
         if cluster.workers % split == 0
         for preset, policy in policies.items()
         for size in _micro_batches(load, cluster, split, settled)
-        for again in _recomputations(cluster, settled)
+        for again in _recomputations(shape, cluster, settled)
     ]
     simplest = {preset: number for number, preset in enumerate(policies)}
 
@@ -175,9 +175,11 @@ def _share(load: Load, cluster: Cluster, split: int) -> int:
     return math.ceil(load.global_batch_size / (cluster.workers // split))
 
 
-def _recomputations(cluster: Cluster, settled: Settled) -> Sequence[Recompute]:
+def _recomputations(shape: ModelShape, cluster: Cluster, settled: Settled) -> Sequence[Recompute]:
     if settled.recompute is not None:
         return (settled.recompute,)
+    if not shape.recomputable:
+        return (False,)
     return (False, True) if cluster.device.is_cpu else (False, True, "offload")
 
 

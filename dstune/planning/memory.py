@@ -141,9 +141,9 @@ class Process:
 
 
 CPU_PROCESS = Process(
-    fixed=560 << 20, workspace=5.5, fragments=0.0, whole_buckets=False, retains=True, attends_apart=True
+    fixed=590 << 20, workspace=5.5, fragments=0.0, whole_buckets=False, retains=True, attends_apart=True
 )
-"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`."""
+"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
 GPU_PROCESS = Process(
     fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True, host=3 << 30, pins=True
 )  # fmt: skip
@@ -208,9 +208,10 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
 
 def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
     share = -(-shape.trained // work.world_size)
-    # DeepSpeed's stage 1 with fp32 sums keeps all of them.
+    # DeepSpeed's stage 1 with fp32 sums keeps all of them; under its stage 3 weights in fp32 are their own masters.
     sums = shape.trained if place.stage == 1 else share
-    return {"masters and moments": _FP32 * share * work.numbers, "gradient sums": _FP32 * sums}
+    lasting = work.numbers - (place.stage == 3 and work.dtype == "fp32")
+    return {"masters and moments": _FP32 * share * lasting, "gradient sums": _FP32 * sums}
 
 
 def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
@@ -221,7 +222,8 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     trained, share = shape.trained, -(-shape.trained // work.world_size)
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
     waiting = min(bucket, trained)
-    sent = 0 if place.stage == 1 else size * waiting + _FP32 * waiting * _copies_of_bucket(place, work.world_size)
+    copies = _FP32 * _copies_of_bucket(place, work.world_size)
+    sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
     in_steps = place.stage == 3 and place.offload_optimizer == "none"
     update = _FP32 * min(share, place.sub_group) if in_steps else 0
     activations = _activations(shape, work, process)

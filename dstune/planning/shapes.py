@@ -41,6 +41,8 @@ class ModelShape:
     """Bytes a token that exist for one tile alone."""
     tiled: int = 0
     """Elements of the layers that go tile by tile, and are computed once more therefore."""
+    recomputable: bool = True
+    """Whether activation checkpointing works for this architecture."""
     head_trained: bool = True
     """Whether the layer that makes the logits is updated."""
     counted: bool
@@ -61,4 +63,5 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "ModelShape":
-        return cls(**{**value, "sizes": dict(value["sizes"])})
+        values: dict[str, Any] = {**value, "sizes": dict(value["sizes"])}
+        return cls(**values)

@@ -66,6 +66,12 @@ def test_an_optimizer_takes_what_it_keeps(optimizer, numbers):
     assert found.checkpoint_copy == found.checkpoint_bytes / 4
 
 
+def test_under_stage_3_weights_in_fp32_are_their_own_masters():
+    for stage, numbers in ((3, 2), (2, 3)):
+        found = estimate(BILLION, Placement(stage=stage), work(dtype="fp32"), GPU_PROCESS).device
+        assert found["masters and moments"] == 4 * numbers * BILLION.trained / 4
+
+
 def test_an_average_of_the_weights_is_one_more_state():
     plain = estimate(BILLION, Placement(stage=3), work(), GPU_PROCESS)
     kept = estimate(BILLION, Placement(stage=3), work(ema=True), GPU_PROCESS)

@@ -66,7 +66,10 @@ def test_a_worker_killed_is_replaced_and_everything_killed_is_resumed_by_hand_an
     resumed = dstune("resume", paths.root, "--json")
     out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
-    assert json.loads(out)["state"] == "succeeded"
+    ended = json.loads(out)
+    assert ended["state"] == "succeeded"
+    predicted, measured = (ended["compared"][side]["peak_memory_bytes"] for side in ("predicted", "measured"))
+    assert measured == pytest.approx(predicted, rel=0.2)
     assert_exact(paths, reference)
     assert "Traceback" not in err
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dstune import api
 from dstune.paths import RunPaths
 from dstune.planning.plan import Plan
 from tools.benchmarks import planned
@@ -82,9 +83,9 @@ def main() -> int:
 
 def _row(name: str, case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        shape = planned.llama(case.hidden, case.layers) | {"max_position_embeddings": 4096} | case.shape
-        if "path" in case.model:
-            shape = dict(case.shape)
+        shape = dict(case.shape)
+        if "path" not in case.model:
+            shape = planned.llama(case.hidden, case.layers) | {"max_position_embeddings": 4096} | shape
         shape["vocab_size"] = case.vocabulary
         train = {
             "global_batch_size": case.micro_batch * case.workers,
@@ -109,6 +110,7 @@ def _row(name: str, case: Case) -> dict[str, Any]:
         )
         predicted = Plan.read(RunPaths(root).plan(1)).predicted
         assert predicted is not None
+        this = api.plan(root / "config.yaml", workers=case.workers)["this_run"]
         planned.spawn("tools.benchmarks.memory_worker", case.workers, [str(root)])
         lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         measured = max(json.loads(line)["peak_memory_bytes"] for line in lines)
@@ -118,6 +120,7 @@ def _row(name: str, case: Case) -> dict[str, Any]:
         "measured_mib": measured >> 20,
         "predicted_mib": expected >> 20,
         "off": round(expected / measured - 1, 3),
+        "parts_mib": {name: count >> 20 for name, count in (this["device_parts"] | this["host_parts"]).items()},
     }
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
