@@ -137,6 +137,12 @@ def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
 def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
     deepspeed.make(run.config, run.base)
+    if run.config.cluster.sequence_parallel > 1:
+        from dstune.model import sequence_parallel
+        from dstune.model.config import load_config
+
+        model = run.config.model
+        sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
     if run.config.checkpoint.best and not run.config.data.validation and run.config.data.prepared is None:
         came = "no rows are held out: no checkpoint would ever be the best"
         raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
@@ -145,12 +151,6 @@ def check(run: LoadedRun) -> None:
         from dstune.model.build import adapted_skeleton
 
         adapted_skeleton(run.config.model, run.base)
-    if run.config.cluster.sequence_parallel > 1:
-        from dstune.model import sequence_parallel
-        from dstune.model.config import load_config
-
-        model = run.config.model
-        sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
 
 
 def reached_store(config: RunConfig, new: bool = False, owner: str | None = None) -> Store | None:

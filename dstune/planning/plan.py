@@ -36,7 +36,7 @@ class Plan:
 
     attempt: int
     world_size: int
-    sequence_parallel: int
+    sequence_parallel: int = 1
     """Workers in a row that take the same rows, each a piece of every one."""
     micro_batch_size: int
     """Rows per forward pass and worker (or group of workers that share rows)."""
