@@ -66,6 +66,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         tiled=tiles.elements,
         recomputable=module.supports_gradient_checkpointing and bool(layers),
         head_trained=head is None or head.weight.requires_grad,
+        head_tied=_tied(module.get_input_embeddings(), head),
         counted=seen is not None,
     )
 
@@ -261,7 +262,7 @@ def _num_experts(text: PretrainedConfig) -> int:
 
 
 def _tied(embedding: Any, head: Any) -> bool:
-    return head is not None and head.weight is embedding.weight
+    return head is not None and embedding is not None and head.weight is embedding.weight
 
 
 def _estimate(text: PretrainedConfig, model: ModelSection) -> int:

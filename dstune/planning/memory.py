@@ -125,7 +125,8 @@ class Process:
     fixed: int
     """Bytes, whatever it trains."""
     workspace: float
-    """Of the backward pass, in the activations of one layer: gradients on their way, and heap between large tensors."""
+    """Of the backward pass, in the 16-bit activations of one layer: gradients on their way, and heap between large tensors. As many
+    bytes in fp32: norms and attention make fp32 of 16 bits for a moment anyway."""
     fragments: float
     """Share of everything that lies idle in the allocator."""
     whole_buckets: bool
@@ -228,7 +229,9 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     update = _FP32 * min(share, place.sub_group) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
-    workspace = int(process.workspace * shape.layer_activations * work.own_tokens)
+    # A heap takes no less where tiles are made one after another.
+    layer = shape.layer_activations + (shape.tile_activations if process.retains else 0)
+    workspace = int(process.workspace * 2 / size * layer * work.own_tokens)
     found = {"gradient bucket": _FP32 * bucket, "activations": activations}
     if process.retains:
         return found | {"logits": logits, "workspace": workspace, "gradients on their way": max(sent, update)}
@@ -318,8 +321,9 @@ def _logits(shape: ModelShape, work: Work, size: int) -> int:
     The fused loss sums the head's gradient in fp32 where several chunks add up to it (`model.kernels.linear_cross_entropy`).
     """
     logits = size * work.own_supervised * shape.vocabulary
-    if not work.fused_loss:
-        return 2 * logits + 2 * min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32
     head = shape.vocabulary * shape.layer_input // size if shape.head_trained else 0
+    second = size * head if shape.head_tied else 0  # an embedding that is the head too has a gradient from either end
+    if not work.fused_loss:
+        return 2 * logits + 2 * min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32 + second
     alone = _FUSED_CHUNK + head * (_FP32 - size)
-    return logits + size * head if logits <= alone else _FUSED_CHUNK + _FP32 * head
+    return (logits + size * head if logits <= alone else _FUSED_CHUNK + _FP32 * head) + second

@@ -45,6 +45,8 @@ class ModelShape:
     """Whether activation checkpointing works for this architecture."""
     head_trained: bool = True
     """Whether the layer that makes the logits is updated."""
+    head_tied: bool = False
+    """Whether that layer is the input embedding too."""
     counted: bool
     """Whether the activations were counted on the model itself, or only estimated from its sizes (mixtures of experts)."""
 
