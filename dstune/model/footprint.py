@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstune.config.schema import ModelSection
+from dstune.engine.construction import DTYPES
 from dstune.loggers import get_logger
 from dstune.model import adapters, freezing, tiling
 from dstune.model.build import skeleton
@@ -39,6 +40,8 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     if model.adapter is not None:
         with torch.device("meta"):
             adapters.attach(module, model.adapter, 0)
+        for parameter in module.parameters():  # peft makes adapters in fp32, and the engine all parameters alike
+            parameter.data = parameter.data.to(DTYPES[model.dtype])
     freezing.freeze(module, freeze)
     layers = _layers(module)
     parameters = list(module.parameters())

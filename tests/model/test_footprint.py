@@ -44,6 +44,9 @@ def test_an_adapter_alone_is_trained():
     model = ModelSection.model_validate({"path": "builtin:tiny-llama", "overrides": SHAPE, "adapter": {"rank": 4}})
     found = footprint(model, Path())
     assert 0 < found.trained < found.parameters / 4
+    # In 16 bits as the rest: no fp32 copy of any layer's input is kept for it, and frozen matrices keep none at all.
+    whole = footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE), Path())
+    assert found.layer_activations < 1.1 * whole.layer_activations and not found.head_trained
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
