@@ -170,6 +170,8 @@ def _ways(plan: dict[str, Any]) -> Iterator[str]:
     if more := plan["enough_machines"]:
         way = f"{more['preset']} and micro-batches of {more['micro_batch_size']}"
         yield f"  on {more['nodes']} of these machines the run would fit, with {way}"
+    if more := plan["enough_sharing"]:
+        yield f"  with cluster.sequence_parallel: {more['sequence_parallel']} it would fit as well, with {more['preset']}"
 
 
 def _gib(count: float) -> str:

@@ -156,6 +156,20 @@ def enough_machines(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) 
     return None
 
 
+def enough_sharing(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Forecast | None:
+    """How the run would go with two, four, … workers that share each row, the first number that it fits; None: with none of them."""
+    section = run.config.cluster
+    split = section.sequence_parallel * 2
+    while cluster.workers % split == 0:
+        # As that section would not take another number of workers, only this value is put into it.
+        shared = run.config.model_copy(update={"cluster": section.model_copy(update={"sequence_parallel": split})})
+        seen = forecast(replace(run, config=shared), sizes, rows, cluster)
+        if seen.this.fits:
+            return seen
+        split *= 2
+    return None
+
+
 def _load(config: RunConfig, rows: Rows, fused_loss: bool) -> choose.Load:
     return choose.Load(
         global_batch_size=config.train.global_batch_size,

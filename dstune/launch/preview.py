@@ -12,7 +12,7 @@ from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenizer_files import has_tokenizer
 from dstune.launch import machine, rundir, start
-from dstune.launch.forecast import Forecast, Rows, enough_machines, forecast, nvme_path
+from dstune.launch.forecast import Forecast, Rows, enough_machines, enough_sharing, forecast, nvme_path
 from dstune.launch.sizes import sizes
 from dstune.loggers import get_logger
 from dstune.planning import choose, deepspeed, hardware, plan, reasons, saving
@@ -107,6 +107,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "best": _described(best, seen, made.total_steps, asked) if best.fits else None,
         "nearest": None if best.fits else _nearest(seen),
         "enough_machines": None if seen.this.fits else _enough(enough_machines(run, counted, rows, cluster)),
+        "enough_sharing": None if seen.this.fits else _enough(enough_sharing(run, counted, rows, cluster)),
         "why": reasons.why(seen.found, cluster.device.is_cpu),
         "ways": [_row(one, per_step) for one in choose.shown(seen.found, _SHOWN)],
         "deepspeed": _deepspeed(seen, run.base),

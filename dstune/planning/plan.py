@@ -97,8 +97,9 @@ def make(
     why: str = "",
     predicted: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Join `config` (settled: what it leaves to `auto` takes the usual) with `world_size` workers. Raises FitError as `require_rows`,
-    and ConfigError where workers would share rows that are not packed.
+    """Join `config` (settled: what it leaves to `auto` takes the usual) with `world_size` workers.
+
+    Raises FitError as `require_rows`, ConfigError where rows are shared that are not packed.
     """
     batch = config.train.global_batch_size
     require_rows(config, world_size)

@@ -238,6 +238,19 @@ def test_more_machines_need_less_each_and_pay_for_the_network():
     assert four[0].seconds.step > one[0].seconds.step / 4
 
 
+def test_workers_that_share_rows_hold_a_part_of_their_activations_each():
+    def one(split):
+        policy = {"zero3": POLICIES["zero3"]}
+        settled = choose.Settled(micro_batch_size=1, recompute=False, sequence_parallel=(split,))
+        return choose.candidates(BILLION, cluster(80), LOAD, policy, settled)[0]
+
+    alone, shared = one(1), one(4)
+    assert shared.memory.device["activations"] == alone.memory.device["activations"] / 4
+    assert shared.memory.device["weights"] == alone.memory.device["weights"]
+    assert (alone.micro_batches, shared.micro_batches) == (16, 64)
+    assert alone.seconds.compute <= shared.seconds.compute < 2 * alone.seconds.compute
+
+
 def test_flops_are_six_a_parameter_and_token_and_attention_counted_causally():
     assert cost.flops(BILLION, 1000, 0, recompute=False) == 6 * 900_000_000 * 1000
     attention = cost.flops(BILLION, 1000, 1000 * 200, recompute=False) - cost.flops(BILLION, 1000, 0, recompute=False)
