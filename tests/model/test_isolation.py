@@ -40,6 +40,14 @@ def test_a_packed_row_of_the_model_itself_equals_its_examples_alone(name):
     assert torch.allclose(packed, torch.cat(alone, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gptj", "codegen"])
+def test_what_settles_its_attention_as_it_is_built_is_shown_so(name):
+    """CodeGen built with an attention that it does not know takes its plain one, and no mask: examples would see each other."""
+    with pytest.raises(ConfigError, match=r"not this model.s attention|fails on packed rows"):
+        prove(AutoConfig.for_model(name), "per-example")
+    assert choose(ModelSection(path="x"), AutoConfig.for_model(name), "packed") == "eager"
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_are_shown_to_stay_apart_where_auto_packs_them(name):
     """At the architecture's own defaults, shrunk."""
