@@ -47,7 +47,7 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
         return build(config.model, Path(plan.base), attention, config.train.seed, ds_config)
 
     ours_model = model(kernel)
-    loss = choice.put_in(choice.chosen(config.model, ours_model, world.device.type), ours_model, world.device.type)
+    token_loss = choice.put_in(choice.chosen(config.model, ours_model, world.device.type), ours_model, world.device.type)
 
     train = config.train
     settings = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
@@ -55,7 +55,7 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
         config=config,
         plan=plan,
         engine=ZeroEngine(ours_model, ds_config=ds_config, world=world, **settings),
-        loss=lambda module, batch: loss(module, batch)[0],
+        loss=lambda module, batch: token_loss(module, batch)[0],
         prepared=prepared,
         validator=None,
         control=control,
