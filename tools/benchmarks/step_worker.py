@@ -47,7 +47,9 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
         return build(config.model, Path(plan.base), attention, config.train.seed, ds_config)
 
     ours_model = model(kernel)
-    token_loss = choice.put_in(choice.chosen(config.model, ours_model, world.device.type), ours_model, world.device.type)
+    token_loss = choice.put_in(
+        choice.chosen(config.model, ours_model, world.device.type), ours_model, world.device.type
+    )
 
     train = config.train
     settings = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
