@@ -60,14 +60,19 @@ def submit(paths: RunPaths, job: JobRequest) -> dict[str, Any]:
 
 
 def job_state(address: str, job_id: str) -> dict[str, Any]:
-    """`{"state": "queued" | "running" | "ended" | "unknown", "ray": Ray's word, "reason"}`."""
-    with _speaking_to(address) as client:
-        try:
+    """`{"state": "queued" | "running" | "ended" | "unknown", "ray": Ray's word, "reason"}`.
+
+    Unknown where nobody answers at `address` too: a Ray head takes its jobs with it.
+    """
+    try:
+        with _speaking_to(address) as client:
             info = client.get_job_info(job_id)
-        except RuntimeError as error:
-            if "404" not in str(error):
-                raise
-            return {"state": "unknown", "ray": "", "reason": "the cluster does not know the job (was it restarted?)"}
+    except _NobodyAnswers as error:
+        return {"state": "unknown", "ray": "", "reason": str(error)}
+    except UsageError as error:
+        if "404" not in str(error):
+            raise
+        return {"state": "unknown", "ray": "", "reason": "the cluster does not know the job (was it restarted?)"}
     word = info.status.value
     return {"state": _STATES[word], "ray": word, "reason": info.message or ""}
 
@@ -117,6 +122,10 @@ def _authorization() -> dict[str, str]:
     return {"authorization": f"Bearer {token}"} if token else {}
 
 
+class _NobodyAnswers(UsageError):
+    """There is no job server at the address, or none that can be reached."""
+
+
 class _speaking_to:
     """A client of the job server; what it raises for the outside world's faults becomes a UsageError that says what to do."""
 
@@ -143,4 +152,5 @@ class _speaking_to:
     def _problem(self, error: BaseException) -> UsageError:
         came = f"the Ray cluster refuses: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         do = "is the cluster up and the address right (http://HOST:8265)? its token goes into RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        return UsageError(Problem(self._address, came, do=do))
+        kind = _NobodyAnswers if isinstance(error, ConnectionError) else UsageError
+        return kind(Problem(self._address, came, do=do))

@@ -8,6 +8,7 @@ from dstune.atomic import write_json
 from dstune.config.schema import RunConfig, SiteConfig
 from dstune.errors import UsageError
 from dstune.launch import ray_job, submission
+from dstune.launch.driver import driver_lock
 from dstune.launch.status import StatusFile
 from dstune.paths import step_directory
 from tests.launch.process_executor import steps, stub_run
@@ -71,6 +72,19 @@ def test_no_cluster_is_a_message(tmp_path):
         ray_job.submit(paths, ray_job.request(paths, "http://127.0.0.1:9", {}))
     with pytest.raises(UsageError, match="which Ray cluster"):
         ray_job.request(paths, None, {})
+
+
+@pytest.mark.parametrize("state", ["queued", "running"])
+def test_a_job_goes_with_its_cluster_and_the_run_may_be_handed_to_another(tmp_path, state):
+    paths = stub_run(tmp_path / "run")
+    StatusFile(paths).write(state=state)
+    write_json(paths.submission, {"to": "ray", "address": "http://127.0.0.1:9", "job_id": "x"})
+    now = submission.status(paths)
+    assert now["interrupted"] and "dstune resume" in now["reason"] and "is the cluster up" in now["job"]["reason"]
+    with pytest.raises(UsageError, match="refuses"):  # the new cluster is asked
+        submission.submit(paths, CONFIG, "ray", SiteConfig(), "http://127.0.0.1:9")
+    with driver_lock(paths), pytest.raises(UsageError, match="already"):
+        submission.submit(paths, CONFIG, "ray", SiteConfig(), "http://127.0.0.1:9")
 
 
 def test_secrets_do_not_reach_the_request(tmp_path, monkeypatch):
