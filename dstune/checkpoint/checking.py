@@ -1,6 +1,5 @@
 """Whether files are as their records say, by their blocks' hashes: any number of threads read parts of the same file."""
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from dstune.checkpoint.blocks import BlockHasher, Blocks
 from dstune.checkpoint.hashing import OnBytes, OpenFile, Unreadable, hashed
 from dstune.checkpoint.layout import FileRecord
+from dstune.checkpoint.pages import huge_pages
 
 _CACHED_READ_BYTES = 1 << 20
 """What is hashed while the core's own cache holds it."""
@@ -82,7 +82,7 @@ class _Checking:
     def _part(self, path: Path, blocks: Blocks, span: Span) -> Content:
         hasher, (at, last) = BlockHasher(blocks.block_bytes), span
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(mmap.mmap(-1, self._piece))
+            self._own.buffer = memoryview(huge_pages(self._piece))
         try:
             with OpenFile(path, self._past_cache) as file:
                 while at < last:

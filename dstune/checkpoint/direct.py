@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 
 from dstune.checkpoint.blocks import BlockHasher, block_bytes_for
-from dstune.checkpoint.host_memory import HostMemory, whole_pages
+from dstune.checkpoint.host_memory import HostMemory
 from dstune.checkpoint.layout import FileRecord
+from dstune.checkpoint.pages import whole_pages
 
 BLOCK_BYTES = 32 << 20
 """Written at once: long enough for a disk's full speed, short enough to hash and write by turns."""

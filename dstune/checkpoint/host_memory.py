@@ -1,35 +1,22 @@
 """Host memory for copies of training state: page-aligned, so that files are written straight from it, and kept to be used again."""
 
-import contextlib
-import mmap
 from pathlib import Path
 
 import torch
 
+from dstune.checkpoint.pages import huge_pages
 from dstune.errors import RunFailed
 
-PAGE_BYTES = 4096
-"""What O_DIRECT wants of addresses, lengths and offsets."""
-_MADV_POPULATE_WRITE = 23
-"""Linux 5.14: have all pages now; Python 3.11 has no name for it."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
-
-
-def whole_pages(num_bytes: int) -> int:
-    """`num_bytes` rounded up to whole pages."""
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class HostMemory:
     """Memory of `num_bytes` and what is missing to a whole page; `pinned`: a GPU copies into it without a stop on the way."""
 
     def __init__(self, num_bytes: int, pinned: bool = False) -> None:
-        size = whole_pages(num_bytes)
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
-            with contextlib.suppress(OSError):  # an older kernel gives the pages when they are first written
-                self._map.madvise(advice)
+        self._map = huge_pages(num_bytes)
+        size = len(self._map)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         """uint8 [whole pages]"""
         if pinned and (status := torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0)) != 0:

@@ -12,8 +12,8 @@ import torch
 
 from dstune.checkpoint import header
 from dstune.checkpoint.blocks import Blocks
-from dstune.checkpoint.host_memory import whole_pages
 from dstune.checkpoint.layout import SliceEntry
+from dstune.checkpoint.pages import whole_pages
 from dstune.errors import DamagedCheckpoint, Problem
 from dstune.protocols import Slice
 

@@ -12,7 +12,7 @@ import torch
 
 from dstune.atomic import dump_json, durable_file
 from dstune.checkpoint.direct import BLOCK_BYTES, DirectFile, Staging
-from dstune.checkpoint.host_memory import whole_pages
+from dstune.checkpoint.pages import whole_pages
 
 _LENGTH_BYTES = 8
 

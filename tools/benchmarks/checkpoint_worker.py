@@ -18,8 +18,9 @@ from dstune.atomic import write_json
 from dstune.checkpoint import origin
 from dstune.checkpoint.direct import BLOCK_BYTES
 from dstune.checkpoint.home import Home
-from dstune.checkpoint.host_memory import HostMemory, whole_pages
+from dstune.checkpoint.host_memory import HostMemory
 from dstune.checkpoint.loading import Loading
+from dstune.checkpoint.pages import whole_pages
 from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
