@@ -33,11 +33,12 @@ from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
 from dstune.exporting.merged import whole_model
 from dstune.exporting.tensors import Masters
-from dstune.model import attention, freezing, isolation, neftune, patterns, sequence_parallel, tiling
+from dstune.model import attention, compiling, freezing, isolation, neftune, patterns, sequence_parallel, tiling
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
 from dstune.model.kernels import choice as kernels
+from dstune.model.kernels import fp8
 from dstune.model.kernels.kernel import TokenLoss
 from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
@@ -179,6 +180,10 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         tiling.tile(module, config.model.mlp_tile)
     if config.train.neftune_alpha is not None:
         neftune.add_noise(module, config.train.neftune_alpha)
+    if config.model.fp8:
+        fp8.multiply_in_fp8(module, world.device)
+    if config.model.compile == "layers":
+        compiling.compile_layers(module, device)
     frozen = ""
     if config.model.adapter is None and not all(parameter.requires_grad for parameter in module.parameters()):
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)

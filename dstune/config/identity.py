@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "train.profile",
     "model.activation_checkpointing",
     "model.attention",
+    "model.compile",
     "model.kernels",
     "model.mlp_tile",
     "data.num_processes",

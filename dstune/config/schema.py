@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.adapter import AdapterSection
+from dstune.config.declined import no_deepcompile, no_fp8_weights
 from dstune.config.new_tokens import NewTokens, NewTokensSection
 from dstune.config.section import SECTION
 from dstune.config.train import TrainSection
@@ -38,8 +39,11 @@ class ModelSection(Section):
     new_tokens: NewTokens = NewTokensSection()
     """Tokens to add to it: a list (`[kilopascal]`), or `{plain: [...], special: [...]}`. Each gets a row of the embeddings, which
     begins as the mean of those before; embeddings that have room for them (Qwen's) do not grow."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(no_fp8_weights)] = "bf16"
     """Precision of weights in the forward pass; masters and moments are fp32."""
+    fp8: bool = False
+    """Multiply the matrices of the layers in 8-bit floats, scaled anew at each product: on GPUs that have it (Ada, Hopper and newer),
+    and faster only for wide layers with `compile: layers`. Weights stay in `dtype`; what is learnt differs slightly."""
     task: Literal["auto", "causal-lm", "seq2seq-lm"] = "auto"
     """Found from the model's config unless named."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -54,6 +58,9 @@ class ModelSection(Section):
     activation_checkpointing: bool | Literal["auto", "offload"] = "auto"
     """Recompute activations in the backward pass: about a third more compute, far less memory. `auto`: where the planner finds that it
     pays. `offload`: what each layer starts from waits in main memory, for sequences so long that even this does not fit the GPU."""
+    compile: Annotated[Literal["off", "layers"], BeforeValidator(no_deepcompile)] = "off"
+    """`layers`: torch.compile makes few kernels of what stands between the matrix products of each layer. The first step waits minutes
+    for it and wants a compiler (g++; on GPUs triton and gcc): for runs of hours. Losses differ in the last digits."""
     mlp_tile: Literal["off", "auto"] | Annotated[int, Field(ge=1)] = "off"
     """Tokens that go through a feed-forward layer at a time, for long sequences; `auto`: as many as the hidden size. Same loss."""
     overrides: dict[str, Any] = {}
@@ -343,6 +350,16 @@ class RunConfig(Section):
         if self.train.neftune_alpha is not None and self.cluster.sequence_parallel > 1:
             raise ValueError(
                 "give either `train.neftune_alpha` or `cluster.sequence_parallel`: its noise counts whole examples"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_layers_are_whole(self) -> "RunConfig":
+        if self.model.compile == "layers" and self.model.mlp_tile != "off":
+            raise ValueError("give either `model.compile` or `model.mlp_tile`: how many tiles there are is in no graph")
+        if self.model.compile == "layers" and self.cluster.sequence_parallel > 1:
+            raise ValueError(
+                "give either `model.compile` or `cluster.sequence_parallel`: the two are not shown together"
             )
         return self
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 _EXPERT = re.compile("expert", re.IGNORECASE)
@@ -61,10 +62,23 @@ def _calls_its_children(container: nn.Module) -> bool:
 
 
 def gather_whole(module: nn.Module) -> None:
-    """Have ZeRO-3 gather `module` with all that is in it when it is called. Before the engine is made."""
+    """Have ZeRO-3 gather `module` with all that is in it when it is called. Before the engine is made.
+
+    NOTE: its gradients are reduced when the gradient of its input is there. Behind frozen embeddings the input wants none, torch
+    tells of the output's gradient instead, and what `module` learns would be lost: so its input always wants one.
+    """
     from deepspeed.utils import set_z3_leaf_module
 
     set_z3_leaf_module(module, True)
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        module.register_forward_pre_hook(_want_gradient)
+
+
+def _want_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    first = args[0] if args else None
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.requires_grad:
+        return args
+    return (first.detach().requires_grad_(), *args[1:]) if torch.is_grad_enabled() else args
 
 
 def gathered_whole(module: nn.Module) -> list[str]:

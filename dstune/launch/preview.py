@@ -63,7 +63,9 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
     `prepared` None: the data is not here, and every row is taken as full. Raises UsageError for a device that nobody knows, ConfigError
     where transformers cannot build the model, FitError where there are fewer rows than workers.
     """
+    from dstune.model import compiling
     from dstune.model.kernels import choice as kernels
+    from dstune.model.kernels import fp8
 
     config = run.config
     cluster = _cluster(config, asked)
@@ -103,6 +105,8 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "model": _model(counted.shape),
         "machines": _machines(cluster, config, asked),
         "kernels": [asdict(one) for one in used],
+        "compile": compiling.planned(config.model, run.base),
+        "fp8": fp8.planned(config.model, run.base),
         "this_run": _described(seen.this, seen, made.total_steps, asked) | {"chosen_because": seen.why},
         "best": _described(best, seen, made.total_steps, asked) if best.fits else None,
         "nearest": None if best.fits else _nearest(seen),

@@ -83,6 +83,11 @@ def adapted_skeleton(model: ModelSection, base: Path) -> PreTrainedModel:
     return module
 
 
+def outline(model: ModelSection, base: Path) -> PreTrainedModel:
+    """What is trained, with its adapter where it has one, without storage. Raises ConfigError as `skeleton` and `adapters.choose`."""
+    return skeleton(load_config(model, base), model) if model.adapter is None else adapted_skeleton(model, base)
+
+
 def checkpoint_names(module: PreTrainedModel, model: ModelSection) -> dict[str, str]:
     """What `save_pretrained` calls the trained parameters that it calls otherwise: the model's own, or peft's with an adapter."""
     return saved_names(module) if model.adapter is None else adapters.saved_names(module)

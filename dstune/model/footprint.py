@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstune.config.schema import ModelSection
 from dstune.data import tokenizer_files
@@ -21,6 +20,7 @@ from dstune.loggers import get_logger
 from dstune.model import adapters, freezing, new_rows, text_side, tiling
 from dstune.model.build import skeleton
 from dstune.model.config import is_multimodal, load_config
+from dstune.model.layers import repeated_layers
 from dstune.model.per_example import FP32_ELEMENTS
 from dstune.planning.shapes import ModelShape
 
@@ -45,7 +45,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
             parameter.data = parameter.data.to(DTYPES[model.dtype])
     freezing.freeze(module, freeze)
     new_rows.require_trained(module, tokenizer_files.new_rows(model, base))
-    layers = _layers(module)
+    layers = repeated_layers(module)
     parameters = list(module.parameters())
     text = config.get_text_config()
     seen = _count(module, config, layers)
@@ -117,18 +117,6 @@ def _count(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[t
         log.debug("%s was not counted: %s", config.model_type, error)
         return None
     return seen
-
-
-def _layers(module: PreTrainedModel) -> list[torch.nn.Module]:
-    """The repeated layers, each of which may be recomputed; none inside another."""
-    found: list[torch.nn.Module] = []
-    inside: set[int] = set()
-    body: Any = module.get_decoder() if is_multimodal(module.config) else module
-    for layer in body.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and id(layer) not in inside:
-            found.append(layer)
-            inside.update(id(part) for part in layer.modules())
-    return found
 
 
 class _Seen:

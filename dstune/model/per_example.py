@@ -34,6 +34,17 @@ def no_mask_for_packed_rows(*args: Any, attention_mask: torch.Tensor | None = No
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
+class _Side(NamedTuple):
+    """The packed row of a decoder or an encoder."""
+
+    starts: torch.Tensor
+    """int32 [examples + 1]"""
+    longest: int | None
+
+    def lengths(self) -> list[int]:
+        return self.starts.diff().tolist()
+
+
 def per_example_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -70,24 +81,30 @@ def per_example_attention(
         raise ValueError("per-example attention has no sliding window that looks both ways")
     if dropout == 0.0 and position_bias is None and _has_varlen(query, value):
         return _varlen(query, key, value, scaling, asking, asked, causal, sliding_window), None
+    return _one_by_one(query, key, value, dropout, scaling, asking, asked, causal, sliding_window, position_bias), None
+
+
+@torch.compiler.disable
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    asking: _Side,
+    asked: _Side,
+    causal: bool,
+    window: int | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """A call for each example. Never compiled: each row has other lengths, and a graph would be made for each."""
     rows, columns = asking.lengths(), asked.lengths()
-    bias = _seen_only(position_bias, max(rows), max(columns), causal, sliding_window)
+    bias = _seen_only(bias, max(rows), max(columns), causal, window)
     pieces = [
-        _one(q, k, v, dropout, scaling, causal, sliding_window, bias)
+        _one(q, k, v, dropout, scaling, causal, window, bias)
         for q, k, v in zip(query.split(rows, 2), key.split(columns, 2), value.split(columns, 2), strict=True)
     ]
-    return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
-
-
-class _Side(NamedTuple):
-    """The packed row of a decoder or an encoder."""
-
-    starts: torch.Tensor
-    """int32 [examples + 1]"""
-    longest: int | None
-
-    def lengths(self) -> list[int]:
-        return self.starts.diff().tolist()
+    return torch.cat(pieces, 2).transpose(1, 2).contiguous()
 
 
 def _sides(module: torch.nn.Module, decoder: _Side, encoder: _Side) -> tuple[bool, _Side, _Side]:

@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dstune.config.declined import WHY_NO_DEEPCOMPILE
 from dstune.errors import Problem
 
 _WHERE = "deepspeed: zero_optimization."
@@ -42,7 +43,17 @@ def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
             f"AutoTP cuts matrices along their own axes: {_NO_CHECKPOINT}. ZeRO-3 splits them over all workers as well."
         )
         problems.append(Problem("deepspeed: tensor_parallel", "AutoTP is on", "off", do))
-    return problems + _parameters(zero) + _optimizer(zero)
+    return problems + _compiled(ds_config) + _parameters(zero) + _optimizer(zero)
+
+
+def _compiled(ds_config: Mapping[str, Any]) -> list[Problem]:
+    """DeepSpeed compiles only where `engine.compile()` is called, which would leave a setting without any effect."""
+    settings = ds_config.get("compile")
+    if not settings:
+        return []
+    why = f" {WHY_NO_DEEPCOMPILE}." if settings.get("deepcompile") else ""
+    do = f"`model.compile: layers` compiles the model's layers.{why}"
+    return [Problem("deepspeed: compile", "is set", "not set", do)]
 
 
 def _tensor_parallel(ds_config: Mapping[str, Any]) -> bool:

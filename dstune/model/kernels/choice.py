@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
-from dstune.model.build import adapted_skeleton, skeleton
-from dstune.model.config import load_config
+from dstune.model.build import outline
 from dstune.model.kernels.fused_loss import FusedLossKernel
 from dstune.model.kernels.kernel import Kernel, TokenLoss
 from dstune.model.kernels.liger import LigerLayers
@@ -62,9 +61,7 @@ def chosen(section: ModelSection, model: PreTrainedModel, device: str) -> list[C
 
 def planned(section: ModelSection, base: Path, device: str) -> list[Choice]:
     """`chosen` for a model of which only the config is here."""
-    if section.adapter is not None:
-        return chosen(section, adapted_skeleton(section, base), device)
-    return chosen(section, skeleton(load_config(section, base), section), device)
+    return chosen(section, outline(section, base), device)
 
 
 def fuses_loss(section: ModelSection, base: Path) -> bool:
@@ -72,10 +69,7 @@ def fuses_loss(section: ModelSection, base: Path) -> bool:
     kernel = FusedLossKernel()
     if _wanted(section, kernel.name) is False:
         return False
-    model = (
-        skeleton(load_config(section, base), section) if section.adapter is None else adapted_skeleton(section, base)
-    )
-    return kernel.find(model, "cpu").works
+    return kernel.find(outline(section, base), "cpu").works
 
 
 def put_in(choices: Sequence[Choice], model: PreTrainedModel, device: str) -> TokenLoss:

@@ -1,0 +1,36 @@
+"""The repeated layers of a model: what is recomputed, compiled and counted one by one."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dstune.engine import leaves
+from dstune.engine.parameters import full_shape
+from dstune.model.config import is_multimodal
+
+
+def repeated_layers(module: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The repeated layers, each of which may be recomputed; none inside another. Of a model that sees, those of its text side."""
+    found: list[GradientCheckpointingLayer] = []
+    inside: set[int] = set()
+    body: Any = module.get_decoder() if is_multimodal(module.config) else module
+    for layer in body.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and id(layer) not in inside:
+            found.append(layer)
+            inside.update(id(part) for part in layer.modules())
+    return found
+
+
+def beyond_matrices(module: PreTrainedModel) -> str | None:
+    """What the repeated layers do that is neither attention nor a matrix for every token alike; None: nothing.
+
+    Experts, as modules or fused in one weight, and the convolutions of recurrent layers, by their weights of three dimensions.
+    """
+    layers = repeated_layers(module)
+    if not layers:
+        return f"{type(module).__name__} has no repeated layers that transformers knows"
+    deep = any(len(full_shape(weight)) > 2 for layer in layers for weight in layer.parameters())
+    if deep or any(leaves.routed_modules(layer) for layer in layers):
+        return f"the layers of {module.config.model_type} have experts, or a recurrent state"
+    return None

@@ -1,0 +1,104 @@
+"""Compiled layers learn what layers learn that are not, under ZeRO-3, whatever the lengths; what cannot be compiled is refused."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dstune.config.schema import ModelSection
+from dstune.engine.world import World
+from dstune.engine.zero import ZeroEngine
+from dstune.errors import ConfigError
+from dstune.model import build as model
+from dstune.model import compiling
+from dstune.model.isolation import packed_inputs
+from dstune.model.kernels import fp8
+from dstune.model.per_example import PER_EXAMPLE
+from tests.engine.tiny import GATHERED, OPTIMIZERS, ds_config
+from tests.model.architectures import tiny, tiny_config
+from tests.spawn import run_workers
+
+LENGTHS = [(5, 7, 9), (30, 3), (50,), (8, 8, 8, 8), (21, 22)]
+"""Of the examples of each step's row: other numbers of other lengths."""
+
+
+def losses(world: World, path: Path, change: Any, **section: Any) -> list[float]:
+    """Of a few steps under ZeRO-3, with frozen embeddings and recomputed activations, `change` made to the model before."""
+    config = ds_config(3, zero=GATHERED)
+    settings = ModelSection(path=str(path), init="random", activation_checkpointing=True, **section)
+    module = model.build(settings, path, PER_EXAMPLE, 0, config)
+    module.get_input_embeddings().weight.requires_grad_(False)
+    change(module)
+    engine = ZeroEngine(module, lr=1e-2, ds_config=config, world=world, **OPTIMIZERS["adamw"])
+    found: list[float] = []
+    for step, lengths in enumerate(LENGTHS):
+        torch.manual_seed(step)
+        inputs = packed_inputs([{"input_ids": torch.randint(1, 1000, (1, length))} for length in lengths])
+        logits = engine.module(**inputs, use_cache=False).logits[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, inputs["input_ids"][0, 1:])
+        engine.backward(loss, last=True)
+        engine.step(1e-2)
+        found.append(loss.item())
+    return found
+
+
+def all_ways(path: Path) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
+    world = World.from_environment()
+    world.init()
+    graphs: list[int] = []
+
+    def compiled(module: Any) -> None:
+        compiling.compile_layers(module, "cpu")
+        module.register_forward_pre_hook(lambda *_: graphs.append(counters["stats"]["unique_graphs"]))
+
+    found = {
+        "plain": losses(world, path, lambda module: None, dtype="fp32"),
+        "compiled": losses(world, path, compiled, dtype="fp32"),
+        "bf16": losses(world, path, lambda module: None),
+        "fp8": losses(world, path, lambda module: fp8.multiply_in_fp8(module, torch.device("cpu"))),
+        "graphs": graphs,
+    }
+    world.close()
+    return found
+
+
+def test_under_zero3_compiled_layers_and_8_bit_products_learn_as_plain_ones(tmp_path):
+    """Three layers share what is compiled, rows of other lengths too; embeddings are frozen, so the first layer's input has no gradient."""
+    config = tiny_config("llama")
+    config.num_hidden_layers = 3
+    config.save_pretrained(tmp_path)
+    (found,) = run_workers(all_ways, 1, tmp_path)
+    assert found["compiled"] == pytest.approx(found["plain"], rel=1e-4)
+    assert found["plain"][0] > 1.05 * found["plain"][-1] or len(set(found["plain"])) == len(LENGTHS)
+    graphs = found["graphs"]
+    assert graphs[-1] == graphs[2], "rows of other lengths were compiled again"
+    assert found["fp8"] == pytest.approx(found["bf16"], rel=0.02) and found["fp8"] != found["bf16"]
+    assert all(math.isfinite(loss) for loss in found["fp8"])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next", "qwen3_5_text"])
+def test_layers_that_choose_or_carry_something_over_are_refused(name):
+    with pytest.raises(ConfigError, match=r"model.compile.*experts, or a recurrent state"):
+        compiling.compile_layers(tiny(name), "cpu")
+
+
+def test_a_machine_without_compiler_is_told_so_before_training(monkeypatch):
+    module = tiny("llama")
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(ConfigError, match=r"cannot compile: there is no compiler \(/nowhere/g\+\+\)"):
+        compiling.compile_layers(module, "cpu")
+    assert "forward" not in module.model.layers[0].__dict__
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    assert compiling.missing("cuda") == "triton is not installed"
+
+
+def test_a_plan_says_what_is_compiled_and_rounded(tmp_path):
+    tiny_config("llama").save_pretrained(tmp_path)
+    section = ModelSection(path=str(tmp_path), compile="layers", fp8=True)
+    assert compiling.planned(section, tmp_path).startswith("layers (2 of LlamaDecoderLayer, by torch.compile")
+    assert fp8.planned(section, tmp_path).startswith("model.layers.*.self_attn.q_proj (2 modules)")
+    assert compiling.planned(ModelSection(path=str(tmp_path)), tmp_path) == "off"
