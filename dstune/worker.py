@@ -33,12 +33,11 @@ from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
 from dstune.exporting.merged import whole_model
 from dstune.exporting.tensors import Masters
-from dstune.model import attention, compiling, freezing, isolation, neftune, patterns, sequence_parallel, tiling
+from dstune.model import attention, compiling, fp8, freezing, isolation, neftune, patterns, sequence_parallel, tiling
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
 from dstune.model.kernels import choice as kernels
-from dstune.model.kernels import fp8
 from dstune.model.kernels.kernel import TokenLoss
 from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
@@ -174,16 +173,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
     freezing.freeze(module, config.train.freeze)
-    device = world.device.type
-    loss = _summed(kernels.put_in(kernels.chosen(config.model, module, device), module, device))
-    if config.model.mlp_tile != "off":
-        tiling.tile(module, config.model.mlp_tile)
-    if config.train.neftune_alpha is not None:
-        neftune.add_noise(module, config.train.neftune_alpha)
-    if config.model.fp8:
-        fp8.multiply_in_fp8(module, world.device)
-    if config.model.compile == "layers":
-        compiling.compile_layers(module, device)
+    loss = _put_in(config, module, world.device)
     frozen = ""
     if config.model.adapter is None and not all(parameter.requires_grad for parameter in module.parameters()):
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
@@ -232,6 +222,24 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         else Trace(*config.train.profile, paths.rank_trace(world.rank), world.device),
     )
     return loop.run()
+
+
+def _put_in(config: RunConfig, module: Any, device: torch.device) -> Callable[[Any, Batch], torch.Tensor]:
+    """Make `module` compute as the run file says; the loss to train with.
+
+    NOTE: in this order: a kernel takes the place of a layer's forward pass, tiles and 8-bit products go around or into what is there
+    then, and all of that is compiled.
+    """
+    loss = kernels.put_in(kernels.chosen(config.model, module, device.type), module, device.type)
+    if config.model.mlp_tile != "off":
+        tiling.tile(module, config.model.mlp_tile)
+    if config.train.neftune_alpha is not None:
+        neftune.add_noise(module, config.train.neftune_alpha)
+    if config.model.fp8:
+        fp8.multiply_in_fp8(module, device)
+    if config.model.compile == "layers":
+        compiling.compile_layers(module, device.type)
+    return _summed(loss)
 
 
 def _utilisation(config: RunConfig, base: Path, world: World) -> Utilisation | None:

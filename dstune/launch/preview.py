@@ -63,9 +63,8 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
     `prepared` None: the data is not here, and every row is taken as full. Raises UsageError for a device that nobody knows, ConfigError
     where transformers cannot build the model, FitError where there are fewer rows than workers.
     """
-    from dstune.model import compiling
+    from dstune.model import compiling, fp8
     from dstune.model.kernels import choice as kernels
-    from dstune.model.kernels import fp8
 
     config = run.config
     cluster = _cluster(config, asked)

@@ -29,6 +29,9 @@ from dstune.model.layers import beyond_matrices, repeated_layers
 log = get_logger(__name__)
 
 _WHERE = "model.compile"
+_MOST_VARIANTS = 32
+"""Of one function: layers with and without a window, encoder and decoder, first and last, training and validation. Beyond, torch runs
+it uncompiled, and warns."""
 
 
 def planned(model: ModelSection, base: Path) -> str:
@@ -85,7 +88,7 @@ def _compiled(layer: Any) -> Callable[..., Any]:
     compiled too, one piece that cannot be leaves the whole layer uncompiled.
     """
     plain = type(layer).forward.__wrapped__  # as the layer's file has it, without transformers' recomputing
-    run = torch.compile(MethodType(plain, layer), dynamic=True)
+    run = torch.compile(MethodType(plain, layer), dynamic=True, recompile_limit=_MOST_VARIANTS)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if layer.gradient_checkpointing and layer.training:

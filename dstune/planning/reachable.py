@@ -1,4 +1,5 @@
-"""DeepSpeed settings under which a worker could not reach all of the training state, or not cut it: refused before anything starts.
+"""DeepSpeed settings under which a worker could not reach all of the training state, or not cut it, or that would do nothing: refused
+before anything starts.
 
 `checkpoint.weights_only` helps none of them: DeepSpeed runs them with optimizers of its own alone, or lays weights out differently.
 """

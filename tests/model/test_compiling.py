@@ -12,9 +12,8 @@ from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
 from dstune.model import build as model
-from dstune.model import compiling
+from dstune.model import compiling, fp8
 from dstune.model.isolation import packed_inputs
-from dstune.model.kernels import fp8
 from dstune.model.per_example import PER_EXAMPLE
 from tests.engine.tiny import GATHERED, OPTIMIZERS, ds_config
 from tests.model.architectures import tiny, tiny_config

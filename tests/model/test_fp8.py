@@ -8,8 +8,8 @@ from torch import nn
 
 from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError
+from dstune.model import fp8
 from dstune.model.adapters import attach
-from dstune.model.kernels import fp8
 from tests.model.architectures import tiny
 
 
