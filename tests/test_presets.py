@@ -79,6 +79,14 @@ def test_what_no_checkpoint_could_be_made_of_names_what_to_take_instead(name: st
         planning.make(config(name), shared_files("ds_configs"))
 
 
+def test_compiling_by_deepspeed_is_refused_rather_than_ignored() -> None:
+    section = config("zero3").deepspeed.model_copy(update={"overrides": {"compile": {"deepcompile": True}}})
+    with pytest.raises(
+        ConfigError, match=r"compile: is set[\s\S]*`model.compile: layers`[\s\S]*DeepCompile.*in 16 bits"
+    ):
+        deepspeed.make(config("zero3").model_copy(update={"deepspeed": section}), Path())
+
+
 def test_slices_of_autotp_are_refused() -> None:
     section = config("zero3").deepspeed.model_copy(update={"overrides": {"tensor_parallel": {"autotp_size": 2}}})
     with pytest.raises(ConfigError, match=r"tensor_parallel: AutoTP is on; expected off"):

@@ -201,3 +201,17 @@ def test_where_checkpoints_go_and_what_is_best_cannot_be_mistaken(tmp_path: Path
     run.write_text(f"name: t\nmodel: {{path: x}}\ndata: {{sources: [{{path: x}}]}}\ncheckpoint:\n  {written}\n")
     with pytest.raises(ConfigError, match=r"run.yaml:[45]: checkpoint"):
         load_run(run)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("compile: deepcompile", "DeepCompile takes out the hooks .* `layers` compiles each layer"),
+        ("compile: whole", "expected 'off' or 'layers'"),
+        ("dtype: fp8", "weights are kept in 16 bits at least: `fp8: true` with `dtype: bf16`"),
+        ("compile: layers, mlp_tile: auto", "either `model.compile` or `model.mlp_tile`"),
+    ],
+)
+def test_what_other_trainers_compile_and_round_is_answered(tmp_path: Path, model: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_run(write(tmp_path, GOOD.replace("tiny-llama", f"tiny-llama, {model}")))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError
@@ -76,3 +77,19 @@ def test_where_there_are_no_8_bit_products_they_are_refused(monkeypatch):
         fp8.multiply_in_fp8(tiny("llama"), torch.device("cuda"))
     with pytest.raises(ConfigError, match="experts, or a recurrent state"):
         fp8.multiply_in_fp8(tiny("mixtral"), torch.device("cpu"))
+
+
+def test_a_compiled_layer_holds_its_products_in_one_graph_for_all_lengths():
+    """Without a break, and with the same result: what rounds is then compiled together with what stands before."""
+    torch._dynamo.reset()
+    counters.clear()
+    layer = nn.Linear(32, 48)
+    plain = fp8._linear(layer)
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (21, 32, 7):
+        values = torch.randn(tokens, 32).requires_grad_()
+        ours, theirs = (
+            torch.autograd.grad(run(values).square().sum(), [values, layer.weight]) for run in (compiled, plain)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
