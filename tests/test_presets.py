@@ -84,7 +84,7 @@ def test_compiling_by_deepspeed_is_refused_rather_than_ignored() -> None:
     with pytest.raises(
         ConfigError, match=r"compile: is set[\s\S]*`model.compile: layers`[\s\S]*DeepCompile.*in 16 bits"
     ):
-        deepspeed.make(config("zero3").model_copy(update={"deepspeed": section}), Path())
+        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
 
 
 def test_slices_of_autotp_are_refused() -> None:
