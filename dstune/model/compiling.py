@@ -4,6 +4,10 @@ Each repeated layer is compiled by itself, as TorchTitan does: layers of one kin
 symbols, so rows of other lengths need no compiling again. Under ZeRO-3 a layer's weights are gathered when it is called, all at
 once, and not those of each of its parts: DeepSpeed's hooks would cut the layer into pieces, and stay around it this way.
 What depends on values, as attention example by example on a CPU, runs between compiled pieces as ever.
+
+When to use it: on a run that lasts longer than some hundred times the first step, which waits for the compiler (50 s for a Llama on a
+CPU). A step then took 0.82 of the processor time (30 M parameters, packed rows of 2,048 tokens, bf16, one thread; median of 21 pairs,
+0.68 to 0.92), with losses apart by 3e-5 of themselves; what a step gives did not depend on which lengths came first.
 """
 
 import os

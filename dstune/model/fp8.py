@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import ModelSection
-from dstune.engine import leaves
 from dstune.engine.parameters import full_shape
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
@@ -104,7 +103,10 @@ def _chosen(module: PreTrainedModel) -> dict[str, Any]:
 
 
 def _described(chosen: Mapping[str, Any]) -> str:
-    return f"{leaves.summary(chosen)}, on GPUs of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} and newer"
+    capability = f"{_CAPABILITY[0]}.{_CAPABILITY[1]}"
+    return (
+        f"the products of {len(chosen)} linear maps in the layers, on GPUs of compute capability {capability} and newer"
+    )
 
 
 def _linear(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
