@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dstune.config import identity
 from dstune.config.load import dump, load_run, load_site, read_yaml, resolve
 from dstune.config.schema import CheckpointSection
 from dstune.config.units import duration_seconds
@@ -215,3 +216,10 @@ def test_where_checkpoints_go_and_what_is_best_cannot_be_mistaken(tmp_path: Path
 def test_what_other_trainers_compile_and_round_is_answered(tmp_path: Path, model: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_run(write(tmp_path, GOOD.replace("tiny-llama", f"tiny-llama, {model}")))
+
+
+def test_a_resume_may_compile_but_not_round(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD)
+    recorded = identity.fingerprints(load_run(file).config, "data")
+    assert identity.differences(recorded, load_run(file, ["model.compile=layers"]).config) == {}
+    assert identity.differences(recorded, load_run(file, ["model.fp8=true"]).config) == {"model.fp8": (False, True)}
