@@ -55,7 +55,8 @@ class HostClock:
 class QueueClock:
     """Of the stream on which a GPU computes, by events in it: nothing waits for them before `seconds`.
 
-    What happens on another stream does not hold up the computation, and is not counted.
+    What happens on another stream does not hold up the computation, and is not counted. NOTE: timing events in NCCL's own streams
+    would keep it from going on beside the computation (pytorch#143890); here are none.
     """
 
     def __init__(self, device: torch.device) -> None:
