@@ -153,28 +153,25 @@ def collectives() -> Any:
 
 
 def watch(zero: Any, stage: int, clock: Clock) -> None:
-    """Count what the computation waits for the streams beside it on which `zero`, DeepSpeed's optimizer, lets collectives run.
-
-    NOTE: the attribute for gathering is private to DeepSpeed; one that has another name would be an AttributeError here.
-    """
+    """Count what the computation waits for the streams beside it on which `zero`, DeepSpeed's optimizer, lets collectives run."""
     if not isinstance(clock, QueueClock):
         return
-    if stage == 3:
-        coordinator = zero.parameter_offload.param_coordinator
-        _watch(coordinator, "_PartitionedParameterCoordinator__allgather_stream", clock)
-        _watch(zero, "reduce_and_partition_stream", clock)
-    else:
-        _watch(zero, "reduction_stream", clock)
+    for holder, attribute in streams(zero, stage):
+        stream = getattr(holder, attribute)
+        if stream == torch.cuda.default_stream(stream.device):
+            continue
+        same = {name: getattr(stream, name) for name in ("stream_id", "device_index", "device_type")}
+        watched = WatchedStream(**same)
+        watched.clock = clock
+        setattr(holder, attribute, watched)
 
 
-def _watch(holder: Any, attribute: str, clock: QueueClock) -> None:
-    stream = getattr(holder, attribute)
-    if stream == torch.cuda.default_stream(stream.device):
-        return
-    same = {name: getattr(stream, name) for name in ("stream_id", "device_index", "device_type")}
-    watched = WatchedStream(**same)
-    watched.clock = clock
-    setattr(holder, attribute, watched)
+def streams(zero: Any, stage: int) -> list[tuple[Any, str]]:
+    """Where `zero` keeps them: objects and names of attributes. On a CPU there are none, and the attributes are None."""
+    if stage < 3:
+        return [(zero, "reduction_stream")]
+    gathering = (zero.parameter_offload.param_coordinator, "_PartitionedParameterCoordinator__allgather_stream")
+    return [gathering, (zero, "reduce_and_partition_stream")]
 
 
 class WatchedStream(torch.cuda.Stream):

@@ -127,7 +127,8 @@ def _facts(folder: Path) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
         with pytest.raises(AssertionError, match="fresh"):
             engine.load(lambda piece: None, 0)
         facts[stage] = {"pieces": pieces, "decays": decays, "norm": norm, "lrs": lrs, "extra": engine.extra_state()}
-        facts[stage] |= {"stood": stood}
+        streams = [getattr(*place) for place in communication.streams(engine._zero, stage)]
+        facts[stage] |= {"stood": stood, "streams": streams}
     held = {name: _held_back(world, folder / name, behind=name == "behind") for name in ("blocking", "behind")}
     world.close()
     return facts, held
@@ -192,6 +193,7 @@ def test_standing_still_for_another_worker_is_counted(both: list[Any]) -> None:
         for stage in (1, 2, 3):
             counted, elapsed = facts[stage]["stood"]
             assert 0 < counted < elapsed
+            assert set(facts[stage]["streams"]) == {None}, "a CPU has no streams"
     assert [held for _, held in both] == [{"blocking": 100.0, "behind": 100.0}, {"blocking": 0.0, "behind": 0.0}]
 
 
