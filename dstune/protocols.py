@@ -79,6 +79,10 @@ class Engine(Protocol):
         """Clip, update with learning rate `lr`, clear the gradients."""
         ...
 
+    def communication_seconds(self) -> float:
+        """For how long this worker has stood still so far for what the workers send each other in forward, backward and update."""
+        ...
+
     def slices(self) -> Iterator[Slice]:
         """Every piece of training state that this worker holds, in a fixed order.
 

@@ -26,7 +26,7 @@ from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
-from dstune.engine import leaves
+from dstune.engine import communication, leaves
 from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
@@ -169,7 +169,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         isolation.prove(model_config, kernel)
     if plan.sequence_parallel > 1:
         sequence_parallel.prove(config.model, model_config, plan.sequence_parallel)
-        kernel = sequence_parallel.register(sequence_parallel.Workers(world.row_group(plan.sequence_parallel)))
+        group = world.row_group(plan.sequence_parallel)
+        kernel = sequence_parallel.register(sequence_parallel.Workers(group, communication.collectives()))
     log.info("attention %s, layout %s", kernel, plan.layout)
     module = build(config.model, base, kernel, config.train.seed, ds_config)
     freezing.freeze(module, config.train.freeze)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.optim.adamw import adamw
+
+from dstune.engine.communication import collectives
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -76,19 +77,20 @@ class Muon(torch.optim.Optimizer):
         On 3 workers the first of three matrices is summed up on worker 0, the next on 1, the third on 2; then all three
         compute, and send. At most two matrices are in memory.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        sending = collectives()
+        rank, world_size = sending.get_rank(), sending.get_world_size()
         for first in range(0, len(shares), world_size):
             turn = shares[first : first + world_size]
             own = torch.empty(0, device=self._device)
             for owner, share in enumerate(turn):
                 whole = torch.zeros(math.prod(share.shape), device=self._device)
                 whole[share.offset : share.offset + share.length] = update.narrow(0, share.start, share.length)
-                dist.reduce(whole, dst=owner)
+                sending.reduce(whole, dst=owner)
                 if owner == rank:
                     own = orthogonal(whole.view(share.shape)).float().flatten()
             for owner, share in enumerate(turn):
                 direction = own if owner == rank else torch.empty(math.prod(share.shape), device=self._device)
-                dist.broadcast(direction, src=owner)
+                sending.broadcast(direction, src=owner)
                 yield share, direction
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dstune.engine import leaves
+from dstune.engine import communication, leaves
 from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.muon import Muon, Share
@@ -68,6 +68,8 @@ class ZeroEngine:
         )
         self._engine: Any = engine
         self._zero: Any = zero
+        self._communication = communication.timed(world.device)
+        communication.watch(zero, stage_of(config), self._communication)
         self.leaf_modules: Sequence[str] = leaves.gathered_whole(module) if stage_of(config) == 3 else []
         """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
@@ -117,6 +119,10 @@ class ZeroEngine:
         self._optimizer_steps += not skipped
         norm = float(self._engine.get_global_grad_norm())
         return StepResult(grad_norm=norm, skipped=skipped, scale_falls=skipped and had_room)
+
+    def communication_seconds(self) -> float:
+        """For how long this process has stood still for collectives so far; see `communication` for what is counted."""
+        return self._communication.seconds()
 
     @property
     def optimizer_steps(self) -> int:

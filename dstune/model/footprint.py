@@ -20,6 +20,7 @@ from dstune.loggers import get_logger
 from dstune.model import adapters, freezing, new_rows, text_side, tiling
 from dstune.model.build import skeleton
 from dstune.model.config import is_multimodal, load_config
+from dstune.model.isolation import FAILURES
 from dstune.model.layers import repeated_layers
 from dstune.model.per_example import FP32_ELEMENTS
 from dstune.planning.shapes import ModelShape
@@ -29,7 +30,6 @@ log = get_logger(__name__)
 _COUNTED = "counted"
 _TOKENS = 256
 """So many tokens pass the model: activations grow with their number, attention's as well where no mask is kept."""
-_FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> ModelShape:
@@ -113,7 +113,7 @@ def _count(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[t
     seen = _Seen(list(module.parameters()))
     try:
         _run(module, config, layers, seen)
-    except _FAILURES as error:
+    except FAILURES as error:
         log.debug("%s was not counted: %s", config.model_type, error)
         return None
     return seen

@@ -12,7 +12,7 @@ itself is one call of torch's.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -51,20 +51,29 @@ class Exchange(Protocol):
 
 
 class Workers:
-    """The exchange over `group`, a process group of torch's in which every member runs the same model on its piece."""
+    """The exchange over `group`, a process group of torch's in which every member runs the same model on its piece.
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    `collectives`: torch.distributed, or what goes by its names.
+    """
+
+    def __init__(self, group: Any, collectives: Any = dist) -> None:
+        self._group, self._collectives = group, collectives
         self.members = dist.get_world_size(group)
 
     def to_heads(self, *pieces: torch.Tensor) -> list[torch.Tensor]:
         shares = [piece[0].unflatten(0, (self.members, -1)).transpose(1, 2) for piece in pieces]
-        rows = _Swap.apply(self._group, *shares)
+        rows = _Swap.apply(self._swapped, *shares)
         return [row.flatten(0, 1).transpose(0, 1)[None] for row in rows]
 
     def to_tokens(self, row: torch.Tensor) -> torch.Tensor:
-        (shares,) = _Swap.apply(self._group, row[0].unflatten(0, (self.members, -1)))
+        (shares,) = _Swap.apply(self._swapped, row[0].unflatten(0, (self.members, -1)))
         return shares.transpose(0, 1).flatten(1, 2)[None]
+
+    def _swapped(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        result = torch.empty_like(tensor)
+        self._collectives.all_to_all_single(result, tensor, group=self._group)
+        return result
 
 
 class _Swap(torch.autograd.Function):
@@ -74,21 +83,16 @@ class _Swap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.group = group
-        return tuple(_swapped(group, tensor) for tensor in tensors)
+    def forward(
+        ctx: Any, swapped: Callable[[torch.Tensor], torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.swapped = swapped
+        return tuple(swapped(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = zip(ctx.needs_input_grad[1:], gradients, strict=True)
-        return None, *(_swapped(ctx.group, gradient) if needed else None for needed, gradient in wanted)
-
-
-def _swapped(group: Any, tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.contiguous()
-    result = torch.empty_like(tensor)
-    dist.all_to_all_single(result, tensor, group=group)
-    return result
+        return None, *(ctx.swapped(gradient) if needed else None for needed, gradient in wanted)
 
 
 def register(exchange: Exchange, name: str = EXCHANGED) -> str:

@@ -17,7 +17,7 @@ _FP32 = 4
 _DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 STATES: Mapping[str, int] = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1, "adagrad": 1}
 """`train.optimizer` -> fp32 numbers that it keeps of each element beside the master weight (Muon: at most)."""
-_FUSED_CHUNK = 96 << 20
+_FUSED_CHUNK = 128 << 20
 """Bytes of logits at once of the fused loss (`model.kernels.linear_cross_entropy`)."""
 _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""

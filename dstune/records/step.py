@@ -27,7 +27,11 @@ class StepRecord:
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
-    """Of the slowest worker, like `data_seconds`; what ZeRO sends is inside them."""
+    """Of the slowest worker, like `data_seconds`."""
+    communication_seconds: float
+    """For how long a worker stood still for what the workers send each other, of the one that stood longest. It lies inside forward,
+    backward and optimizer, and is no further part of the step: what computation hides does not count, waiting for a slower worker does.
+    """
     waiting_seconds: float
     """From the end of a worker's own update until all had ended theirs, of the one that waited longest."""
     checkpoint_seconds: float

@@ -136,7 +136,7 @@ class Loop:
 
     def _step(self) -> tuple[str | None, bool]:
         """One update; whether worker 0 was asked to stop, and whether a checkpoint is due."""
-        started = time.monotonic()
+        started, communicated = time.monotonic(), self.engine.communication_seconds()
         step, plan = self.state.step, self.plan
         rows = order.rows_of_step(
             plan.num_rows, self.config.train.seed, plan.global_batch_size, plan.total_positions, step
@@ -165,6 +165,7 @@ class Loop:
             "loss": total if math.isfinite(total) else None,
             "nonfinite": nonfinite,
             "seconds": clock.seconds(),
+            "communication": self.engine.communication_seconds() - communicated,
             "ended": time.monotonic() - started,
             "squares": squares,
             "memory": _peak_memory_bytes(self.device),
@@ -214,6 +215,7 @@ class Loop:
             batch_digest=order.digest(np.concatenate([self.prepared.row(int(row)) for row in rows])),
             step_seconds=round(seconds, 6),
             **{f"{name}_seconds": round(max(one["seconds"][name] for one in everyone), 6) for name in _PHASES},
+            communication_seconds=round(max(one["communication"] for one in everyone), 6),
             waiting_seconds=round(seconds - min(one["ended"] for one in everyone), 6),
             checkpoint_seconds=round(checkpoint_seconds, 6),
             tokens_per_second=round(tokens / seconds, 3),

@@ -19,7 +19,7 @@ _TRIALS = 5
 class PhaseClock:
     """Seconds by phase of one step. On a GPU the time of its own queue, by events: nothing waits for them before `seconds`.
 
-    What ZeRO sends between workers runs inside forward, backward and update, and is counted there.
+    What ZeRO sends between workers runs inside forward, backward and update, and is counted there; the engine knows how much it was.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,11 +1,19 @@
 """The loss does not depend on the split; a non-finite gradient changes nothing anywhere; settings that cannot work are refused."""
 
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dstune.checkpoint.layout import SliceEntry, tile
+from dstune.engine import communication
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.world import World
 from dstune.errors import ConfigError
@@ -102,7 +110,7 @@ def test_one_workers_nan_skips_the_update_everywhere_and_leaves_no_trace(
         assert facts["later"] == facts["undisturbed"]
 
 
-def _facts() -> dict[int, dict[str, Any]]:
+def _facts(folder: Path) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
     world = World.from_environment()
     world.init(60)
     facts: dict[int, dict[str, Any]] = {}
@@ -111,19 +119,55 @@ def _facts() -> dict[int, dict[str, Any]]:
         engine = tiny.engine(world, stage, dtype="fp32")
         pieces = [(part.state, part.name, part.shape, part.offset, part.tensor.numel()) for part in engine.slices()]
         decays = [(group["weight_decay"], group["lr"]) for group in engine._optimizer.param_groups]
+        counted, started = engine.communication_seconds(), time.perf_counter()
         engine.backward(engine.module(input_ids=ids).logits.logsumexp(-1).sum(), last=True)
         norm = engine.step(0.25).grad_norm
+        stood = (engine.communication_seconds() - counted, time.perf_counter() - started)
         lrs = {group["lr"] for group in engine._optimizer.param_groups}
         with pytest.raises(AssertionError, match="fresh"):
             engine.load(lambda piece: None, 0)
         facts[stage] = {"pieces": pieces, "decays": decays, "norm": norm, "lrs": lrs, "extra": engine.extra_state()}
+        streams = [getattr(*place) for place in communication.streams(engine._zero, stage)]
+        facts[stage] |= {"stood": stood, "streams": streams}
+    held = {name: _held_back(world, folder / name, behind=name == "behind") for name in ("blocking", "behind")}
     world.close()
-    return facts
+    return facts, held
+
+
+def _held_back(world: World, file: Path, behind: bool) -> float:
+    """What is counted of a sum for which worker 0 waits from moment 0 on, and to which worker 1 comes at moment 100.
+
+    Their moments are in `file`, and worker 1 moves them as soon as worker 0 has looked.
+    """
+    store, clock, number = dist.FileStore(str(file), 2), communication.timed(world.device), torch.ones(1)
+    store.set_timeout(timedelta(seconds=60))
+    collectives, before = communication.collectives(), clock.seconds()
+
+    def now() -> float:
+        moment = float(store.add("moment", 0))
+        store.set("looked", "")
+        return moment
+
+    sum_up = partial(collectives.all_reduce, number)
+    if behind and world.rank == 0:
+        sum_up = sum_up(async_op=True).wait
+    if world.rank == 1:
+        store.wait(["looked"])
+        store.add("moment", 100)
+    with mock.patch.object(communication, "time", SimpleNamespace(perf_counter=now)):
+        sum_up()
+    assert number.item() == 2
+    return clock.seconds() - before
 
 
 @pytest.fixture(scope="module")
-def facts() -> list[dict[int, dict[str, Any]]]:
-    return run_workers(_facts, 2)
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return run_workers(_facts, 2, tmp_path_factory.mktemp("held"))
+
+
+@pytest.fixture(scope="module")
+def facts(both: list[Any]) -> list[dict[int, dict[str, Any]]]:
+    return [facts for facts, _ in both]
 
 
 @pytest.mark.dist
@@ -141,6 +185,16 @@ def test_slices_are_disjoint_and_whole_and_decay_is_on_matrices(
         assert seen["decays"] == [(0.1, 1e-3), (0.0, 1e-3)]
         assert seen["lrs"] == {0.25} and seen["norm"] == facts[0][stage]["norm"] > 1
         assert seen["extra"] == {"optimizer": "adamw"}
+
+
+@pytest.mark.dist
+def test_standing_still_for_another_worker_is_counted(both: list[Any]) -> None:
+    for facts, _ in both:
+        for stage in (1, 2, 3):
+            counted, elapsed = facts[stage]["stood"]
+            assert 0 < counted < elapsed
+            assert set(facts[stage]["streams"]) == {None}, "a CPU has no streams"
+    assert [held for _, held in both] == [{"blocking": 100.0, "behind": 100.0}, {"blocking": 0.0, "behind": 0.0}]
 
 
 def test_dstunes_own_settings_are_filled_in() -> None:

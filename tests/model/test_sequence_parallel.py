@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from dstune.batch import Batch, Share, collate
 from dstune.config.schema import ModelSection
+from dstune.engine import communication
 from dstune.engine.world import World
 from dstune.errors import ConfigError
 from dstune.model import per_example, sequence_parallel
@@ -81,7 +82,9 @@ def _differences() -> dict[str, tuple[float, float]]:
     world = World.from_environment()
     world.init(60)
     per_example.register()
-    exchanged = sequence_parallel.register(sequence_parallel.Workers(world.row_group(2)))
+    clock = communication.timed(world.device)
+    exchange = sequence_parallel.Workers(world.row_group(2), communication.collectives())
+    exchanged = sequence_parallel.register(exchange)
     whole = collate(Rows(), [0], "packed", pad_id=0)
     piece = Share(world.rank, 2, 2).piece(whole, pad_id=0)
     found: dict[str, tuple[float, float]] = {}
@@ -95,6 +98,7 @@ def _differences() -> dict[str, tuple[float, float]]:
             dist.all_reduce(one)
         largest = max(float(one.abs().max()) for one in wanted[1:])
         apart = max(float((a - b).abs().max()) for a, b in zip(sums[1:], wanted[1:], strict=True))
+        assert clock.seconds() > 0, "what is exchanged is not counted"
         found[name] = (float((sums[0] - wanted[0]).abs() / wanted[0]), apart / largest)
     world.close()
     return found

@@ -29,6 +29,9 @@ def test_losses_data_and_checkpoints_do_not_depend_on_how_many_share_a_row(tmp_p
         assert metrics(paths, name) == metrics(alone, name)
     assert metrics(paths, "loss") == pytest.approx(wanted, rel=1e-5)
     assert metrics(paths, "grad_norm") == pytest.approx(metrics(alone, "grad_norm"), rel=1e-4)
+    phases = zip(*(metrics(paths, f"{name}_seconds") for name in ("forward", "backward", "optimizer")), strict=True)
+    for exchanged, parts in zip(metrics(paths, "communication_seconds"), phases, strict=True):
+        assert 0 < exchanged < sum(parts) + 1e-4
     held_out = [[record["loss"] for record in read_lines(one.evaluations)] for one in (alone, paths)]
     assert len(held_out[0]) == 3 and held_out[1] == pytest.approx(held_out[0], rel=1e-5)
 

@@ -43,7 +43,8 @@ _UNCOUNTED = 2
 _CHATS, _VOCABULARY, _POSITIONS = 512, 32_000, 4096
 _MODELS = {"58m": (512, 8), "150m": (768, 14)}
 """Hidden size and layers; embeddings and head are not tied."""
-_PHASES = ("data", "forward", "backward", "optimizer", "waiting")
+_PHASES = ("data", "forward", "backward", "optimizer", "waiting", "communication")
+"""The last lies inside the three before `waiting`."""
 
 
 def main() -> int:

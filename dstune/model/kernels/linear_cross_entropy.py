@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_CHUNK_BYTES = 96 << 20
+_CHUNK_BYTES = 128 << 20
 """Of a chunk's logits."""
 _BLOCK_BYTES = 4 << 20
 """Of the weight's rows that one product takes: a processor packs them anew for each."""
@@ -158,6 +158,8 @@ class _Work:
         into = self.of_weight
         for rows in _blocks(self.weight):
             part = derivative[:, rows].t()
+            if not into.is_cuda:  # a processor's product packs a transposed operand twice as slowly as this copies it
+                part = part.contiguous()
             if into.dtype is derivative.dtype and first:
                 torch.mm(part, hidden, out=into[rows])
             elif into.dtype is derivative.dtype:
