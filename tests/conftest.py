@@ -1,5 +1,6 @@
 """Fixtures for every room: the developers' shared data (skipped by name where it is not there), a cache of its own, an S3 server."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -14,15 +15,29 @@ BUCKET = "bucket"
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
-class TwoStreams(LoadScopeScheduling):
-    """For tools/check: what waits for Slurm's daemons, and beside it all the rest, each in its usual order."""
+WITH_WORKERS = tuple(f"tests/{room}/" for room in ("checkpoint", "engine", "exporting", "launch", "runs"))
+"""Rooms whose tests start workers or a Ray of their own: one test at a time, on a machine that may have two cores."""
+
+
+class Streams(LoadScopeScheduling):
+    """For tools/check: what starts workers; beside it what waits for Slurm's daemons, and all the rest, file by file."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # the workers' tests take longest and are first, though not the most
 
     def _split_scope(self, nodeid: str) -> str:
-        return "slurm" if "slurm" in nodeid else "rest"
+        file = nodeid.partition("::")[0]
+        return "slurm" if "slurm" in nodeid else "workers" if file.startswith(WITH_WORKERS) else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoStreams:
-    return TwoStreams(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Streams:
+    return Streams(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: garbage is looked for among what comes after them."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Run a plain function on several gloo workers: processes of their own, a free port chosen by the kernel, one thread each.
 
-Importing torch, transformers and dstune takes a worker longer than most tests train: workers are forks of one process that
-has imported them and done nothing else. What only a new interpreter shows (its end; hashes of strings that differ from
+Importing torch, transformers and DeepSpeed takes a worker longer than most tests train: workers are forks of one process that
+has imported them and done nothing else (warm.py). What only a new interpreter shows (its end; hashes of strings that differ from
 worker to worker) is left to the runs under torchrun, srun and Ray.
 """
 
@@ -21,10 +21,7 @@ from typing import Any
 import numpy as np
 
 _FORKS = multiprocessing.get_context("forkserver")
-_COMPILER = ["torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]
-"""What DeepSpeed imports with its optimizers, whether or not anything is compiled."""
-
-_FORKS.set_forkserver_preload(["dstune.worker", "pytest", *_COMPILER])
+_FORKS.set_forkserver_preload(["tests.warm"])
 
 
 def free_port() -> int:

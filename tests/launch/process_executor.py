@@ -89,6 +89,12 @@ def stub_run(root: Path, **stub: Any) -> RunPaths:
     return paths
 
 
+def hurry(paths: RunPaths) -> None:
+    """Let the steps of a stub that starts from now on take no time."""
+    file = paths.root / "stub.json"
+    write_json(file, json.loads(file.read_text()) | {"seconds": 0.0})
+
+
 def planner(paths: RunPaths) -> Any:
     """A `make_plan` that writes what the stub worker reads."""
 
