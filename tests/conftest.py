@@ -9,26 +9,38 @@ from typing import Any
 
 import pytest
 from pyarrow import fs
+from xdist import is_xdist_worker
 from xdist.scheduler import LoadScopeScheduling
 
 BUCKET = "bucket"
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
-WITH_WORKERS = tuple(f"tests/{room}/" for room in ("checkpoint", "engine", "exporting", "launch", "runs"))
-"""Rooms whose tests start workers or a Ray of their own: one test at a time, on a machine that may have two cores."""
+WITH_WORKERS = tuple(f"tests/{room}/" for room in ("engine", "launch", "runs"))
+"""Rooms most of whose tests start workers or a Ray of their own: one at a time, on a machine that may have two cores."""
+
+
+def stream(nodeid: str) -> str:
+    """For tools/check: what goes one after the other. Slurm's tests often wait for its daemons."""
+    file = nodeid.partition("::")[0]
+    return "slurm" if "slurm" in nodeid else "workers" if file.startswith(WITH_WORKERS) else file
 
 
 class Streams(LoadScopeScheduling):
-    """For tools/check: what starts workers; beside it what waits for Slurm's daemons, and all the rest, file by file."""
+    """Each process of xdist takes a stream, and when it has done it the next."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
-        config.option.loadscopereorder = False  # the workers' tests take longest and are first, though not the most
+        config.option.loadscopereorder = False  # by the number of tests, which says nothing of their time
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "slurm" if "slurm" in nodeid else "workers" if file.startswith(WITH_WORKERS) else file
+        return stream(nodeid)
+
+
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """The two longest streams begin."""
+    if is_xdist_worker(session):
+        items.sort(key=lambda item: ("workers", "slurm", stream(item.nodeid)).index(stream(item.nodeid)))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Streams:
