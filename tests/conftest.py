@@ -18,12 +18,14 @@ SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.paren
 
 WITH_WORKERS = tuple(f"tests/{room}/" for room in ("engine", "launch", "runs"))
 """Rooms most of whose tests start workers or a Ray of their own: one at a time, on a machine that may have two cores."""
+LATER = "test_swapping"
+"""Wants what `tools/check` builds meanwhile: not among the first."""
 
 
 def stream(nodeid: str) -> str:
     """For tools/check: what goes one after the other. Slurm's tests often wait for its daemons."""
     file = nodeid.partition("::")[0]
-    return "slurm" if "slurm" in nodeid else "workers" if file.startswith(WITH_WORKERS) else file
+    return "slurm" if "slurm" in nodeid else "workers" if file.startswith(WITH_WORKERS) and LATER not in file else file
 
 
 class Streams(LoadScopeScheduling):

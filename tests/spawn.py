@@ -14,14 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.warm"])
+_forks: BaseContext = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.warm"])
 
 
 def free_port() -> int:
@@ -48,12 +49,14 @@ def start_worker(
     function: Callable[..., object], *arguments: Any, environment: Mapping[str, str], log: str | Path = os.devnull
 ) -> BaseProcess:
     """Call `function(*arguments)` in a process with this environment; what it says, and why it failed, goes to `log`."""
-    process = _FORKS.Process(target=_work, args=(function, arguments, dict(environment), str(log)))
+    process = _forks.Process(target=_work, args=(function, arguments, dict(environment), str(log)))
     process.start()
     return process
 
 
 def _work(function: Callable[..., object], arguments: Any, environment: dict[str, str], log: str) -> None:
+    global _forks
+    _forks = multiprocessing.get_context("fork")  # what a worker starts is as warm as itself
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
