@@ -1,5 +1,6 @@
 """Fixtures for every room: the developers' shared data (skipped by name where it is not there), a cache of its own, an S3 server."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -8,21 +9,49 @@ from typing import Any
 
 import pytest
 from pyarrow import fs
+from xdist import is_xdist_worker
 from xdist.scheduler import LoadScopeScheduling
 
 BUCKET = "bucket"
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
-class TwoStreams(LoadScopeScheduling):
-    """For tools/check: what waits for Slurm's daemons, and beside it all the rest, each in its usual order."""
+WITH_WORKERS = tuple(f"tests/{room}/" for room in ("engine", "launch", "runs"))
+"""Rooms most of whose tests start workers or a Ray of their own: one at a time, on a machine that may have two cores."""
+LATER = "test_swapping"
+"""Wants what `tools/check` builds meanwhile: not among the first."""
+
+
+def stream(nodeid: str) -> str:
+    """For tools/check: what goes one after the other. Slurm's tests often wait for its daemons."""
+    file = nodeid.partition("::")[0]
+    return "slurm" if "slurm" in nodeid else "workers" if file.startswith(WITH_WORKERS) and LATER not in file else file
+
+
+class Streams(LoadScopeScheduling):
+    """Each process of xdist takes a stream, and when it has done it the next."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # by the number of tests, which says nothing of their time
 
     def _split_scope(self, nodeid: str) -> str:
-        return "slurm" if "slurm" in nodeid else "rest"
+        return stream(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoStreams:
-    return TwoStreams(config, log)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """The two longest streams begin."""
+    if is_xdist_worker(session):
+        items.sort(key=lambda item: ("workers", "slurm", stream(item.nodeid)).index(stream(item.nodeid)))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Streams:
+    return Streams(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: garbage is looked for among what comes after them."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

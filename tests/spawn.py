@@ -1,7 +1,7 @@
 """Run a plain function on several gloo workers: processes of their own, a free port chosen by the kernel, one thread each.
 
-Importing torch, transformers and dstune takes a worker longer than most tests train: workers are forks of one process that
-has imported them and done nothing else. What only a new interpreter shows (its end; hashes of strings that differ from
+Importing torch, transformers and DeepSpeed takes a worker longer than most tests train: workers are forks of one process that
+has imported them and done nothing else (warm.py). What only a new interpreter shows (its end; hashes of strings that differ from
 worker to worker) is left to the runs under torchrun, srun and Ray.
 """
 
@@ -14,17 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_FORKS = multiprocessing.get_context("forkserver")
-_COMPILER = ["torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]
-"""What DeepSpeed imports with its optimizers, whether or not anything is compiled."""
-
-_FORKS.set_forkserver_preload(["dstune.worker", "pytest", *_COMPILER])
+_forks: BaseContext = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.warm"])
 
 
 def free_port() -> int:
@@ -51,12 +49,14 @@ def start_worker(
     function: Callable[..., object], *arguments: Any, environment: Mapping[str, str], log: str | Path = os.devnull
 ) -> BaseProcess:
     """Call `function(*arguments)` in a process with this environment; what it says, and why it failed, goes to `log`."""
-    process = _FORKS.Process(target=_work, args=(function, arguments, dict(environment), str(log)))
+    process = _forks.Process(target=_work, args=(function, arguments, dict(environment), str(log)))
     process.start()
     return process
 
 
 def _work(function: Callable[..., object], arguments: Any, environment: dict[str, str], log: str) -> None:
+    global _forks
+    _forks = multiprocessing.get_context("fork")  # what a worker starts is as warm as itself
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -7,6 +7,8 @@ same, byte for byte, as one prepared on a laptop. A node that is lost costs its 
 import contextlib
 import os
 import socket
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ R = TypeVar("R")
 _IN_FLIGHT = 2
 """Chunks a worker that are waiting or worked on."""
 _CONNECT_SECONDS = 10
+_FREE_SECONDS = 10.0
 _RETRIES = 3
 """Of a chunk whose node was lost."""
 
@@ -64,7 +67,7 @@ def map_in_order(
     from ray.exceptions import RayError
 
     with _connected(address):
-        free = int(ray.available_resources().get("CPU", 0))
+        free = _free_cpus()
         count = min(num_workers or free, free)
         if count < 1:
             came = "no free CPU in the Ray cluster"
@@ -80,6 +83,16 @@ def map_in_order(
         finally:
             for worker in workers:
                 ray.kill(worker)
+
+
+def _free_cpus() -> int:
+    """Of the cluster; not until some seconds after what used them is gone does it say that they are free."""
+    import ray
+
+    pause, end = threading.Event(), time.monotonic() + _FREE_SECONDS
+    while (free := int(ray.available_resources().get("CPU", 0))) < 1 and time.monotonic() < end:
+        pause.wait(0.2)
+    return free
 
 
 def _in_order(workers: list[Any], chunks: Iterator[T]) -> Generator[Any, None, None]:

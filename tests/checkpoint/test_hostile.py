@@ -54,7 +54,7 @@ def reseal_shard(directory: Path, edit: Callable[[Content, Content], object]) ->
     reseal(directory, lambda content: content["files"].update({SHARD: record}))
 
 
-def expect_passed_over(newest: Path, name: str) -> None:
+def assert_passed_over(newest: Path, name: str) -> None:
     found, passed_over = newest_whole(newest.parent)
     assert found is not None and found.step == 1
     assert len(passed_over) == 1 and name in passed_over[0]
@@ -73,13 +73,13 @@ STRANGE = [None, "x", -1, 1.5, True, [1], 10**12, float("nan"), float("inf")]
 @pytest.mark.parametrize("key", ["step", "world_size", "files", "tensors"])
 def test_values_of_another_kind(newest: Path, key: str, value: Any) -> None:
     reseal(newest, lambda content: content.update({key: value}))
-    expect_passed_over(newest, "manifest.json")
+    assert_passed_over(newest, "manifest.json")
 
 
 @pytest.mark.parametrize("key", ["step", "world_size", "time", "files", "tensors", "fingerprints", "metrics"])
 def test_a_key_that_is_not_there(newest: Path, key: str) -> None:
     reseal(newest, lambda content: content.pop(key))
-    expect_passed_over(newest, "manifest.json")
+    assert_passed_over(newest, "manifest.json")
 
 
 EDITS: dict[str, Callable[[Content], object]] = {
@@ -102,7 +102,7 @@ EDITS: dict[str, Callable[[Content], object]] = {
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_a_manifest_that_dstune_does_not_write(newest: Path, edit: Callable[[Content], object]) -> None:
     reseal(newest, edit)
-    expect_passed_over(newest, "manifest.json: cannot be read")
+    assert_passed_over(newest, "manifest.json: cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_manifest_that_dstune_does_not_write(newest: Path, edit: Callable[[Con
 )
 def test_a_manifest_that_is_none(newest: Path, written: bytes) -> None:
     (newest / "manifest.json").write_bytes(written)
-    expect_passed_over(newest, "manifest.json")
+    assert_passed_over(newest, "manifest.json")
 
 
 PIECE = "fp32/norm.weight"
@@ -135,7 +135,7 @@ SHARD_EDITS: dict[str, Callable[[Content, Content], object]] = {
 @pytest.mark.parametrize("edit", SHARD_EDITS.values(), ids=SHARD_EDITS)
 def test_a_shard_that_dstune_does_not_write(newest: Path, edit: Callable[[Content, Content], object]) -> None:
     reseal_shard(newest, edit)
-    expect_passed_over(newest, ": ")
+    assert_passed_over(newest, ": ")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", SHARD, "state.json"])
@@ -145,7 +145,7 @@ def test_no_file_where_a_file_should_be(newest: Path, name: str) -> None:
         path = newest / name
         path.rename(newest.parent / "kept")
         put(path)
-        expect_passed_over(newest, name)
+        assert_passed_over(newest, name)
         path.rmdir() if path.is_dir() else path.unlink()
         (newest.parent / "kept").rename(path)
     assert newest_whole(newest.parent)[0] == at(newest.parent, 2)

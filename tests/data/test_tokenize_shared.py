@@ -56,7 +56,7 @@ def decoded(made: Encoder, ids) -> str:
     return made.tokenizer.backend_tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
-def check(made: Encoder, conversation: Conversation, example: Example) -> None:
+def assert_as_transformers(made: Encoder, conversation: Conversation, example: Example) -> None:
     messages, tools = conversation.to_dicts(), list(conversation.tools) or None
     source = made.template.for_tools(bool(tools))
     whole = made.tokenizer.apply_chat_template(messages, tools=tools, chat_template=source, tokenize=False)
@@ -92,7 +92,7 @@ def test_lossless_tokenizers_take_everything(shared_data: Path, tokenizer: str, 
         found = conversations(shared_data, pattern)
         for conversation, example in zip(found, made.encode_batch(found), strict=True):
             assert isinstance(example, Example), (pattern, example)
-            check(made, conversation, example)
+            assert_as_transformers(made, conversation, example)
 
 
 def test_spelled_ends_of_text_are_counted(shared_data: Path):
@@ -114,7 +114,7 @@ def test_a_lossy_tokenizer_is_found_out_exactly(shared_data: Path):
             assert isinstance(example, Example)
             whole = unicodedata.normalize("NFC", made._renderer.render(conversation).text)
             assert (decoded(made, example.input_ids) != whole) == (example.lossy_characters > 0)
-            check(made, conversation, example)
+            assert_as_transformers(made, conversation, example)
             lost += example.lossy_characters
     assert lost > 10_000
 
@@ -126,7 +126,7 @@ def test_naughty_strings_pass_unchanged(shared_data: Path, tokenizer: str):
     for naughty in strings:
         message = Message("user", naughty)
         conversation = Conversation((Message("system", naughty), message, Message("assistant", naughty)))
-        check(made, conversation, made.encode(conversation))
+        assert_as_transformers(made, conversation, made.encode(conversation))
 
 
 @pytest.mark.parametrize(("tokenizer", "seq2seq"), [("t5", True), ("mistral_v1", False), ("sp_2k", True)])

@@ -9,7 +9,7 @@ import pytest
 
 from dstune.engine.world import World, expand_hosts, tasks_per_node
 from dstune.errors import UsageError
-from tests.spawn import free_port, run_workers
+from tests.spawn import free_port, run_workers, start_worker
 
 
 def test_no_environment_is_a_world_of_one() -> None:
@@ -86,34 +86,26 @@ def test_control_says_the_same_to_all() -> None:
         assert no_shared_memory
 
 
-_SRUN_LIKE = """
-from dstune.engine.world import World
-world = World.from_environment()
-world.init(30)
-print(world.control(30).gather(world.rank))
-world.close()
-"""
+def _say_who_is_there() -> None:
+    world = World.from_environment()
+    world.init(30)
+    print(world.control(30).gather(world.rank))
+    world.close()
 
 
 @pytest.mark.dist
-def test_srun_like_workers_find_each_other() -> None:
-    checkout = str(Path(__file__).parents[2])
+def test_srun_like_workers_find_each_other(tmp_path: Path) -> None:
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RANK", "WORLD"))}
-    common = {
-        "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port()), "PYTHONPATH": checkout,
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    common = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    logs = [tmp_path / str(rank) for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SRUN_LIKE],
-            env=plain | common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        start_worker(_say_who_is_there, environment=plain | common | own, log=log)
+        for own, log in zip(ranks, logs, strict=True)
     ]
-    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["[0, 1]"] * 2
-    assert [process.returncode for process in processes] == [0, 0]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(60)
+        assert process.exitcode == 0 and log.read_text().splitlines()[-1] == "[0, 1]", log.read_text()
 
 
 def test_a_world_of_one_needs_no_port_and_says_nothing(tmp_path: Path) -> None:

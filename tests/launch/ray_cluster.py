@@ -52,12 +52,7 @@ class RayHead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        kill_session(self._process.pid)
+        kill_session(self._process.pid)  # asked to end, it takes longer than 10 s
         self._process.wait()
         self._temporary.cleanup()
         os.environ.clear()
@@ -66,7 +61,7 @@ class RayHead:
     def _wait(self) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        for _ in ticks(120, every=1):
+        for _ in ticks(120):
             assert self._process.poll() is None, (self.folder / "head.log").read_text()
             try:
                 JobSubmissionClient(self.address, headers={"authorization": f"Bearer {self.token}"}).list_jobs()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 
@@ -15,8 +14,9 @@ from dstune.launch import control
 from dstune.launch.driver import DriveLimits, Observer, drive, driver_lock
 from dstune.launch.fence import started
 from dstune.launch.status import driver_lives, read_status
-from dstune.paths import step_directory
-from tests.launch.process_executor import ROOT, ProcessExecutor, events, lines, planner, steps, stub_run
+from dstune.paths import RunPaths, step_directory
+from tests.launch.process_executor import ProcessExecutor, events, hurry, lines, planner, steps, stub_run
+from tests.spawn import start_worker
 
 LIMITS = DriveLimits(workers_wanted=2, workers_min=1, max_failures=2, settle_seconds=0.5, wait_seconds=2)
 
@@ -118,6 +118,10 @@ def test_fewer_workers_then_room_again(tmp_path):
         def on_step(self, record):
             executor.room = 2
 
+        def on_event(self, record):
+            if record["event"] == "stop_requested":
+                hurry(paths)
+
     limits = DriveLimits(workers_wanted=2, workers_min=1, settle_seconds=0.1, grow_seconds=0.4)
     assert go(paths, executor, limits, Room()).state == "succeeded"
     assert executor.worlds == [1, 2] and steps(paths) == list(range(1, 401))
@@ -196,31 +200,25 @@ def test_a_planners_error_ends_the_drive_with_its_status(tmp_path):
     assert read_status(paths)["state"] == "failed" and read_status(paths)["exit_status"] == 3
 
 
-_DRIVER = """
-import multiprocessing
-import sys
-from pathlib import Path
-from dstune.paths import RunPaths
-from dstune.launch.driver import DriveLimits, drive
-from tests.launch.process_executor import ProcessExecutor, planner
-multiprocessing.set_forkserver_preload([])  # it starts one attempt: what makes the next quick would make this one slow
-paths = RunPaths(Path(sys.argv[1]))
-end = drive(paths, ProcessExecutor(), planner(paths), DriveLimits(1, 1))
-print(end.state, end.step, flush=True)
-sys.exit(end.exit_status)
-"""
+def _drive(root):
+    paths = RunPaths(root)
+    end = drive(paths, ProcessExecutor(), planner(paths), DriveLimits(1, 1))
+    print(end.state, end.step, flush=True)
+    sys.exit(end.exit_status)
 
 
-def driver_process(paths):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _DRIVER, str(paths.root)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+def driver_process(paths, begun):
+    """A driver in a process of its own, which says how it ended in `said`; back when `begun()` holds."""
+    process = start_worker(_drive, paths.root, environment=os.environ, log=paths.root / "said")
     pause = threading.Event()
-    while not (paths.metrics.exists() and len(paths.metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None
+    while not begun():
+        assert process.exitcode is None, (paths.root / "said").read_text()
         pause.wait(0.05)
     return process
+
+
+def some_steps(paths):
+    return lambda: paths.metrics.exists() and len(paths.metrics.read_text().splitlines()) > 3
 
 
 @pytest.mark.parametrize(
@@ -229,37 +227,33 @@ def driver_process(paths):
 )
 def test_signals_save_first(tmp_path, number, state):
     paths = stub_run(tmp_path, steps=10_000, commit_every=10_000, seconds=0.05)
-    process = driver_process(paths)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and said.split()[0] == state
-    assert step_directory(paths.checkpoints, int(said.split()[1])).exists()
+    process = driver_process(paths, some_steps(paths))
+    os.kill(process.pid, number)
+    process.join(60)
+    said = (tmp_path / "said").read_text().split()
+    assert process.exitcode == 75 and said[0] == state
+    assert step_directory(paths.checkpoints, int(said[1])).exists()
     assert read_status(paths)["state"] == state
 
 
 def test_a_second_interrupt_kills(tmp_path):
     paths = stub_run(tmp_path, steps=10_000, commit_every=10_000, seconds=20)
-    stub = json.loads((tmp_path / "stub.json").read_text())
-    (tmp_path / "stub.json").write_text(json.dumps(stub | {"seconds": 20}))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", _DRIVER, str(tmp_path)], env=environment, stdout=subprocess.PIPE)
+    process = driver_process(paths, paths.workers(1).exists)
+    os.kill(process.pid, signal.SIGINT)
     pause = threading.Event()
-    while not paths.workers(1).exists():
-        assert process.poll() is None
-        pause.wait(0.05)
-    process.send_signal(signal.SIGINT)
     while control.stop_requested(paths) is None:
         pause.wait(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=15) == 75
+    os.kill(process.pid, signal.SIGINT)
+    process.join(15)
+    assert process.exitcode == 75
 
 
 def test_a_killed_driver_leaves_the_run_free_to_go_on(tmp_path):
     paths = stub_run(tmp_path, steps=40, seconds=0.05)
-    process = driver_process(paths)
+    process = driver_process(paths, some_steps(paths))
     worker = json.loads(paths.workers(1).read_text())[0]
     process.kill()
-    process.wait()
+    process.join()
     os.kill(worker["pid"], signal.SIGSTOP)  # the next driver must not start beside what the killed one left
     assert read_status(paths)["state"] == "running" and not driver_lives(paths)
     assert go(paths).state == "succeeded"

@@ -1,6 +1,5 @@
 """Batch scripts: what they say, and what a real Slurm of two nodes makes of them."""
 
-import json
 import subprocess
 
 import pytest
@@ -12,7 +11,7 @@ from dstune.launch import slurm as room
 from dstune.launch import submission
 from dstune.launch.status import StatusFile
 from dstune.paths import RunPaths
-from tests.launch.process_executor import events, steps, stub_run
+from tests.launch.process_executor import events, hurry, steps, stub_run
 from tests.launch.slurm_cluster import ticks
 from tests.launch.stub_drive import wrapper
 
@@ -83,12 +82,6 @@ def hand_over(folder, name="run", nodes=2, slurm=None, **stub):
     sent = room.submit(paths, site, room.Allocation(nodes, 2 // nodes, 0, str(wrapper(folder))))
     write_json(paths.submission, sent)
     return paths, sent["job_id"]
-
-
-def hurry(paths):
-    """Let the stub's remaining steps take no time."""
-    file = paths.root / "stub.json"
-    write_json(file, json.loads(file.read_text()) | {"seconds": 0.0})
 
 
 def until_step(paths, step):

@@ -145,7 +145,16 @@ def test_members_of_a_group_take_the_same_rows_and_groups_share_them() -> None:
 def test_architectures_that_look_at_other_tokens_in_their_attention_alone_are_shown_to_be_cut_rightly(
     name: str,
 ) -> None:
-    sequence_parallel.prove(ModelSection(path="x"), tiny_config(name), 2)
+    assert refusal(name) is None
+
+
+def refusal(name: str) -> str | None:
+    """Why rows are not cut for a tiny model of this architecture."""
+    try:
+        sequence_parallel.prove(ModelSection(path="x"), tiny_config(name), 2)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
