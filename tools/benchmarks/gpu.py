@@ -33,20 +33,21 @@ from typing import Any, NamedTuple
 from tools.benchmarks.gpu_shapes import TINY_SETTINGS, Settings
 
 CARRY = """
-A machine without a network needs, beside its own torch, in a folder of wheels (here for Python 3.12; take the versions of
-tools/constraints.txt; `--only-binary` does not go with DeepSpeed, which is published as source and built as a pure wheel):
+A machine with torch but without a network and without what dstune wants takes it from a folder of wheels, about 20 MB. Here (DeepSpeed
+is published as source, and becomes a pure wheel; pydantic-core alone is for one Python, there 3.12):
 
-  pip download --no-deps -d wheels transformers hjson annotated-types typing-inspection ruamel.yaml liger-kernel pydantic
-  pip download --no-deps -d wheels --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 pydantic-core
-  DS_BUILD_OPS=0 pip wheel --no-deps -w wheels deepspeed
+  take="pip download --no-deps -c tools/constraints.txt -d wheels"
+  $take transformers pydantic annotated-types typing-inspection ruamel.yaml hjson liger-kernel
+  $take --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 pydantic-core
+  DS_BUILD_OPS=0 pip wheel --no-deps -c tools/constraints.txt -w wheels deepspeed
 
-and there, before the first part:
+and there, in each command:
 
-  python3 -m pip install -q --no-index --no-deps --target /tmp/site wheels/*.whl && export PYTHONPATH=/tmp/site
-  PYTHON=python3 tools/bench gpu matmul train loss > gpu.json
+  python3 -m pip install -q --no-index --no-deps --upgrade --target /tmp/site wheels/*.whl && export PYTHONPATH=/tmp/site
+  PYTHON=python3 tools/bench gpu matmul train > gpu.json
 
-An order for 30 minutes, 10 a command: `matmul loss packed train`, then `states8b offload`, then `largest`. Parts that did not run say
-why, and the exit status is 1.
+An order for half an hour, each command below 10 minutes (--seconds): `matmul train`, `loss packed states8b`, `offload`, `largest`.
+What could not run says why under `cannot`, and the exit status is then 1. Each result is written to stderr as well, when it is there.
 """
 
 TARGET_LARGEST, TARGET_OFFLOAD = 14e9, 0.85
@@ -95,7 +96,9 @@ class Apart:
             said = log.read_text(errors="replace").splitlines() if log.exists() else []
             print(f"{where} {arguments[1:]}: {time.monotonic() - began:.0f} s", *said[-30:], sep="\n", file=sys.stderr)
             if result.exists() and process.exitcode == 0:
-                return Outcome(json.loads(result.read_text(encoding="utf-8")))
+                text = result.read_text(encoding="utf-8")
+                print(text, file=sys.stderr, flush=True)  # not lost where this process is ended before its report
+                return Outcome(json.loads(text))
             ended = "stopped when the time was over" if late else f"ended with {process.exitcode}"
             return Outcome(None, f"{ended}: {next((line for line in reversed(said) if line.strip()), '')}"[:500])
 

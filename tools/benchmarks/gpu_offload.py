@@ -105,12 +105,15 @@ def _config(way: str, lean: bool) -> dict[str, Any]:
 
 
 def speed(settings: Settings, way: str) -> dict[str, Any]:
-    """7 B with half of the optimizer in main memory, in one of the ways, or none of it: seconds of its steps. One row at a time."""
+    """7 B with half of the optimizer in main memory, in one of the ways, or none of it: seconds of its steps, one row at a time.
+
+    Activations are recomputed in all of them: without any offload there is no room for both them and fp32 states.
+    """
     # Whole sub-groups in main memory take torch's AdamW, so that a tiny run compiles nothing.
     share = 1.0 if settings.tiny and way == RATIO else HALF[way]
     shape = settings.shape("7b")
     rows = -(-settings.offload_step_tokens // settings.max_length)
-    return _trained(settings, shape, way, share, [settings.max_length] * rows, lean=False, steps=settings.steps // 2)
+    return _trained(settings, shape, way, share, [settings.max_length] * rows, lean=False, steps=settings.steps // 4)
 
 
 def deepest(settings: Settings, way: str, layers: int) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def _trained(
     world, config, states = started(), _config(way, lean), states_of(way, share, 2.0 if lean else 4.0)
     with tempfile.TemporaryDirectory() as place:
         counted = sizes(shape, Path(place))
-        predicted = sum(needed(counted, config, max(lengths), states, recompute=lean).values())
+        predicted = sum(needed(counted, config, max(lengths), states, recompute=True).values())
         if predicted > room():
             return {"cannot": too_large(f"{counted.parameters / 1e9:.1f} B, way {way}", predicted)}
         ours = Dstune(
@@ -159,7 +162,7 @@ def _trained(
             config,
             world,
             engine=lambda module, config, world: Underneath(module, config, world, way, share),
-            recompute=lean,
+            recompute=True,
         )
     rows = batches(MadeUp(lengths, shape.vocabulary, max(lengths)), 1, world.device)
     brief = Settings(tiny=settings.tiny, steps=max(1, steps), warmup=1)

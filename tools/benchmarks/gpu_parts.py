@@ -33,7 +33,7 @@ from tools.benchmarks.gpu_sides import (
     without_liger,
     zero3,
 )
-from tools.benchmarks.measures import ratios, wait_for
+from tools.benchmarks.measures import ratios
 
 TARGETS = {"3b": 0.55, "1.2b": 0.50}
 """Causal FLOP utilisation."""
@@ -212,8 +212,10 @@ def _one_loss(settings: Settings, device: torch.device, tokens: int, hidden: int
             taken, losses[name] = loss_benchmark.once(sides[name], *given)
             if number >= settings.warmup:
                 seconds[name].append(taken)
-    peaks = {name: loss_benchmark.peak_bytes(side, *given, device.type) for name, side in sides.items()}
-    wait_for(given[0])
+    peaks: dict[str, int] = {}
+    for name, side in sides.items():
+        given[0].grad = given[1].grad = None  # of the call before: not there when a peak begins
+        peaks[name] = loss_benchmark.peak_bytes(side, *given, device.type)
     other = peaks.get("liger")
     return {
         "tokens": tokens,
@@ -242,8 +244,7 @@ def packed(settings: Settings) -> dict[str, Any]:
     world, shape, config = started(), settings.shape("1.2b"), zero3()
     with tempfile.TemporaryDirectory() as place:
         counted = sizes(shape, Path(place))
-        chats = _CHATS_PER_BATCH * max(1, settings.step_tokens // (8 * settings.max_length)) * 8
-        lengths = chat_lengths(_CHATS_PER_BATCH if settings.tiny else chats, settings.max_length)
+        lengths = chat_lengths(_CHATS_PER_BATCH * (1 if settings.tiny else 8), settings.max_length)
         wanted = _bytes(counted, config, _CHATS_PER_BATCH * settings.max_length)
         if wanted > room():
             return {"cannot": too_large("1.2 B with padded micro-batches", wanted)}

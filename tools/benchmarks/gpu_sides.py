@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstune.batch import Batch, collate
 from dstune.config.schema import ModelSection
-from dstune.engine.parameters import local_piece
+from dstune.engine.parameters import full_shape, local_piece
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.model.build import checkpoint_activations, construct
@@ -95,7 +95,7 @@ def fill(module: torch.nn.Module, device: torch.device) -> None:
     for _, parameter in module.named_parameters():
         piece = local_piece(parameter).tensor
         values = torch.empty(piece.shape, dtype=torch.bfloat16, device=device)
-        vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+        vector = len(full_shape(parameter)) < 2
         piece.copy_(values.fill_(1.0) if vector else values.normal_(std=0.02, generator=generator))
 
 
