@@ -47,6 +47,7 @@ and there, in each command:
   PYTHON=python3 tools/bench gpu matmul train > gpu.json
 
 An order for half an hour, each command below 10 minutes (--seconds): `matmul train`, `loss packed states8b`, `offload`, `largest`.
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True spares the largest models some fragments.
 What could not run says why under `cannot`, and the exit status is then 1. Each result is written to stderr as well, when it is there.
 """
 

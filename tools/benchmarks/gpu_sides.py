@@ -82,17 +82,17 @@ def let_kernels_group_heads() -> None:
     varlen.varlen_attn = asked
 
 
-def batches(data: MadeUp, rows: int, device: torch.device, limit: int | None = None) -> list[Batch]:
-    """All rows of `data`, or the first `limit` of them, packed, so many a micro-batch."""
-    numbers = list(range(data.num_rows if limit is None else limit))
-    groups = [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
+def batches(data: MadeUp, rows: int, device: torch.device) -> list[Batch]:
+    """All rows of `data`, packed, so many a micro-batch."""
+    numbers = range(data.num_rows)
+    groups = [list(numbers[start : start + rows]) for start in range(0, len(numbers), rows)]
     return [collate(data, group, "packed", 0).to(device) for group in groups]
 
 
 def fill(module: torch.nn.Module, device: torch.device) -> None:
     """Drawn matrices, norms of one: the same for each precision and partition, drawn on the device in bf16."""
     generator = torch.Generator(device).manual_seed(_SEED)
-    for _, parameter in module.named_parameters():
+    for parameter in module.parameters():
         piece = local_piece(parameter).tensor
         values = torch.empty(piece.shape, dtype=torch.bfloat16, device=device)
         vector = len(full_shape(parameter)) < 2
@@ -153,8 +153,7 @@ class Transformers:
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation="sdpa"
             )
-        with torch.no_grad():
-            fill(model, device)
+        fill(model, device)
         if not settings.tiny:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
