@@ -18,22 +18,35 @@ from tools.benchmarks.gpu_shapes import TINY_SETTINGS, MadeUp, chats_of
 from tools.benchmarks.gpu_split import SplitAdamW
 
 
-def every_part() -> dict[str, Any]:
-    def here(where: str, *arguments: Any) -> gpu.Outcome:
-        return gpu.Outcome(gpu.call(where, *arguments))
+def every_part() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The report, and what each call of a function gave."""
+    made: dict[str, dict[str, Any]] = {}
 
-    return gpu.measured(list(gpu.PARTS), gpu.Run(TINY_SETTINGS, here, lambda: 1e6))
+    def here(where: str, *arguments: Any) -> gpu.Outcome:
+        made[" ".join([where, *map(str, arguments[1:])])] = result = gpu.call(where, *arguments)
+        return gpu.Outcome(result)
+
+    return gpu.measured(list(gpu.PARTS), gpu.Run(TINY_SETTINGS, here, lambda: 1e6)), made
 
 
 @pytest.mark.dist
 def test_every_part_runs_in_its_tiny_form() -> None:
-    (found,) = run_workers(every_part, 1)
+    ((found, made),) = run_workers(every_part, 1)
     assert list(found["parts"]) == list(gpu.PARTS)
     assert "cannot" not in json.dumps(found)
     assert "tiny" in found
     train = found["parts"]["train"]["1.2b"]
     assert train["whole rows"]["times the speed"]["median"] == "ran"  # that it ran, and no figure
     assert {"split", "ratio"} < set(found["parts"]["largest"])
+    # The sides of a comparison compute the same.
+    for losses in (
+        made["gpu_parts:train 1.2b"]["whole rows"]["loss_of_the_first_step"],
+        made["gpu_parts:packed"]["loss_of_the_first_step"],
+        *(row["loss"] for row in made["gpu_parts:loss"]["rows"]),
+        {way: made[f"gpu_offload:speed {way}"]["loss_of_the_first_step"] for way in ("none", "split", "ratio")},
+    ):
+        assert len(losses) >= 2
+        assert max(losses.values()) == pytest.approx(min(losses.values()), rel=1e-3)
 
 
 def test_what_ends_alone_is_reported_and_what_comes_in_time_counts(tmp_path: Path) -> None:
