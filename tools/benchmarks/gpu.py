@@ -73,6 +73,8 @@ class Apart:
 
     context: BaseContext
     seconds: float
+    tells: bool = True
+    """Whether each result is written to stderr as well."""
     started: float = 0.0
 
     def __post_init__(self) -> None:
@@ -98,7 +100,8 @@ class Apart:
             print(f"{where} {arguments[1:]}: {time.monotonic() - began:.0f} s", *said[-30:], sep="\n", file=sys.stderr)
             if result.exists() and process.exitcode == 0:
                 text = result.read_text(encoding="utf-8")
-                print(text, file=sys.stderr, flush=True)  # not lost where this process is ended before its report
+                if self.tells:  # not lost where this process is ended before its report
+                    print(text, file=sys.stderr, flush=True)
                 return Outcome(json.loads(text))
             ended = "stopped when the time was over" if late else f"ended with {process.exitcode}"
             return Outcome(None, f"{ended}: {next((line for line in reversed(said) if line.strip()), '')}"[:500])
@@ -245,7 +248,7 @@ def main() -> int:
         peer=args.peer,
         host_bytes=None if args.host_memory is None else int(args.host_memory * 1e9),
     )
-    apart = Apart(multiprocessing.get_context("spawn"), args.seconds)
+    apart = Apart(multiprocessing.get_context("spawn"), args.seconds, tells=not args.tiny)
     found = measured(args.parts, Run(settings, apart, apart.left))
     print(json.dumps(found, indent=2))
     return 1 if any(_lacks(part) for part in found["parts"].values()) else 0
