@@ -163,38 +163,13 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     ds_config = json.loads(paths.ds_config(plan.attempt).read_text(encoding="utf-8"))
     prepared = Prepared.open(plan.prepared)
     require_targets(prepared)
-    model_config = load_config(config.model, base)
-    kernel = attention.choose(config.model, model_config, plan.layout)
-    if plan.layout in ("packed", "packed-seq2seq"):
-        isolation.prove(model_config, kernel)
-    if plan.sequence_parallel > 1:
-        sequence_parallel.prove(config.model, model_config, plan.sequence_parallel)
-        group = world.row_group(plan.sequence_parallel)
-        kernel = sequence_parallel.register(sequence_parallel.Workers(group, communication.collectives()))
-    log.info("attention %s, layout %s", kernel, plan.layout)
-    module = build(config.model, base, kernel, config.train.seed, ds_config)
+    module = build(config.model, base, _attention(config, plan, base, world), config.train.seed, ds_config)
     freezing.freeze(module, config.train.freeze)
     loss = _put_in(config, module, world.device)
     frozen = ""
     if config.model.adapter is None and not all(parameter.requires_grad for parameter in module.parameters()):
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
-    stored = checkpoint_names(module, config.model)
-    engine = ZeroEngine(
-        module,
-        lr=config.train.lr,
-        optimizer=config.train.optimizer,
-        betas=config.train.betas,
-        eps=config.train.eps,
-        momentum=config.train.momentum,
-        weight_decay=config.train.weight_decay,
-        ema=config.train.ema,
-        lr_scales=patterns.lr_scales(module, config.train.lr_scales, stored),
-        ds_config=ds_config,
-        world=world,
-        names=stored,
-    )
-    if engine.leaf_modules:
-        log.info("gathered whole: %s", leaves.summary(engine.leaf_modules))
+    engine = _engine(config, module, ds_config, world)
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, loss, prepared, control, world, pad_id)
@@ -223,6 +198,41 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
         else Trace(*config.train.profile, paths.rank_trace(world.rank), world.device),
     )
     return loop.run()
+
+
+def _attention(config: RunConfig, plan: Plan, base: Path, world: World) -> str:
+    """The attention to build the model with, shown to be right for this run's rows."""
+    model_config = load_config(config.model, base)
+    kernel = attention.choose(config.model, model_config, plan.layout)
+    if plan.layout in ("packed", "packed-seq2seq"):
+        isolation.prove(model_config, kernel)
+    if plan.sequence_parallel > 1:
+        sequence_parallel.prove(config.model, model_config, plan.sequence_parallel)
+        group = world.row_group(plan.sequence_parallel)
+        kernel = sequence_parallel.register(sequence_parallel.Workers(group, communication.collectives()))
+    log.info("attention %s, layout %s", kernel, plan.layout)
+    return kernel
+
+
+def _engine(config: RunConfig, module: Any, ds_config: dict[str, Any], world: World) -> ZeroEngine:
+    stored = checkpoint_names(module, config.model)
+    engine = ZeroEngine(
+        module,
+        lr=config.train.lr,
+        optimizer=config.train.optimizer,
+        betas=config.train.betas,
+        eps=config.train.eps,
+        momentum=config.train.momentum,
+        weight_decay=config.train.weight_decay,
+        ema=config.train.ema,
+        lr_scales=patterns.lr_scales(module, config.train.lr_scales, stored),
+        ds_config=ds_config,
+        world=world,
+        names=stored,
+    )
+    if engine.leaf_modules:
+        log.info("gathered whole: %s", leaves.summary(engine.leaf_modules))
+    return engine
 
 
 def _put_in(config: RunConfig, module: Any, device: torch.device) -> Callable[[Any, Batch], torch.Tensor]:
