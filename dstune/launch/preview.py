@@ -105,7 +105,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "machines": _machines(cluster, config, asked),
         "kernels": [asdict(one) for one in used],
         "compile": compiling.planned(config.model, run.base),
-        "fp8": fp8.planned(config.model, run.base),
+        "fp8": fp8.planned(config.model, run.base, cluster.device),
         "this_run": _described(seen.this, seen, made.total_steps, asked) | {"chosen_because": seen.why},
         "best": _described(best, seen, made.total_steps, asked) if best.fits else None,
         "nearest": None if best.fits else _nearest(seen),

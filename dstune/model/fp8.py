@@ -21,6 +21,7 @@ from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.model.build import outline
 from dstune.model.layers import beyond_matrices, repeated_layers
+from dstune.planning.hardware import Device
 
 log = get_logger(__name__)
 
@@ -29,6 +30,7 @@ _MULTIPLE = 16
 """What the products' inner lengths must be a multiple of."""
 _CAPABILITY = (8, 9)
 """Of the first GPUs that have it: Ada."""
+_BEGINS = f"8-bit products begin with compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} (Ada, Hopper, Blackwell)"
 _ADAPTER = "lora_"
 """In the names of an adapter's own matrices, which are small, and all that is learnt."""
 
@@ -69,9 +71,15 @@ class Multiply(torch.autograd.Function):
         return of_rows, of_weight
 
 
-def planned(model: ModelSection, base: Path) -> str:
-    """What a plan says of it. Raises ConfigError where the architecture is none to round."""
-    return _described(_chosen(outline(model, base))) if model.fp8 else "off"
+def planned(model: ModelSection, base: Path, device: Device) -> str:
+    """What a plan for `device` says of it. Raises ConfigError where that has no such products, or the architecture is none to round."""
+    if not model.fp8:
+        return "off"
+    if not device.fp8:
+        raise ConfigError(
+            Problem("model.fp8", f"true, but the planned GPU is too old: {_BEGINS}", "false, or another GPU")
+        )
+    return _described(_chosen(outline(model, base)))
 
 
 def multiply_in_fp8(module: PreTrainedModel, device: torch.device) -> None:
@@ -125,7 +133,7 @@ def _obstacle(device: torch.device) -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     has = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
-    return f"{has}: 8-bit products begin with {_CAPABILITY[0]}.{_CAPABILITY[1]} (Ada, Hopper, Blackwell)"
+    return f"{has}: {_BEGINS}"
 
 
 def _fits(name: str, part: nn.Module) -> bool:

@@ -26,6 +26,8 @@ class Device:
     node_link: float = 400 * GB
     """Bytes/s to the others of its node (NVLink, all-gather)."""
     is_cpu: bool = False
+    fp8: bool = True
+    """Whether it multiplies in 8 bits."""
 
 
 CORE_FLOPS: Mapping[str, float] = {"amx_bf16": 0.6e12, "avx512_bf16": 0.15e12, "": 0.05e12}
@@ -35,17 +37,17 @@ _LOOPBACK = 0.7 * GB
 """gloo between processes of one machine."""
 
 DEVICES: Mapping[str, Device] = {
-    "a100-40gb": Device(40 * GIB, 312e12, 1555 * GB, 24 * GB, 250 * GB),
-    "a100-80gb": Device(80 * GIB, 312e12, 2039 * GB, 24 * GB, 250 * GB),
+    "a100-40gb": Device(40 * GIB, 312e12, 1555 * GB, 24 * GB, 250 * GB, fp8=False),
+    "a100-80gb": Device(80 * GIB, 312e12, 2039 * GB, 24 * GB, 250 * GB, fp8=False),
     "h100-80gb": Device(80 * GIB, 989e12, 3350 * GB),
     "h100-pcie": Device(80 * GIB, 756e12, 2000 * GB, 55 * GB, 50 * GB),
     "h200": Device(140 * GIB, 989e12, 4800 * GB),
     "h20": Device(95 * GIB, 148e12, 4000 * GB),
     "b200": Device(178 * GIB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
     "l40s": Device(45 * GIB, 362e12, 864 * GB, 24 * GB, 24 * GB),
-    "a10g": Device(22 * GIB, 70e12, 600 * GB, 24 * GB, 24 * GB),
+    "a10g": Device(22 * GIB, 70e12, 600 * GB, 24 * GB, 24 * GB, fp8=False),
     "l4": Device(22 * GIB, 121e12, 300 * GB, 24 * GB, 24 * GB),
-    "rtx-3090": Device(24 * GIB, 71e12, 936 * GB, 24 * GB, 24 * GB),
+    "rtx-3090": Device(24 * GIB, 71e12, 936 * GB, 24 * GB, 24 * GB, fp8=False),
     "rtx-4090": Device(24 * GIB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
     "rtx-5090": Device(32 * GIB, 210e12, 1792 * GB, 50 * GB, 50 * GB),
     "mi300x": Device(192 * GIB, 1307e12, 5300 * GB, 55 * GB, 300 * GB),
@@ -115,7 +117,7 @@ def recognised(name: str, memory: int) -> Device:
     for key, known in DEVICES.items():
         if all(any(word.startswith(part) for word in words) for part in key.split("-")):
             return replace(known, memory=memory)
-    return replace(DEVICES["a100-80gb"], memory=memory)
+    return replace(DEVICES["a100-80gb"], memory=memory, fp8=True)  # a worker finds out
 
 
 def cpu(cores: int, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"]) -> Device:

@@ -93,7 +93,12 @@ def test_a_person_reads_parts_ways_and_time(run_file, capsys):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--gpu", "h10"], "did you mean"), (["--gpu-memory", "lots"], "is no size"), (["--workers", "0"], "is no count")],
+    [
+        (["--gpu", "h10"], "did you mean"),
+        (["--gpu-memory", "lots"], "is no size"),
+        (["--workers", "0"], "is no count"),
+        (["--gpu", "a100-80gb", "model.fp8=true"], "too old"),
+    ],
 )
 def test_what_nobody_can_plan_for_is_refused(run_file, capsys, words, said):
     try:
