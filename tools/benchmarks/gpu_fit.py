@@ -21,6 +21,8 @@ class States(NamedTuple):
     """Of the gradients."""
     host: float = 0.0
     """Bytes in main memory."""
+    staged: int = 0
+    """Bytes of the device, whatever it trains, for moments on their way in and out."""
 
 
 FP32 = States()
@@ -44,6 +46,8 @@ def needed(
     parts = dict(memory.estimate(shape, memory.Placement.of(ds_config), work, memory.GPU_PROCESS).device)
     parts["masters and moments"] = int(states.masters_and_moments * shape.trained)
     parts["gradient sums"] = int(states.sums * shape.trained)
+    parts["staged moments"] = states.staged
+    parts["fragments"] = int(memory.GPU_PROCESS.fragments * sum(parts[name] for name in parts if name != "fragments"))
     return parts
 
 

@@ -51,6 +51,8 @@ _LEAN: Mapping[str, Any] = {"data_types": {"grad_accum_dtype": "bf16"}, "communi
 """Gradients wait for the update in bf16, as the backward pass makes them; the states are fp32."""
 _GROUP = 100_000_000
 """Elements that one update handles."""
+_STAGED = 4 * 8 * 3 * _GROUP // 2
+"""Bytes of the moments of four updates (kept for the next step, updated, on their way in and out), each over by half a matrix."""
 
 
 class Underneath:
@@ -93,7 +95,7 @@ def states_of(way: str, share: float, sums: float) -> States:
     """What a way takes (the module's docstring)."""
     if way == RATIO:
         return States(12 * (1 - share), 4 * (1 - share), 16 * share + sums)
-    return States(4 + 8 * (1 - share), sums, 8 * share)
+    return States(4 + 8 * (1 - share), sums, 8 * share, _STAGED if share > 0 and torch.cuda.is_available() else 0)
 
 
 def _config(way: str, lean: bool) -> dict[str, Any]:

@@ -40,8 +40,10 @@ TARGETS = {"3b": 0.55, "1.2b": 0.50}
 TARGET_PEER, TARGET_8B, TARGET_PACKED, TARGET_LOSS_TIME, TARGET_LOSS_MEMORY = 1.1, 10_500, 2.0, 1.05, 1.0
 _ROWS = (4, 2, 1)
 """A micro-batch's, the first that fits."""
-_PEER_BYTES = 18
-"""A parameter: fp32 weight and gradient, two moments, and autocast's copy."""
+_PEER_BYTES = {"autocast": 18, "bf16": 8}
+"""A parameter: weight, gradient and two moments, and autocast's copy. Its activations take the place of the other side's."""
+_TRIED = 1.05
+"""Of `room`: so much the planner is off, and who runs out of memory here loses nothing else."""
 _CHATS_PER_BATCH = 8
 """A padded micro-batch, as TRL's trainer has it by default."""
 _COPIED = 1 << 31
@@ -79,34 +81,46 @@ def _copy_seconds(into: torch.Tensor, source: torch.Tensor) -> float:
     return min(seconds["copy"])
 
 
+def alone(settings: Settings, name: str) -> dict[str, Any]:
+    """One shape with the device to itself, in micro-batches as large as it holds: rows of one example each, and of packed chats."""
+    world, shape, config = started(), settings.shape(name), zero3()
+    with tempfile.TemporaryDirectory() as place:
+        counted = sizes(shape, Path(place))
+        rows = most_rows(_ROWS, lambda rows: _bytes(counted, config, rows * settings.max_length))
+        if rows is None:
+            return {"cannot": too_large(name, _bytes(counted, config, settings.max_length))}
+        ours = Dstune(shape, Path(place), config, world)
+    return {
+        "parameters": counted.parameters,
+        "rows_per_micro_batch": rows,
+        "kernels": ours.kernels,
+        "target_flop_utilisation": TARGETS[name],
+        "whole rows": _whole_rows(settings, counted, rows, ours, None, world.device),
+        "packed chats": _packed_chats(settings, counted, rows, ours, world.device),
+    }
+
+
 def train(settings: Settings, name: str) -> dict[str, Any]:
-    """One shape: rows of one example each, by turns with transformers, Liger and compile in plain torch; and rows of packed chats."""
+    """One shape by turns with transformers, Liger and compile in plain torch, in micro-batches for which the device holds both."""
     world, shape = started(), settings.shape(name)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         counted, config = sizes(shape, folder), zero3()
         missing = None if settings.tiny else without_liger()
-        beside = _PEER_BYTES * counted.parameters if missing is None else 0
-        rows = most_rows(_ROWS, lambda rows: beside + _bytes(counted, config, rows * settings.max_length))
-        if rows is None and missing is None:
-            missing = too_large("it beside dstune's side", beside + _bytes(counted, config, settings.max_length))
-            rows = most_rows(_ROWS, lambda rows: _bytes(counted, config, rows * settings.max_length))
-        if rows is None:
-            return {"cannot": too_large(name, _bytes(counted, config, settings.max_length))}
-        ours = Dstune(shape, folder, config, world)
-        found: dict[str, Any] = {
-            "parameters": counted.parameters,
-            "rows_per_micro_batch": rows,
-            "kernels": ours.kernels,
-            "target_flop_utilisation": TARGETS[name],
-        }
-        theirs = Transformers(folder, settings, world.device) if missing is None else None
-        found["whole rows"] = _whole_rows(settings, counted, rows, ours, theirs, world.device)
         if missing is not None:
-            found["cannot"] = f"against transformers, Liger and compile: {missing}"
-        del theirs
-        found["packed chats"] = _packed_chats(settings, counted, rows, ours, world.device)
-        return found
+            return {"cannot": f"against transformers, Liger and compile: {missing}"}
+        beside = _PEER_BYTES[settings.peer] * counted.parameters
+        rows = most_rows(_ROWS, lambda rows: beside + _bytes(counted, config, rows * settings.max_length))
+        wanted = beside + _bytes(counted, config, settings.max_length)
+        if rows is None and wanted > _TRIED * room():
+            return {"cannot": too_large(f"{name} beside transformers, Liger and compile", wanted)}
+        rows = rows or 1
+        ours = Dstune(shape, folder, config, world)
+        theirs = Transformers(folder, settings, world.device)
+        return {
+            "rows_per_micro_batch": rows,
+            "whole rows": _whole_rows(settings, counted, rows, ours, theirs, world.device),
+        }
 
 
 def _bytes(shape: ModelShape, config: dict[str, Any], tokens: int) -> int:
@@ -205,6 +219,7 @@ def _one_loss(settings: Settings, device: torch.device, tokens: int, hidden: int
     sides["dstune, torch"] = _torch_alone
     if device.type == "cuda" and liger.missing() is None:
         sides["liger"] = _liger
+        sides["liger, fp32 sums"] = _liger_fp32
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, float] = {}
     for number in range(settings.warmup + settings.steps):
@@ -232,6 +247,13 @@ def _liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED)(weight, hidden, targets)
+
+
+def _liger_fp32(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The weight's gradient summed in fp32, as dstune has it: the other sums its chunks in bf16."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, accum_dtype=torch.float32)(weight, hidden, targets)
 
 
 def _torch_alone(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

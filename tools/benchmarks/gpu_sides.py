@@ -8,7 +8,7 @@ import inspect
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,15 +168,31 @@ class Transformers:
     def step(self, micro_batches: Sequence[torch.Tensor]) -> float:
         """`micro_batches`: ids [rows, length], whole rows of one example each; the mean loss."""
         total = torch.zeros((), device=micro_batches[0].device)
-        for ids in micro_batches:
-            with self._cast:
-                loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss / len(micro_batches)
-            loss.backward()
-            total += loss.detach()
+        with torchs_linear():
+            for ids in micro_batches:
+                with self._cast:
+                    loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss / len(micro_batches)
+                loss.backward()
+                total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self._parameters, NORM)
         self._adamw.step()
         self._adamw.zero_grad()
         return float(total)
+
+
+@contextlib.contextmanager
+def torchs_linear() -> Iterator[None]:
+    """Inside, `torch.nn.functional.linear` is torch's own.
+
+    NOTE: zero.Init puts DeepSpeed's autograd function in its place, for good and for every model of the process: torch.compile would
+    have to trace that, and autocast would not keep the weights' bf16 copies.
+    """
+    functional: Any = torch.nn.functional
+    replaced, functional.linear = functional.linear, torch._C._nn.linear
+    try:
+        yield
+    finally:
+        functional.linear = replaced
 
 
 def without_liger() -> str | None:
@@ -187,12 +203,18 @@ def without_liger() -> str | None:
 def alternate(
     sides: Mapping[str, Callable[[], float]], settings: Settings, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Each side's seconds of its counted steps, the sides taking turns; and the loss of its first step."""
+    """Each side's seconds of its counted steps, the sides taking turns; and the loss of its first step.
+
+    A counted turn of one side among several begins with a step that does not count: in it the allocator takes back what it had kept
+    for the other side, where both together would not fit.
+    """
     idle = torch.zeros((), device=device)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     first: dict[str, float] = {}
     for number in range(settings.warmup + settings.steps):
         for name in list(sides)[:: 1 if number % 2 else -1]:
+            if number >= settings.warmup and len(sides) > 1:
+                sides[name]()
             wait_for(idle)
             started = time.perf_counter()
             loss = sides[name]()
