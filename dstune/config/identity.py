@@ -49,12 +49,20 @@ def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, tup
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     now = config.model_dump(mode="json", by_alias=True)
     try:
-        before = RunConfig.model_validate(now | {"name": recorded.get("run"), **sections})
+        before = RunConfig.model_validate(now | {"name": recorded.get("run"), **_with_what_may_change(sections, now)})
     except ValidationError as error:
         (*_, first) = error.errors()
         key = ".".join(map(str, first["loc"]))
         return {key or "config": (first.get("input"), "what this version of dstune knows")}
     return {key: pair for key, pair in changed(before, config).items() if not key.startswith(MAY_CHANGE)}
+
+
+def _with_what_may_change(sections: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded sections, what a resume may change as it is `now`: parts of two configs need not go together."""
+    return {
+        section: {**values, **{key: now[section][key] for key in now[section] if f"{section}.{key}" in MAY_CHANGE}}
+        for section, values in sections.items()
+    }
 
 
 def changed(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:

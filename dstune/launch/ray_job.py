@@ -60,18 +60,14 @@ def submit(paths: RunPaths, job: JobRequest) -> dict[str, Any]:
 
 
 def job_state(address: str, job_id: str) -> dict[str, Any]:
-    """`{"state": "queued" | "running" | "ended" | "unknown", "ray": Ray's word, "reason"}`.
+    """`{"state": "queued" | "running" | "ended" | "unknown", "ray": Ray's word, "reason"}`; unknown: to a cluster that answers.
 
-    Unknown where nobody answers at `address` too: a Ray head takes its jobs with it.
+    Raises NobodyAnswers where that is not so, and UsageError where the cluster refuses.
     """
     try:
         with _speaking_to(address) as client:
             info = client.get_job_info(job_id)
-    except _NobodyAnswers as error:
-        return {"state": "unknown", "ray": "", "reason": str(error)}
-    except UsageError as error:
-        if "404" not in str(error):
-            raise
+    except _NotKnown:
         return {"state": "unknown", "ray": "", "reason": "the cluster does not know the job (was it restarted?)"}
     word = info.status.value
     return {"state": _STATES[word], "ray": word, "reason": info.message or ""}
@@ -122,8 +118,12 @@ def _authorization() -> dict[str, str]:
     return {"authorization": f"Bearer {token}"} if token else {}
 
 
-class _NobodyAnswers(UsageError):
-    """There is no job server at the address, or none that can be reached."""
+class NobodyAnswers(UsageError):
+    """There is no job server at the address, or none that can be reached from here: what became of its jobs is not known."""
+
+
+class _NotKnown(UsageError):
+    """The job server has nothing by that name."""
 
 
 class _speaking_to:
@@ -152,5 +152,10 @@ class _speaking_to:
     def _problem(self, error: BaseException) -> UsageError:
         came = f"the Ray cluster refuses: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         do = "is the cluster up and the address right (http://HOST:8265)? its token goes into RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        kind = _NobodyAnswers if isinstance(error, ConnectionError) else UsageError
-        return kind(Problem(self._address, came, do=do))
+        return _kind(error)(Problem(self._address, came, do=do))
+
+
+def _kind(error: BaseException) -> type[UsageError]:
+    if isinstance(error, ConnectionError):
+        return NobodyAnswers
+    return _NotKnown if str(error).startswith("Request failed with status code 404") else UsageError

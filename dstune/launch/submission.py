@@ -12,7 +12,10 @@ from dstune.config.schema import RunConfig, SiteConfig
 from dstune.errors import Problem, UsageError
 from dstune.launch import control, ray_job, slurm
 from dstune.launch.status import ACTIVE, FINAL, StatusFile, driver_lives, read_status
+from dstune.loggers import get_logger
 from dstune.paths import RunPaths
+
+log = get_logger(__name__)
 
 _LOOK_SECONDS = 0.5
 _INTERRUPTED = "its driver is gone without a word; `dstune resume` goes on from the newest committed step"
@@ -26,8 +29,12 @@ def describe(paths: RunPaths, config: RunConfig, to: str, site: SiteConfig, addr
 
 
 def submit(paths: RunPaths, config: RunConfig, to: str, site: SiteConfig, address: str | None) -> dict[str, Any]:
-    """Hand the run over and note where it went (submission.json). Raises UsageError where it is being driven, or refused."""
-    _refuse_active(paths)
+    """Hand the run over and note where it went (submission.json). Raises UsageError where it is being driven, or refused.
+
+    A run whose Ray cluster does not answer may be handed to another one: its job went with the cluster, or who asks knows more.
+    """
+    address = _ray_address(config, site, address) if to == "ray" else None
+    _refuse_active(paths, to, address)
     before = read_status(paths)
     status = StatusFile(paths)
     status.adopt(before)
@@ -37,7 +44,7 @@ def submit(paths: RunPaths, config: RunConfig, to: str, site: SiteConfig, addres
         if to == "slurm":
             sent = slurm.submit(paths, site, allocation(config))
         else:
-            sent = ray_job.submit(paths, ray_job.request(paths, _ray_address(config, site, address), site.env))
+            sent = ray_job.submit(paths, ray_job.request(paths, address, site.env))
     except BaseException:
         status.write(**{name: before.get(name) for name in ("state", "reason", "message")})
         raise
@@ -81,7 +88,7 @@ def status(paths: RunPaths) -> dict[str, Any]:
     shown["job"] = {"to": sent["to"], "id": sent["job_id"]} | job
     if job["state"] == "queued":
         return shown | {"state": "queued", "reason": f"{sent['to']}: {job['reason'] or 'queued'}"}
-    if job["state"] == "running":
+    if job["state"] in ("running", "unreachable"):
         return shown
     return shown | _gone(shown["state"])
 
@@ -169,11 +176,13 @@ def _gone(state: str) -> dict[str, Any]:
 
 
 def _job_state(sent: dict[str, Any]) -> dict[str, Any]:
-    """The queue's word; a cluster that does not answer leaves what status.json says."""
+    """The queue's word; where it refuses (`running`) or does not answer (`unreachable`), what status.json says stays."""
     try:
         if sent["to"] == "slurm":
             return slurm.job_state(sent["job_id"])
         return ray_job.job_state(sent["address"], sent["job_id"])
+    except ray_job.NobodyAnswers as error:
+        return {"state": "unreachable", "reason": str(error)}
     except UsageError as error:
         return {"state": "running", "reason": str(error)}
 
@@ -184,11 +193,24 @@ def _stop_job(paths: RunPaths, sent: dict[str, Any]) -> str:
     return ray_job.stop(paths, sent["address"], sent["job_id"])
 
 
-def _refuse_active(paths: RunPaths) -> None:
+def _refuse_active(paths: RunPaths, to: str, address: str | None) -> None:
+    """`to` and `address`: where the run is to go."""
     now = status(paths)
-    if driver_lives(paths) or (now["state"] in ACTIVE and not now["interrupted"]):
-        do = f"watch it with `dstune status {paths.root.name}`, or end it with `dstune stop {paths.root.name}`"
-        raise UsageError(Problem(str(paths.root), f"this run is {now['state']} already", do=do))
+    lives = driver_lives(paths)
+    if not lives and (now["state"] not in ACTIVE or now["interrupted"]):
+        return
+    do = f"watch it with `dstune status {paths.root.name}`, or end it with `dstune stop {paths.root.name}`"
+    if not lives and now.get("job", {}).get("state") == "unreachable":
+        sent = submission(paths) or {}
+        if (to, _same(address)) != (sent["to"], _same(sent["address"])):
+            log.warning("%s: job %s at %s does not answer, and is left", paths.root, sent["job_id"], sent["address"])
+            return
+        do = "its Ray cluster does not answer: wait for it, or name another one (`--address`) to hand the run to"
+    raise UsageError(Problem(str(paths.root), f"this run is {now['state']} already", do=do))
+
+
+def _same(address: str | None) -> str | None:
+    return address and address.rstrip("/")
 
 
 def _ray_address(config: RunConfig, site: SiteConfig, address: str | None) -> str | None:

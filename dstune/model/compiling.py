@@ -92,7 +92,9 @@ def _compiled(layer: Any) -> Callable[..., Any]:
     compiled too, one piece that cannot be leaves the whole layer uncompiled.
     """
     plain = type(layer).forward.__wrapped__  # as the layer's file has it, without transformers' recomputing
-    run = torch.compile(MethodType(plain, layer), dynamic=True, recompile_limit=_MOST_VARIANTS)
+    # The random numbers of dropout are those of the uncompiled layer: a resume may turn compiling on or off.
+    same = {"fallback_random": True}
+    run = torch.compile(MethodType(plain, layer), dynamic=True, recompile_limit=_MOST_VARIANTS, options=same)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if layer.gradient_checkpointing and layer.training:

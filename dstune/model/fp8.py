@@ -3,8 +3,9 @@ deep learning").
 
 Inputs and weights are rounded to e4m3 (4 bits of exponent, 3 of mantissa), gradients to e5m2, each tensor times the factor that
 takes its largest number to the format's largest; products are summed in fp32. Weights stay as they are, and are rounded anew at
-each product, so ZeRO gathers, frees and updates them as ever. What a layer keeps of its input for the backward pass is one byte a
-number. The rounding is elementwise work: worth it where torch.compile joins it with what stands before.
+each product, so ZeRO gathers, frees and updates them as ever. What a linear map that learns keeps of its input for the backward
+pass is one byte a number; maps of the same input keep a copy each. The rounding is elementwise work: worth it where torch.compile
+joins it with what stands before.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,7 +57,8 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         left = Rounded.of(rows, _FORWARD)
-        ctx.save_for_backward(left.values, left.scale, weight)
+        values, scale = left if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(values, scale, weight if ctx.needs_input_grad[0] else None)
         return _product(left, Rounded.of(weight, _FORWARD), rows.dtype)
 
     @staticmethod
@@ -64,10 +66,11 @@ class Multiply(torch.autograd.Function):
         values, scale, weight = ctx.saved_tensors
         gradient = Rounded.of(gradients[0], _BACKWARD)
         of_rows = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_rows = _product(gradient, _turned(Rounded.of(weight, _FORWARD)), weight.dtype)
-        if ctx.needs_input_grad[1]:
-            of_weight = _product(_padded(_turned(gradient)), _padded(_turned(Rounded(values, scale))), weight.dtype)
+        dtype = gradients[0].dtype
+        if weight is not None:
+            of_rows = _product(gradient, _turned(Rounded.of(weight, _FORWARD)), dtype)
+        if values is not None:
+            of_weight = _product(_padded(_turned(gradient)), _padded(_turned(Rounded(values, scale))), dtype)
         return of_rows, of_weight
 
 
@@ -129,7 +132,11 @@ def _linear(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    if device.type == "cpu" or torch.cuda.get_device_capability(device) >= _CAPABILITY:
+    if device.type == "cpu":
+        return None
+    if torch.version.hip is not None:
+        return "AMD's GPUs have 8-bit formats of their own"
+    if torch.cuda.get_device_capability(device) >= _CAPABILITY:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     has = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"

@@ -27,7 +27,7 @@ class Device:
     """Bytes/s to the others of its node (NVLink, all-gather)."""
     is_cpu: bool = False
     fp8: bool = True
-    """Whether it multiplies in 8 bits."""
+    """Whether it multiplies 8-bit floats of the formats that `model.fp8` takes."""
 
 
 CORE_FLOPS: Mapping[str, float] = {"amx_bf16": 0.6e12, "avx512_bf16": 0.15e12, "": 0.05e12}
@@ -50,7 +50,7 @@ DEVICES: Mapping[str, Device] = {
     "rtx-3090": Device(24 * GIB, 71e12, 936 * GB, 24 * GB, 24 * GB, fp8=False),
     "rtx-4090": Device(24 * GIB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
     "rtx-5090": Device(32 * GIB, 210e12, 1792 * GB, 50 * GB, 50 * GB),
-    "mi300x": Device(192 * GIB, 1307e12, 5300 * GB, 55 * GB, 300 * GB),
+    "mi300x": Device(192 * GIB, 1307e12, 5300 * GB, 55 * GB, 300 * GB, fp8=False),
 }
 """`--gpu NAME` -> the device. Sources: the makers' data sheets (dense bf16, no sparsity); memory as drivers report it, rounded down."""
 

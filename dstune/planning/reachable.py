@@ -50,9 +50,11 @@ def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
 def _compiled(ds_config: Mapping[str, Any]) -> list[Problem]:
     """DeepSpeed compiles only where `engine.compile()` is called, which would leave a setting without any effect."""
     settings = ds_config.get("compile")
-    if not settings:
+    on = any(settings.values()) if isinstance(settings, Mapping) else bool(settings)
+    if not on:
         return []
-    why = f" {WHY_NO_DEEPCOMPILE}." if settings.get("deepcompile") else ""
+    deep = isinstance(settings, Mapping) and settings.get("deepcompile")
+    why = f" {WHY_NO_DEEPCOMPILE}." if deep else ""
     do = f"`model.compile: layers` compiles the model's layers.{why}"
     return [Problem("deepspeed: compile", "is set", "not set", do)]
 

@@ -9,7 +9,7 @@ from dstune.config.schema import RunConfig, SiteConfig
 from dstune.errors import UsageError
 from dstune.launch import ray_job, submission
 from dstune.launch.driver import driver_lock
-from dstune.launch.status import StatusFile
+from dstune.launch.status import StatusFile, read_status
 from dstune.paths import step_directory
 from tests.launch.process_executor import steps, stub_run
 from tests.launch.stub_drive import wrapper
@@ -75,16 +75,33 @@ def test_no_cluster_is_a_message(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["queued", "running"])
-def test_a_job_goes_with_its_cluster_and_the_run_may_be_handed_to_another(tmp_path, state):
+def test_a_run_whose_cluster_does_not_answer_may_be_handed_to_another_and_to_no_other(tmp_path, state):
     paths = stub_run(tmp_path / "run")
     StatusFile(paths).write(state=state)
     write_json(paths.submission, {"to": "ray", "address": "http://127.0.0.1:9", "job_id": "x"})
     now = submission.status(paths)
-    assert now["interrupted"] and "dstune resume" in now["reason"] and "is the cluster up" in now["job"]["reason"]
-    with pytest.raises(UsageError, match="refuses"):  # the new cluster is asked
-        submission.submit(paths, CONFIG, "ray", SiteConfig(), "http://127.0.0.1:9")
+    assert now["state"] == state and not now["interrupted"] and "is the cluster up" in now["job"]["reason"]
+    with pytest.raises(UsageError, match="refuses"):  # it may come back: nothing is taken for gone
+        submission.stop(paths)
+    with pytest.raises(UsageError, match="name another"):
+        submission.submit(paths, CONFIG, "ray", SiteConfig(), "http://127.0.0.1:9/")
+    with pytest.raises(UsageError, match="the Ray cluster refuses"):  # the other cluster is asked
+        submission.submit(paths, CONFIG, "ray", SiteConfig(), "http://127.0.0.1:8")
+    assert read_status(paths)["state"] == state
     with driver_lock(paths), pytest.raises(UsageError, match="already"):
-        submission.submit(paths, CONFIG, "ray", SiteConfig(), "http://127.0.0.1:9")
+        submission.submit(paths, CONFIG, "ray", SiteConfig(), "http://127.0.0.1:8")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (RuntimeError("Request failed with status code 404: no job."), "_NotKnown"),
+        (RuntimeError("Request failed with status code 500: at node404."), "UsageError"),
+        (ConnectionError("no route"), "NobodyAnswers"),
+    ],
+)
+def test_only_a_cluster_that_says_so_does_not_know_a_job(raised, kind):
+    assert ray_job._kind(raised).__name__ == kind
 
 
 def test_secrets_do_not_reach_the_request(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from dstune.model import build as model
 from dstune.model import compiling, fp8
 from dstune.model.isolation import packed_inputs
 from dstune.model.per_example import PER_EXAMPLE
+from dstune.planning.hardware import DEVICES
 from tests.engine.tiny import GATHERED, OPTIMIZERS, ds_config
 from tests.model.architectures import tiny, tiny_config
 from tests.spawn import run_workers
@@ -114,5 +115,5 @@ def test_a_plan_says_what_is_compiled_and_rounded(tmp_path):
     tiny_config("llama").save_pretrained(tmp_path)
     section = ModelSection(path=str(tmp_path), compile="layers", fp8=True)
     assert compiling.planned(section, tmp_path).startswith("layers (2 of LlamaDecoderLayer, by torch.compile")
-    assert fp8.planned(section, tmp_path).startswith("the products of 14 linear maps in the layers")
+    assert fp8.planned(section, tmp_path, DEVICES["h200"]).startswith("the products of 14 linear maps in the layers")
     assert compiling.planned(ModelSection(path=str(tmp_path)), tmp_path) == "off"

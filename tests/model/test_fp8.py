@@ -73,7 +73,9 @@ def test_the_maps_of_the_layers_are_rounded_and_no_others():
 def test_where_there_are_no_8_bit_products_they_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(ConfigError, match=r"A100 has compute capability 8.0: 8-bit products begin with compute capability 8.9"):
+    with pytest.raises(
+        ConfigError, match=r"A100 has compute capability 8.0: 8-bit products begin with compute capability 8.9"
+    ):
         fp8.multiply_in_fp8(tiny("llama"), torch.device("cuda"))
     with pytest.raises(ConfigError, match="experts, or a recurrent state"):
         fp8.multiply_in_fp8(tiny("mixtral"), torch.device("cpu"))
