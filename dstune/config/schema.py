@@ -21,9 +21,6 @@ class Section(BaseModel):
     model_config = SECTION
 
 
-KernelName = Literal["linear-cross-entropy", "rms-norm", "rotary", "gated-mlp"]
-
-
 class ModelSection(Section):
     """What is tuned."""
 
@@ -52,9 +49,9 @@ class ModelSection(Section):
     """Run Python code that comes with the model. Off unless you write it here."""
     attention: Literal["auto", "eager", "sdpa", "per-example"] = "auto"
     """Attention kernel; `auto` takes the fastest that keeps packed examples apart on this device."""
-    kernels: Literal["auto", "off"] | list[KernelName] | dict[KernelName, bool] = "auto"
+    kernels: Literal["auto", "off"] | list[str] | dict[str, bool] = "auto"
     """Faster ways to compute the same. `auto` uses each that is shown to work here; a list only those in it, or an error;
-    `{rotary: false}` turns one off and leaves the others to `auto`."""
+    `{rotary: false}` turns one off and leaves the others to `auto`. `dstune plan` lists their names."""
     activation_checkpointing: bool | Literal["auto", "offload"] = "auto"
     """Recompute activations in the backward pass: about a third more compute, far less memory. `auto`: where the planner finds that it
     pays. `offload`: what each layer starts from waits in main memory, for sequences so long that even this does not fit the GPU."""

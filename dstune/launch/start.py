@@ -137,6 +137,10 @@ def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
 def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
     deepspeed.make(run.config, run.base)
+    if not isinstance(run.config.model.kernels, str):
+        from dstune.model.kernels import choice
+
+        choice.require_known(run.config.model)
     if run.config.cluster.sequence_parallel > 1:
         from dstune.model import sequence_parallel
         from dstune.model.config import load_config

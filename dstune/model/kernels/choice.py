@@ -1,5 +1,6 @@
 """Which kernels a run uses: chosen once, by its file, its model and its device."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ def chosen(section: ModelSection, model: PreTrainedModel, device: str) -> list[C
     """Every kernel, and whether the run of `model` on `device` (`cpu` or `cuda`) uses it.
 
     `section.kernels` decides; `model` may be without storage (`build.skeleton`), and packages are looked for here. Raises ConfigError
-    where a kernel that the run file names cannot be used.
+    where a kernel that the run file names cannot be used, or is none.
     """
+    require_known(section)
     choices: list[Choice] = []
     problems: list[Problem] = []
     for kernel in KERNELS:
@@ -57,6 +59,20 @@ def chosen(section: ModelSection, model: PreTrainedModel, device: str) -> list[C
     if problems:
         raise ConfigError(problems)
     return choices
+
+
+def require_known(section: ModelSection) -> None:
+    """Raises ConfigError for a name in `section.kernels` that no kernel has."""
+    names = [kernel.name for kernel in KERNELS]
+    asked = [] if isinstance(section.kernels, str) else list(section.kernels)
+    problems: list[Problem] = []
+    for name in asked:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            do = f"did you mean {near[0]!r}?" if near else ""
+            problems.append(Problem("model.kernels", f"{name!r} is no kernel", ", ".join(names), do))
+    if problems:
+        raise ConfigError(problems)
 
 
 def planned(section: ModelSection, base: Path, device: str) -> list[Choice]:
@@ -90,7 +106,7 @@ def _wanted(section: ModelSection, name: str) -> bool | None:
     if asked == "off":
         return False
     if isinstance(asked, dict):
-        return {str(key): value for key, value in asked.items()}.get(name)
+        return asked.get(name)
     return name in asked
 
 

@@ -25,7 +25,7 @@ class Finding:
 class Kernel(Protocol):
     """A faster way to compute what a model computes anyway: these three are the whole of its surface.
 
-    A new kernel is a file in this room, a line in `choice.KERNELS` and its name in `config.schema.KernelName`.
+    A new kernel is a file in this room and a line in `choice.KERNELS`.
     """
 
     @property
