@@ -23,6 +23,7 @@ from tests.spawn import run_workers
 
 LENGTHS = [(5, 7, 9), (30, 3), (50,), (8, 8, 8, 8), (21, 22)]
 """Of the examples of each step's row: other numbers of other lengths."""
+DROPOUT = {"attention_dropout": 0.2}
 
 
 def losses(world: World, path: Path, change: Any, attention: str = PER_EXAMPLE, **section: Any) -> list[float]:
@@ -69,8 +70,8 @@ def all_ways(path: Path) -> dict[str, Any]:
         compiled(module)
 
     found = {
-        "plain": losses(world, path, lambda module: None, "sdpa", dtype="fp32"),
-        "compiled": losses(world, path, compiled, "sdpa", dtype="fp32"),
+        "plain": losses(world, path, lambda module: None, "sdpa", dtype="fp32", overrides=DROPOUT),
+        "compiled": losses(world, path, compiled, "sdpa", dtype="fp32", overrides=DROPOUT),
         "packed": losses(world, path, lambda module: None),
         "packed, fp8": losses(world, path, lambda module: fp8.multiply_in_fp8(module, torch.device("cpu"))),
         "packed, traced": losses(world, path, traced),
