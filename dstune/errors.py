@@ -34,6 +34,11 @@ class Problem:
         return text
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a message; one that says nothing, by its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 class DstuneError(ValueError):
     """An error for the user. `str()` of it is the whole message; `exit_status` is the command's."""
 

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 from pyarrow import fs
 
-from dstune.errors import ConfigError, DstuneError, Problem
+from dstune.errors import ConfigError, DstuneError, Problem, first_line
 
 _LOCAL_BUFFER_BYTES = 1 << 18
 _REMOTE_BUFFER_BYTES = 8 << 20
@@ -280,8 +280,3 @@ def plain_suffix(name: str) -> str:
     for packed in (".gz", ".zst", ".zstd"):
         name = name.removesuffix(packed)
     return posixpath.splitext(name)[1]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short enough for a message."""
-    return (str(error) or type(error).__name__).partition("\n")[0][:300]

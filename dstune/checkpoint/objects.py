@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pyarrow import fs
 
 from dstune import places
-from dstune.errors import CheckpointError, Problem
+from dstune.errors import CheckpointError, Problem, first_line
 
 BLOCK_BYTES = 8 << 20
 """Of one read, and of one write."""
@@ -114,4 +114,4 @@ class Objects:
                 yield
         except OSError as error:
             do = "Is the network there, and are the credentials still good?"
-            raise Unavailable(Problem(self._address, places.first_line(error), do=do)) from None
+            raise Unavailable(Problem(self._address, first_line(error), do=do)) from None

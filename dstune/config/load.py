@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dstune.config.schema import RunConfig, SiteConfig
 from dstune.config.start import begun
-from dstune.errors import ConfigError, Problem, UsageError
+from dstune.errors import ConfigError, Problem, UsageError, first_line
 from dstune.paths import config_directory
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -116,7 +116,7 @@ def _parse(text: str, where: str) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(Problem(f"{where}{line}", f"not YAML: {error.problem or error.context}")) from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(Problem(where, f"not YAML: {type(error).__name__}: {str(error).splitlines()[0]}")) from None
+        raise ConfigError(Problem(where, f"not YAML: {type(error).__name__}: {first_line(error)}")) from None
 
 
 def validate(document: CommentedMap, model: type[Model], file: Path, overrides: Sequence[str] = ()) -> Model:

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dstune.config.schema import Source
-from dstune.errors import ConfigError, DataError, Problem
-from dstune.places import first_line, plain_suffix
+from dstune.errors import ConfigError, DataError, Problem, first_line
+from dstune.places import plain_suffix
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLITS = {

@@ -23,7 +23,7 @@ from dstune.config.schema import Source
 from dstune.data import hub, registry, tables
 from dstune.data.conversation import Refused
 from dstune.data.json_stream import Lines, Record, parse_lines, read_json
-from dstune.errors import ConfigError, DataError, DstuneError, Problem
+from dstune.errors import ConfigError, DataError, DstuneError, Problem, first_line
 from dstune.places import LocalFile, Place, RemoteFile, Stamp, plain_suffix
 
 __all__ = ["Record", "SourceFile", "Stamp", "digest", "expand", "read", "read_pieces"]
@@ -126,7 +126,7 @@ def _addresses(source: Source) -> list[str]:
         if isinstance(error, DstuneError):
             raise
         do = "Are the address, the endpoint and the credentials (environment variables) right? AWS_NO_SIGN_REQUEST=1 opens public buckets."
-        raise DataError(Problem(source.path, f"cannot be looked at: {places.first_line(error)}", do=do)) from None
+        raise DataError(Problem(source.path, f"cannot be looked at: {first_line(error)}", do=do)) from None
     start = source.path.rstrip("/") + "/"
     found = [
         one for one in found if not one.startswith(start) or _is_wanted(Path(one.removeprefix(start)), source.split)
@@ -211,7 +211,7 @@ def read_pieces(file: SourceFile) -> Iterator[Record | Lines]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(Problem(file.name, f"not a whole gzip file: {error}", do="make it anew")) from None
     except OSError as error:
-        said = error.strerror or places.first_line(error)
+        said = error.strerror or first_line(error)
         raise DataError(Problem(file.name, f"cannot be read: {said}")) from None
 
 
@@ -224,7 +224,7 @@ def _zstd(file: SourceFile, packed: pa.NativeFile, suffix: str) -> Iterator[Reco
     except OSError as error:
         if "ZSTD" not in str(error) and "compressed stream" not in str(error):
             raise
-        came = f"not a whole zstd file: {places.first_line(error)}"
+        came = f"not a whole zstd file: {first_line(error)}"
         raise DataError(Problem(file.name, came, do="make it anew")) from None
 
 

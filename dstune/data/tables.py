@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from dstune.data.conversation import Refused
 from dstune.data.json_stream import Record
-from dstune.errors import DataError, Problem
+from dstune.errors import DataError, Problem, first_line
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
@@ -113,8 +113,7 @@ def read_arrow(file: pa.NativeFile, is_file: bool, name: str, cap: int) -> Itera
 
 
 def _damaged(name: str, what: str, error: Exception) -> DataError:
-    said = str(error).partition("\n")[0][:200]
-    return DataError(Problem(name, f"not a whole {what} file: {said}", do="make it anew"))
+    return DataError(Problem(name, f"not a whole {what} file: {first_line(error)}", do="make it anew"))
 
 
 def _rows(batches: Iterable[pa.RecordBatch], name: str, cap: int) -> Iterator[Record]:
@@ -166,7 +165,7 @@ def _arrow_row(line: int, row: pa.RecordBatch, cap: int) -> Record:
     except UnicodeDecodeError as error:
         return Record(line, None, Refused("invalid_utf8", str(error)))
     except ValueError as error:  # a struct with two fields of one name, a date that no calendar has
-        return Record(line, None, Refused("unreadable_cell", str(error).partition("\n")[0][:200]))
+        return Record(line, None, Refused("unreadable_cell", first_line(error)))
     return Record(line, _without_nulls(value))
 
 

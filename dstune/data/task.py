@@ -8,7 +8,7 @@ from typing import Any
 from dstune.config.load import resolve
 from dstune.config.schema import ModelSection
 from dstune.data.tokenizer_files import new_rows
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, Problem, first_line
 from dstune.paths import builtin_model
 
 _BUILTIN = "builtin:"
@@ -124,7 +124,6 @@ def _from_hub(model: ModelSection, tried: Path) -> Path:
     try:
         return Path(hf_hub_download(model.path, "config.json", revision=model.revision))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        came = f"{model.path!r} is no directory here ({tried}), and the hub gave: {reason}"
+        came = f"{model.path!r} is no directory here ({tried}), and the hub gave: {first_line(error)}"
         do = "Without a network: fetch it where there is one, and name the directory."
         raise ConfigError(Problem("model.path", came, "a model's directory or a hub id", do)) from None

@@ -9,7 +9,7 @@ from tokenizers.models import Unigram
 
 from dstune.config.schema import ModelSection
 from dstune.data import new_tokens
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, Problem, first_line
 
 _FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken")
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin_tokenizer"
@@ -148,6 +148,7 @@ def _checked(tokenizer: Any, named: str) -> Any:
 
 
 def _unopened(named: str, error: Exception) -> ConfigError:
-    first = str(error).strip().partition("\n")[0][:300]
     do = "a directory with tokenizer.json (and tokenizer_config.json), or a hub id"
-    return ConfigError(Problem("model.tokenizer", f"{named} cannot be opened: {type(error).__name__}: {first}", do))
+    return ConfigError(
+        Problem("model.tokenizer", f"{named} cannot be opened: {type(error).__name__}: {first_line(error)}", do)
+    )

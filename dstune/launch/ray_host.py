@@ -27,6 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from dstune.atomic import write_json
+from dstune.errors import first_line
 from dstune.launch import fence
 from dstune.launch.local import HostSettings
 from dstune.paths import RunPaths
@@ -184,7 +185,7 @@ class Host:
         except WorkerGroupError as error:
             return _failed(error, json.loads(paths.workers(attempt).read_text("utf-8")))
         except RayError as error:
-            return {"kind": "lost", "message": f"the Ray cluster was lost: {_first_line(error)}", "failed_ranks": []}
+            return {"kind": "lost", "message": f"the Ray cluster was lost: {first_line(error)}", "failed_ranks": []}
         return {"kind": "finished", "message": "", "failed_ranks": []}
 
 
@@ -205,14 +206,10 @@ def _failed(error: WorkerGroupError, seats: list[dict[str, Any]]) -> dict[str, A
 def _why_dead(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
-        return f"out of memory ({text.strip().splitlines()[0]})"
+        return f"out of memory ({first_line(error)})"
     if "node" in text and "terminated" in text:
         return "its node went away"
     return "it was killed (signal 9; out of memory?) or crashed in native code; its last words are in logs/ray"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstune.errors import Problem, UsageError
+from dstune.errors import Problem, UsageError, first_line
 from dstune.launch import control
 from dstune.launch.local import passed_environment
 from dstune.paths import RunPaths
@@ -150,7 +150,7 @@ class _speaking_to:
         return ConnectionError, RuntimeError, OSError, AuthenticationError
 
     def _problem(self, error: BaseException) -> UsageError:
-        came = f"the Ray cluster refuses: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        came = f"the Ray cluster refuses: {first_line(error)}"
         do = "is the cluster up and the address right (http://HOST:8265)? its token goes into RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         return _kind(error)(Problem(self._address, came, do=do))
 

@@ -18,7 +18,7 @@ from dstune.config.schema import RunConfig
 from dstune.data import pool
 from dstune.data.prepare import Mapper, Report, prepare
 from dstune.data.shards import Prepared
-from dstune.errors import Problem, RunFailed, UsageError
+from dstune.errors import Problem, RunFailed, UsageError, first_line
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -78,8 +78,9 @@ def map_in_order(
         try:
             yield from _in_order(workers, iter(chunks))
         except RayError as error:
-            first = str(error).strip().partition("\n")[0]
-            raise RunFailed(Problem("data.workers", f"the Ray cluster lost the preparation: {first}")) from error
+            raise RunFailed(
+                Problem("data.workers", f"the Ray cluster lost the preparation: {first_line(error)}")
+            ) from error
         finally:
             for worker in workers:
                 ray.kill(worker)
@@ -125,7 +126,7 @@ def _connected(address: str | None) -> Iterator[None]:
             ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         do = "Is the cluster up, and RAY_AUTH_TOKEN set? `data.workers: local` prepares here."
-        raise UsageError(Problem(f"Ray at {where or 'this machine'}", str(error).partition("\n")[0], do=do)) from error
+        raise UsageError(Problem(f"Ray at {where or 'this machine'}", first_line(error), do=do)) from error
     try:
         yield
     finally:

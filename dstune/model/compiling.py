@@ -24,9 +24,8 @@ from transformers import PreTrainedModel
 
 from dstune.config.schema import ModelSection
 from dstune.engine import leaves
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, Problem, first_line
 from dstune.loggers import get_logger
-from dstune.model import isolation
 from dstune.model.build import outline
 from dstune.model.layers import beyond_matrices, repeated_layers
 
@@ -109,7 +108,7 @@ def _failure(device: str) -> str | None:
     try:
         torch.compile(_small, dynamic=True)(torch.ones(64, device=device))
     except (RuntimeError, OSError, KeyError, ImportError) as error:
-        return isolation.first_line(error)
+        return first_line(error)
     return None
 
 

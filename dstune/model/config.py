@@ -18,7 +18,7 @@ from transformers import (
 from dstune.config.load import resolve
 from dstune.config.schema import ModelSection
 from dstune.data.tokenizer_files import new_rows
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, Problem, first_line
 from dstune.paths import builtin_model
 
 BUILTIN_PREFIX = "builtin:"
@@ -128,11 +128,10 @@ def _fetch(model: ModelSection, tried: Path, weights: bool) -> Path:
     try:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             Problem(
                 "model.path",
-                f"{model.path!r} is no directory here ({tried}) and the hub gave: {reason}",
+                f"{model.path!r} is no directory here ({tried}) and the hub gave: {first_line(error)}",
                 do="Without a network: fetch it where there is one, and name the directory.",
             )
         ) from None

@@ -20,7 +20,7 @@ from dstune.loggers import get_logger
 from dstune.model import adapters, freezing, new_rows, text_side, tiling
 from dstune.model.build import skeleton
 from dstune.model.config import is_multimodal, load_config
-from dstune.model.isolation import FAILURES
+from dstune.model.failures import FAILURES
 from dstune.model.layers import repeated_layers
 from dstune.model.per_example import FP32_ELEMENTS
 from dstune.planning.shapes import ModelShape

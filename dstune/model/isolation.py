@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, Problem, first_line
 from dstune.model import per_example
 from dstune.model.config import auto_class
+from dstune.model.failures import FAILURES
 from dstune.model.restarts import restart_positions
 
 TOLERANCE = 1e-4
@@ -81,11 +81,6 @@ _PERIODS = (
 )
 _OFFSETS = ("first_k_dense_replace", "attn_layer_offset", "expert_layer_offset", "moe_layer_start_index")
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-FAILURES = (
-    ValueError, RuntimeError, TypeError, NotImplementedError, KeyError, IndexError, AttributeError, ImportError, AssertionError,
-    StrictDataclassError,
-)  # fmt: skip
-"""What a model raises that cannot do what an experiment asks of it."""
 
 
 def prove(config: PretrainedConfig, attention: str) -> None:
@@ -169,11 +164,6 @@ def _verdict(alone: torch.Tensor, packed: torch.Tensor, joined: torch.Tensor) ->
                 f"(tolerance {TOLERANCE:.0e}): {cause}"
             )
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of what `error` says, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def packed_inputs(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:

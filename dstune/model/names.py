@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 
 from dstune.engine.parameters import full_shape
 from dstune.errors import ConfigError, Problem
+from dstune.model.failures import FAILURES
 
 Read = Callable[[str], torch.Tensor]
 
@@ -104,7 +105,7 @@ def saved_outlines(
     """What `conversion` makes of tensors without storage: shapes and types. Raises ConfigError where it cannot."""
     try:
         return conversion.run(lambda name: outlines[name], model)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
+    except FAILURES as error:
         raise ConfigError(
             Problem(
                 "model.path",

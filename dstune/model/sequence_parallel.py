@@ -21,8 +21,9 @@ import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from dstune.config.schema import ModelSection
-from dstune.errors import ConfigError, Problem
+from dstune.errors import ConfigError, Problem, first_line
 from dstune.model import attention, isolation
+from dstune.model.failures import FAILURES
 from dstune.model.per_example import PER_EXAMPLE, no_mask_for_packed_rows, per_example_attention
 
 EXCHANGED = f"{PER_EXAMPLE}-exchanged"
@@ -217,8 +218,8 @@ def _disproof(kind: type[PretrainedConfig], config: str) -> str | None:
             whole = model(**inputs, use_cache=False).logits
             model.set_attn_implementation(register(_Rows(), _BETWEEN_ROWS))
             pieces = model(**cut, use_cache=False).logits.reshape(whole.shape)
-        except isolation.FAILURES as error:
-            return f"its small model fails on pieces of a row ({isolation.first_line(error)})"
+        except FAILURES as error:
+            return f"its small model fails on pieces of a row ({first_line(error)})"
     difference = float((whole - pieces).abs().max() / whole.abs().max().clamp_min(1e-12))
     if difference <= isolation.TOLERANCE:
         return None

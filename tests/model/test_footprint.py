@@ -9,6 +9,8 @@ import torch
 from dstune.config.schema import ModelSection
 from dstune.model.config import load_config
 from dstune.model.footprint import footprint
+from dstune.model.kernels import linear_cross_entropy
+from dstune.planning import memory
 from dstune.planning.shapes import ModelShape
 from tests.model.architectures import tiny_config
 
@@ -16,6 +18,10 @@ SHAPE = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "vocab_size": 500, "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+def test_the_planner_knows_how_many_logits_the_fused_loss_holds():
+    assert memory._FUSED_CHUNK == linear_cross_entropy._CHUNK_BYTES  # it stands on a lower floor, and cannot ask
 
 
 def test_parameters_of_a_llama_are_its_matrices():

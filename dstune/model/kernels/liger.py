@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dstune.errors import first_line
 from dstune.model import isolation
+from dstune.model.failures import FAILURES
 from dstune.model.kernels import proof
 from dstune.model.kernels.kernel import Finding, TokenLoss
 from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cross_entropy
@@ -111,8 +113,8 @@ def _disproof(kind: type[PretrainedConfig], config: str, layers: LigerLayers) ->
             wanted = proof.gradients(model, proof.plain_loss(model, batch))
             layers.put_in(model, "cuda", summed_token_loss)
             difference = proof.difference(proof.gradients(model, proof.plain_loss(model, batch)), wanted)
-        except isolation.FAILURES as error:
-            return f"its small model fails with it ({isolation.first_line(error)})"
+        except FAILURES as error:
+            return f"its small model fails with it ({first_line(error)})"
         finally:
             if rotary is not None:
                 setattr(file, _ROTARY, rotary)

@@ -9,7 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dstune.errors import first_line
 from dstune.model import isolation
+from dstune.model.failures import FAILURES
 from dstune.model.kernels.fused_head import FusedLoss, candidates, obstacle
 from dstune.model.kernels.linear_cross_entropy import LinearCrossEntropy, Logits
 from dstune.model.loss import IGNORED, forward_arguments
@@ -50,15 +52,15 @@ def _proven(kind: type[PretrainedConfig], config: str, function: LinearCrossEntr
             _spread(model, batch)
             model.to(device)
             wanted = gradients(model, plain_loss(model, batch))
-        except isolation.FAILURES as error:
-            return f"its small model fails on a plain example ({isolation.first_line(error)})"
+        except FAILURES as error:
+            return f"its small model fails on a plain example ({first_line(error)})"
         reason = ""
         for logits in candidates(small):
             try:
                 loss, count = FusedLoss(model, function, logits)(model, batch)
                 found = gradients(model, loss)
-            except isolation.FAILURES as error:
-                reason = f"its small model fails with a fused head ({isolation.first_line(error)})"
+            except FAILURES as error:
+                reason = f"its small model fails with a fused head ({first_line(error)})"
                 continue
             assert count == int((batch.targets != IGNORED).sum())
             apart = difference(found, wanted)
