@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from dstune.engine.exchange import DirectBackend
+
 _COLLECTIVES = (
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_reduce_coalesced",
     "all_to_all", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "inference_all_reduce",
@@ -136,12 +138,15 @@ def _timed(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
 def timed(device: torch.device) -> Clock:
     """The clock before the collectives of this process, which computes on `device`; the first call puts it there.
 
-    After `World.init` alone.
+    After `World.init` alone. Between CPUs they become those of `exchange`.
     """
     from deepspeed.comm import comm
 
     if not isinstance(comm.cdb, TimedBackend):
-        comm.cdb = TimedBackend(comm.cdb, QueueClock(device) if device.type == "cuda" else HostClock())
+        if device.type == "cuda":
+            comm.cdb = TimedBackend(comm.cdb, QueueClock(device))
+        else:
+            comm.cdb = TimedBackend(DirectBackend(comm.cdb), HostClock())
     return comm.cdb.clock
 
 
