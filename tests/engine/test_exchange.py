@@ -17,7 +17,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 class Gloo:
     """What is not replaced."""
 
-    def reduce_scatter_tensor(self, output: Any, values: Any, op: Any, group: Any = None, async_op: bool = False) -> Any:
+    def reduce_scatter_tensor(
+        self, output: Any, values: Any, op: Any, group: Any = None, async_op: bool = False
+    ) -> Any:
         return dist.reduce_scatter_single(output, values, op=op, group=group, async_op=async_op)
 
 

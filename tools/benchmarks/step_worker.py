@@ -1,4 +1,4 @@
-"""One worker of `tools/bench step`: dstune's loop and a bare DeepSpeed loop take turns in this process."""
+"""One worker of `tools/bench step`: dstune's loop and a bare DeepSpeed loop take turns in this process, each with its own collectives."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.comm import comm
 
 from dstune.atomic import write_json
 from dstune.batch import collate
@@ -39,6 +40,7 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
     ds_config = json.loads(paths.ds_config(1).read_text())
     world = World.from_environment()
     world.init()
+    deepspeeds_own = comm.cdb
     control = world.control()
     prepared = Prepared.open(plan.prepared)
     kernel = attention.choose(config.model, load_config(config.model, Path(plan.base)), plan.layout)
@@ -72,6 +74,7 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
         device=world.device,
         pad_id=0,
     )
+    collectives = (comm.cdb, deepspeeds_own)
     theirs_attention = kernel if config.model.kernels == "off" else "sdpa"
     bare_model = model(theirs_attention)
     adamw = torch.optim.AdamW(bare_model.parameters(), fused=True, **settings)
@@ -85,6 +88,7 @@ def main(run_directory: str, steps: int, warmup: int) -> None:
         sides = [lambda: _ours(loop), lambda b=batches, s=supervised, n=step: _bare(bare, adamw, b, s, train, plan, n)]
         taken = {}
         for side in (0, 1) if step % 2 else (1, 0):
+            comm.cdb = collectives[side]
             dist.barrier()
             started = time.perf_counter()
             loss = sides[side]()
