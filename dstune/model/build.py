@@ -18,6 +18,7 @@ from dstune.model import adapters, per_example
 from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
+from dstune.model.rotary import follow_examples
 from dstune.model.weights import load_weights
 
 
@@ -55,6 +56,7 @@ def construct(
         module = _instance(config, model, attention)
     module.tie_weights()
     restart_positions(module)
+    follow_examples(module)
     _restore_buffers(module, outline)
     return module
 

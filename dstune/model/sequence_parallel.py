@@ -12,7 +12,7 @@ itself is one call of torch's.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -174,19 +174,7 @@ def _no_attention(model: ModelSection, config: PretrainedConfig) -> str | None:
 
 def _obstacle(config: PretrainedConfig) -> str | None:
     """What the config alone says is in the way."""
-    if config.is_encoder_decoder:
-        return "rows of sequence-to-sequence models are not cut"
-    # Their frequencies follow the longest position of a call, which pieces of a row do not share.
-    moving = sorted({kind for kind in _rope_types(config.to_dict()) if "dynamic" in kind or kind == "longrope"})
-    return f"its rotary embedding ({', '.join(moving)}) depends on the whole row" if moving else None
-
-
-def _rope_types(values: Any) -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _rope_types(value)
-        elif key in ("rope_type", "type") and isinstance(value, str):
-            yield value
+    return "rows of sequence-to-sequence models are not cut" if config.is_encoder_decoder else None
 
 
 class _Rows:
