@@ -109,6 +109,7 @@ class _Exchanged:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
+    @torch.compiler.disable
     def attend(
         self,
         module: torch.nn.Module,
@@ -122,6 +123,7 @@ class _Exchanged:
 
         `cu_seq_lens_q` is the whole row's. Raises ConfigError where the heads do not divide, ValueError for what only the whole
         layer could do.
+        NOTE: never compiled: an exchange stays where it stands among the collectives of ZeRO, on all members alike.
         """
         members = self._exchange.members
         require_heads(query.shape[1], members)
