@@ -143,12 +143,14 @@ def check(run: LoadedRun) -> None:
         from dstune.model.kernels import choice
 
         choice.require_known(run.config.model)
+    layout = _layout(run)
+    if layout is not None:
+        plan.require_shareable(run.config, layout)
     if _asks_of_the_model(run.config):
         from dstune.model import requirements
 
         named = run.config.cluster.gpu
-        device = hardware.find_device(named) if named else None
-        requirements.require(run.config, run.base, _layout(run), device)
+        requirements.require(run.config, run.base, layout, hardware.find_device(named) if named else None)
     if run.config.cluster.sequence_parallel > 1:
         from dstune.model import sequence_parallel
         from dstune.model.config import load_config

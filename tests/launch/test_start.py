@@ -39,3 +39,10 @@ def test_a_resume_that_the_model_refuses_changes_nothing(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="'rotery' is no kernel"):
         api.resume(paths.root, ["model.kernels={rotery: false}"])
     assert paths.config.read_text() == before
+
+
+def test_rows_that_will_not_be_packed_are_not_shared(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    shared = ["data.validation=0.1", "cluster.workers=2", "cluster.sequence_parallel=2", "data.packing=false"]
+    with pytest.raises(ConfigError, match="2 workers would share rows of the layout padded"):
+        start.check(load_run(tmp_path / "run.yaml", shared))
