@@ -100,8 +100,8 @@ class _Rotary:
 
 
 def _kinds(part: Any) -> dict[str | None, str]:
-    """Which frequencies of a module move, by the kind of layer that they are for (None: all)."""
-    kinds = getattr(part, "rope_type", None)
+    """Which frequencies of a module of transformers' own move, by the kind of layer that they are for (None: all)."""
+    kinds = getattr(part, "rope_type", None) if type(part).__module__.startswith("transformers.") else None
     by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
     return {layer: kind for layer, kind in by_layer.items() if kind in (_LONGROPE, _DYNAMIC)}
 
