@@ -144,8 +144,6 @@ def check(run: LoadedRun) -> None:
 
         choice.require_known(run.config.model)
     layout = _layout(run)
-    if layout is not None:
-        plan.require_shareable(run.config, layout)
     if _asks_of_the_model(run.config):
         from dstune.model import requirements
 
@@ -157,6 +155,8 @@ def check(run: LoadedRun) -> None:
 
         model = run.config.model
         sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
+        if layout is not None:
+            plan.require_shareable(run.config, layout)
     if run.config.checkpoint.best and not run.config.data.validation and run.config.data.prepared is None:
         came = "no rows are held out: no checkpoint would ever be the best"
         raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
