@@ -113,7 +113,7 @@ def shared_rows(path: Path, compiled: bool) -> list[float]:
         compiling.compile_layers(module, "cpu")
     engine = ZeroEngine(module, lr=1e-2, ds_config=config, world=world, **OPTIMIZERS["adamw"])
     found: list[float] = []
-    for step, lengths in enumerate(LENGTHS):
+    for step, lengths in enumerate(LENGTHS[:2]):
         torch.manual_seed(step)
         inputs = packed_inputs([{"input_ids": torch.randint(1, 1000, (1, length))} for length in lengths])
         row = Batch(inputs, inputs["input_ids"].roll(-1, 1), np.arange(len(lengths)), lengths, sum(lengths))
