@@ -358,7 +358,7 @@ def _create(loaded: LoadedRun, progress: bool = False) -> "RunPaths":
 
 def _found_again(run: str | Path, overrides: Sequence[str], progress: bool = False) -> tuple[LoadedRun, "RunPaths"]:
     """A run that exists, with overrides put over it; or one that left its checkpoints alone, in a new directory."""
-    from dstune.launch import adoption, control, rundir
+    from dstune.launch import adoption, control, rundir, start
     from dstune.launch.driver import driver_lock
 
     if adoption.lost(run):
@@ -366,7 +366,7 @@ def _found_again(run: str | Path, overrides: Sequence[str], progress: bool = Fal
         return rundir.load(paths), paths
     paths = rundir.find(run)
     with driver_lock(paths):
-        loaded = rundir.change(paths, list(overrides))
+        loaded = rundir.change(paths, list(overrides), start.check)
         control.clear(paths)
     return loaded, paths
 

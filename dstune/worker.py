@@ -18,7 +18,7 @@ import torch
 
 from dstune import loggers
 from dstune.atomic import write_json, write_text
-from dstune.batch import Batch
+from dstune.batch import Batch, Share
 from dstune.checkpoint.home import Home
 from dstune.checkpoint.loading import Loading
 from dstune.config import identity
@@ -33,7 +33,18 @@ from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
 from dstune.exporting.merged import whole_model
 from dstune.exporting.tensors import Masters
-from dstune.model import attention, compiling, fp8, freezing, isolation, neftune, patterns, sequence_parallel, tiling
+from dstune.model import (
+    attention,
+    compiling,
+    fp8,
+    freezing,
+    isolation,
+    neftune,
+    patterns,
+    rotary,
+    sequence_parallel,
+    tiling,
+)
 from dstune.model.build import build, checkpoint_names
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
@@ -164,6 +175,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     prepared = Prepared.open(plan.prepared)
     require_targets(prepared)
     module = build(config.model, base, _attention(config, plan, base, world), config.train.seed, ds_config)
+    rotary.take_piece(module, Share(world.rank, world.world_size, plan.sequence_parallel).place)
     freezing.freeze(module, config.train.freeze)
     loss = _put_in(config, module, world.device)
     frozen = ""

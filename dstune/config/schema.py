@@ -354,10 +354,6 @@ class RunConfig(Section):
     def _compiled_layers_are_whole(self) -> "RunConfig":
         if self.model.compile == "layers" and self.model.mlp_tile != "off":
             raise ValueError("give either `model.compile` or `model.mlp_tile`: how many tiles there are is in no graph")
-        if self.model.compile == "layers" and self.cluster.sequence_parallel > 1:
-            raise ValueError(
-                "give either `model.compile` or `cluster.sequence_parallel`: the two are not shown together"
-            )
         return self
 
     @model_validator(mode="after")

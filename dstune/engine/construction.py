@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dstune.engine.swapping import require_async_io
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
-from dstune.planning.reachable import HPZ, QUANTIZED, unreachable, uses_nvme
+from dstune.planning.reachable import HPZ, unreachable, uses_nvme, without_gpus
 
 log = get_logger(__name__)
 
@@ -62,7 +62,7 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
         if key in config
     ]
     problems += unreachable(config)
-    problems += _without_cuda(config)
+    problems += [] if torch.cuda.is_available() else without_gpus(config)
     _fit_to_world(config)
     _fill(config, required, problems)
     _fill(config, DEFAULTS, None)
@@ -80,16 +80,6 @@ def _fill(config: dict[str, Any], values: Mapping[str, Any], problems: list[Prob
             problems.append(
                 Problem(f"deepspeed: {path}{key}", f"{config[key]!r}", f"{value!r}, which dstune sets itself")
             )
-
-
-def _without_cuda(config: Mapping[str, Any]) -> list[Problem]:
-    """What of ZeRO++ works on GPUs alone, where there are none."""
-    zero = config.get("zero_optimization") or {}
-    if torch.cuda.is_available():
-        return []
-    keys = [key for key in QUANTIZED if zero.get(key)]
-    do = f"overrides: {{zero_optimization: {{{', '.join(f'{key}: false' for key in keys)}}}}} leaves the rest of the preset on"
-    return [Problem(f"deepspeed: zero_optimization.{key}", "is on, and there is no GPU", "off", do) for key in keys]
 
 
 def _fit_to_world(config: dict[str, Any]) -> None:

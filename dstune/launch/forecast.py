@@ -16,6 +16,7 @@ from dstune.errors import ConfigError, FitError, Problem
 from dstune.launch.sizes import Sizes
 from dstune.planning import choose, deepspeed, plan, reasons
 from dstune.planning.hardware import Cluster
+from dstune.planning.reachable import without_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class Forecast:
 
 
 def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Forecast:
-    """Every way to run on `cluster`, and the one that the run takes there."""
+    """Every way to run on `cluster`, and the one that the run takes there. Raises ConfigError where that wants GPUs, and there are none."""
     config = run.config
     load = _load(config, rows, sizes.fused_loss)
     again = config.model.activation_checkpointing
@@ -120,6 +121,9 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
         sequence_parallel=(config.cluster.sequence_parallel,),
     )
     policies = _policies(run)
+    named = policies.get(config.deepspeed.preset, {})
+    if cluster.device.is_cpu and (problems := without_gpus(named)):
+        raise ConfigError(problems)
 
     def usable(preset: str) -> str:
         zero = policies[preset].get("zero_optimization") or {}

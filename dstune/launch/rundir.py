@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,10 @@ def load(paths: RunPaths) -> LoadedRun:
     return LoadedRun(loaded.config, Path(environment(paths)["base"]), paths.config)
 
 
-def change(paths: RunPaths, overrides: list[str]) -> LoadedRun:
-    """Put overrides into config.yaml. Raises UsageError for a key that needs a new run."""
+def change(paths: RunPaths, overrides: list[str], check: Callable[[LoadedRun], None] = lambda run: None) -> LoadedRun:
+    """Put overrides into config.yaml, where `check` finds nothing wrong with the run then. Raises what it raises, UsageError for a key
+    that needs a new run.
+    """
     before = load(paths)
     after = load_run(paths.config, overrides).config
     refused = [key for key in identity.changed(before.config, after) if not key.startswith(identity.MAY_CHANGE)]
@@ -132,10 +135,12 @@ def change(paths: RunPaths, overrides: list[str]) -> LoadedRun:
             do=f"it may change {', '.join(identity.MAY_CHANGE)}; the others need a new run",
         )
         raise UsageError(problem)
+    changed = LoadedRun(after, before.base, paths.config)
     if after != before.config:
+        check(changed)
         write_text(paths.config, dump(after))
         _tell_change(paths, before.config, after)
-    return LoadedRun(after, before.base, paths.config)
+    return changed
 
 
 def _tell_change(paths: RunPaths, before: RunConfig, after: RunConfig) -> None:

@@ -13,7 +13,7 @@ from dstune.config.load import LoadedRun, load_site
 from dstune.config.schema import ClusterSection, RunConfig, SiteConfig
 from dstune.data import order
 from dstune.data.shards import Prepared
-from dstune.data.task import vocabulary_size
+from dstune.data.task import is_seq2seq, packs, vocabulary_size
 from dstune.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from dstune.launch import forecast, machine, rundir
 from dstune.launch.attempts import DriveLimits
@@ -24,7 +24,7 @@ from dstune.launch.sizes import sizes
 from dstune.launch.status import read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
-from dstune.planning import deepspeed, plan, reasons
+from dstune.planning import deepspeed, hardware, plan, reasons
 from dstune.protocols import Executor
 from dstune.records.sinks import EventLog
 from dstune.selection.choose import prepared as prepare
@@ -32,6 +32,14 @@ from dstune.selection.choose import prepared as prepare
 log = get_logger(__name__)
 
 _UNKNOWN = "the machines are not known here: `cluster.gpu` names their GPUs for the planner"
+
+_LAYOUTS: dict[tuple[bool, bool], plan.Layout] = {
+    (False, False): "padded",
+    (False, True): "packed",
+    (True, False): "seq2seq",
+    (True, True): "packed-seq2seq",
+}
+"""By whether the model is a sequence-to-sequence one, and whether rows are packed."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +105,6 @@ def described(made: plan.Plan) -> str:
 def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
     """What a plan needs to know of the data."""
     settings = prepared.manifest["settings"]
-    layouts: dict[tuple[bool, bool], plan.Layout] = {
-        (False, False): "padded",
-        (False, True): "packed",
-        (True, False): "seq2seq",
-        (True, True): "packed-seq2seq",
-    }
     positions = order.total_positions(
         prepared.num_rows, config.train.epochs, config.train.max_steps, config.train.global_batch_size
     )
@@ -112,7 +114,7 @@ def data_facts(config: RunConfig, prepared: Prepared) -> plan.DataFacts:
         num_rows=prepared.num_rows,
         total_positions=positions,
         has_validation=prepared.manifest["validation"] is not None,
-        layout=layouts[settings["seq2seq"], settings["packing"]],
+        layout=_LAYOUTS[settings["seq2seq"], settings["packing"]],
     )
 
 
@@ -141,12 +143,20 @@ def check(run: LoadedRun) -> None:
         from dstune.model.kernels import choice
 
         choice.require_known(run.config.model)
+    layout = _layout(run)
+    if _asks_of_the_model(run.config):
+        from dstune.model import requirements
+
+        named = run.config.cluster.gpu
+        requirements.require(run.config, run.base, layout, hardware.find_device(named) if named else None)
     if run.config.cluster.sequence_parallel > 1:
         from dstune.model import sequence_parallel
         from dstune.model.config import load_config
 
         model = run.config.model
         sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
+        if layout is not None:
+            plan.require_shareable(run.config, layout)
     if run.config.checkpoint.best and not run.config.data.validation and run.config.data.prepared is None:
         came = "no rows are held out: no checkpoint would ever be the best"
         raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
@@ -156,6 +166,22 @@ def check(run: LoadedRun) -> None:
         from dstune.model.footprint import footprint
 
         footprint(model, run.base, freeze)
+
+
+def _asks_of_the_model(config: RunConfig) -> bool:
+    """Whether there is anything that an architecture may not have. Looking for it loads torch; dstune's own models have the usual."""
+    model = config.model
+    asked = (model.compile, model.mlp_tile, model.attention) != ("off", "off", "auto") or model.fp8
+    return bool(asked or config.train.lr_scales or not model.path.startswith("builtin:"))
+
+
+def _layout(run: LoadedRun) -> plan.Layout | None:
+    """Of rows that will be prepared."""
+    if run.config.data.prepared is not None:
+        return None
+    packing = run.config.data.packing
+    packed = packs(run.config.model, run.base) if packing == "auto" else packing
+    return _LAYOUTS[is_seq2seq(run.config.model, run.base), packed]
 
 
 def reached_store(config: RunConfig, new: bool = False, owner: str | None = None) -> Store | None:

@@ -26,11 +26,10 @@ def choose(model: ModelSection, config: PretrainedConfig, layout: Layout) -> str
         # No mask that transformers takes keeps encoder, decoder and what lies between them apart at once.
         came = f"{model.attention} attention for packed pairs of source and target"
         raise ConfigError(Problem("model.attention", came, "auto", "Take that, or set `data.packing: false`."))
+    if layout in ("padded", "seq2seq"):
+        return _of_padded_rows(model, config)
     if model.attention != "auto":
         return model.attention
-    if layout in ("padded", "seq2seq"):
-        kind = find_model_class(config)
-        return "sdpa" if kind is None or kind._supports_sdpa else "eager"
     refused: ConfigError | None = None
     for kernel in _FASTEST_FIRST if layout == "packed" else (PER_EXAMPLE,):
         try:
@@ -42,3 +41,15 @@ def choose(model: ModelSection, config: PretrainedConfig, layout: Layout) -> str
             return kernel
     assert refused is not None
     raise refused
+
+
+def _of_padded_rows(model: ModelSection, config: PretrainedConfig) -> str:
+    """There `per-example` is transformers' own sdpa."""
+    kind = find_model_class(config)
+    supported = kind is None or kind._supports_sdpa
+    if model.attention == PER_EXAMPLE and not supported:
+        came = f"{model.attention}, and padded rows of {config.model_type} have what no attention but eager does"
+        raise ConfigError(Problem("model.attention", came, "auto or eager"))
+    if model.attention != "auto":
+        return model.attention
+    return "sdpa" if supported else "eager"

@@ -18,6 +18,7 @@ from dstune.model import adapters, per_example
 from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
+from dstune.model.rotary import follow_examples
 from dstune.model.weights import load_weights
 
 
@@ -55,6 +56,7 @@ def construct(
         module = _instance(config, model, attention)
     module.tie_weights()
     restart_positions(module)
+    follow_examples(module)
     _restore_buffers(module, outline)
     return module
 
@@ -147,10 +149,14 @@ def checkpoint_activations(module: PreTrainedModel, offload: bool = False) -> No
 
     `offload`: the layers' inputs wait in pinned main memory, copied on the stream that computes; on a CPU they are there already.
     """
-    if not module.supports_gradient_checkpointing:
-        raise ConfigError(
-            Problem("model.activation_checkpointing", f"{type(module).__name__} does not support it", "false")
-        )
+    require_recomputing(module)
     module.activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload and torch.accelerator.is_available()
     )
+
+
+def require_recomputing(module: PreTrainedModel) -> None:
+    """Raises ConfigError where activations cannot be computed again."""
+    if not module.supports_gradient_checkpointing:
+        came = f"{type(module).__name__} does not support it"
+        raise ConfigError(Problem("model.activation_checkpointing", came, "false"))

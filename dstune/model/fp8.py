@@ -74,11 +74,14 @@ class Multiply(torch.autograd.Function):
         return of_rows, of_weight
 
 
-def planned(model: ModelSection, base: Path, device: Device) -> str:
-    """What a plan for `device` says of it. Raises ConfigError where that has no such products, or the architecture is none to round."""
+def planned(model: ModelSection, base: Path, device: Device | None) -> str:
+    """What a plan for `device` (None: not known) says of it.
+
+    Raises ConfigError where that has no such products, or the architecture is none to round.
+    """
     if not model.fp8:
         return "off"
-    if not device.fp8:
+    if device is not None and not device.fp8:
         raise ConfigError(
             Problem("model.fp8", f"true, but the planned GPU is too old: {_BEGINS}", "false, or another GPU")
         )

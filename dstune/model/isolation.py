@@ -3,7 +3,7 @@
 import copy
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from dstune.model import per_example
 from dstune.model.config import auto_class
 from dstune.model.failures import FAILURES
 from dstune.model.restarts import restart_positions
+from dstune.model.rotary import follow_examples
 
 TOLERANCE = 1e-4
 """Largest difference that is taken for rounding, relative to the largest output, in fp32."""
@@ -62,9 +63,12 @@ _SIZES: dict[str, int] = {
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 # Shorter than the examples, so that windows and chunks matter in the experiment.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+_LONG = 8
+"""Tokens above which the frequencies of a rotary embedding move, where they do: one of the examples is shorter."""
 # At a width of 64, weights so large that what a layer sees reaches the logits: 0.02 would hide it below the tolerance.
 _SPREADS = ("initializer_range", "init_std")
 _SPREAD = 0.1
+_FACTORS = ("short_factor", "long_factor")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 # Layer lists and periods: how many layers show every kind once.
 _LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
@@ -199,6 +203,7 @@ def instance(config: PretrainedConfig, attention: str) -> PreTrainedModel:
         copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=own_code
     )
     restart_positions(model)
+    follow_examples(model)
     return model.eval()
 
 
@@ -231,6 +236,11 @@ def shrunk(config: PretrainedConfig, sizes: bool) -> PretrainedConfig:
 def _shrink(values: dict[str, Any], sizes: bool) -> None:
     _shrink_depth(values)
     values.update({key: 4 for key in _WINDOWS if isinstance(values.get(key), int)})
+    for rope in _ropes(values):
+        if _kind(rope) == "longrope":
+            rope["original_max_position_embeddings"] = values["original_max_position_embeddings"] = _LONG
+        elif _kind(rope) == "dynamic":
+            values["max_position_embeddings"] = _LONG
     values.update({key: _SPREAD for key in _SPREADS if isinstance(values.get(key), float)})
     values["vocab_size"] = _VOCABULARY
     # Their own ids lie beyond the small vocabulary.
@@ -286,15 +296,36 @@ def _shrink_width(values: dict[str, Any]) -> None:
         values["num_key_value_heads"] = values[head_key] if grouped == heads else min(grouped, 2)
     if isinstance(values.get("head_dim"), int) and "qk_rope_head_dim" not in values:
         values["head_dim"] = 16
-    for rope in (values.get("rope_parameters"), values.get("rope_scaling")):
-        if isinstance(rope, dict) and isinstance(rope.get("mrope_section"), list):
-            size = values.get("head_dim") or values["hidden_size"] // values[head_key]
-            rope["mrope_section"] = _scaled(rope["mrope_section"], size // 2)
+    _shrink_ropes(values, values[head_key])
     if isinstance(values.get("mamba_n_heads"), int) and isinstance(values.get("hidden_size"), int):
         inner = values.get("mamba_expand", 2) * values["hidden_size"]
         values.update(mamba_d_head=16, mamba_n_heads=inner // 16)
         if isinstance(values.get("mamba_d_ssm"), int):
             values["mamba_d_ssm"] = inner
+
+
+def _shrink_ropes(values: dict[str, Any], heads: int) -> None:
+    """Lists of numbers by frequency: as many as the smaller heads have."""
+    size = values.get("head_dim") or values["hidden_size"] // heads if "hidden_size" in values else 0
+    for rope in _ropes(values):
+        if isinstance(rope.get("mrope_section"), list):
+            rope["mrope_section"] = _scaled(rope["mrope_section"], size // 2)
+        if "qk_rope_head_dim" in values:  # heads that keep their size
+            continue
+        turning = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope.update({key: rope[key][:turning] for key in _FACTORS if isinstance(rope.get(key), list)})
+
+
+def _ropes(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings of rotary embeddings, whether one for all layers or one for each kind."""
+    for settings in (values.get("rope_parameters"), values.get("rope_scaling")):
+        if isinstance(settings, dict):
+            yield settings
+            yield from (one for one in settings.values() if isinstance(one, dict))
+
+
+def _kind(rope: dict[str, Any]) -> str | None:
+    return rope.get("rope_type") or rope.get("type")
 
 
 def _scaled(sections: list[int], total: int) -> list[int]:

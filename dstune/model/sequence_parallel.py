@@ -12,7 +12,7 @@ itself is one call of torch's.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -109,6 +109,7 @@ class _Exchanged:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
+    @torch.compiler.disable
     def attend(
         self,
         module: torch.nn.Module,
@@ -122,6 +123,7 @@ class _Exchanged:
 
         `cu_seq_lens_q` is the whole row's. Raises ConfigError where the heads do not divide, ValueError for what only the whole
         layer could do.
+        NOTE: never compiled: an exchange stays where it stands among the collectives of ZeRO, on all members alike.
         """
         members = self._exchange.members
         require_heads(query.shape[1], members)
@@ -174,19 +176,7 @@ def _no_attention(model: ModelSection, config: PretrainedConfig) -> str | None:
 
 def _obstacle(config: PretrainedConfig) -> str | None:
     """What the config alone says is in the way."""
-    if config.is_encoder_decoder:
-        return "rows of sequence-to-sequence models are not cut"
-    # Their frequencies follow the longest position of a call, which pieces of a row do not share.
-    moving = sorted({kind for kind in _rope_types(config.to_dict()) if "dynamic" in kind or kind == "longrope"})
-    return f"its rotary embedding ({', '.join(moving)}) depends on the whole row" if moving else None
-
-
-def _rope_types(values: Any) -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _rope_types(value)
-        elif key in ("rope_type", "type") and isinstance(value, str):
-            yield value
+    return "rows of sequence-to-sequence models are not cut" if config.is_encoder_decoder else None
 
 
 class _Rows:

@@ -28,16 +28,22 @@ def tile(module: PreTrainedModel, tokens: int | Literal["auto"]) -> None:
     Raises ConfigError where the architecture has no layer that is known to work token by token.
     NOTE: behind kernels that take the place of a layer's forward pass, or they would take the tiles' place.
     """
-    found = feed_forwards(module)
-    if not found:
-        came = f"no feed-forward layer of {type(module).__name__} is known to work token by token"
-        raise ConfigError(Problem("model.mlp_tile", came, "off"))
+    found = require_feed_forwards(module)
     for name in found:
         layer: Any = module.get_submodule(name)
         layer.forward = _tiled(layer.forward, _widths(layer)[0] if tokens == "auto" else tokens)
         # Its weights are gathered once for all tiles, not for each.
         leaves.gather_whole(layer)
     log.info("in tiles: %s", leaves.summary(found))
+
+
+def require_feed_forwards(module: PreTrainedModel) -> list[str]:
+    """`feed_forwards`. Raises ConfigError where there are none."""
+    found = feed_forwards(module)
+    if not found:
+        came = f"no feed-forward layer of {type(module).__name__} is known to work token by token"
+        raise ConfigError(Problem("model.mlp_tile", came, "off"))
+    return found
 
 
 def feed_forwards(module: nn.Module) -> list[str]:

@@ -99,14 +99,12 @@ def make(
 ) -> Plan:
     """Join `config` (settled: what it leaves to `auto` takes the usual) with `world_size` workers.
 
-    Raises FitError as `require_rows`, ConfigError where rows are shared that are not packed.
+    Raises FitError as `require_rows`, ConfigError as `require_shareable`.
     """
     batch = config.train.global_batch_size
     require_rows(config, world_size)
     shared = config.cluster.sequence_parallel
-    if shared > 1 and data.layout != "packed":
-        came = f"{shared} workers would share rows of the layout {data.layout}"
-        raise ConfigError(Problem("cluster.sequence_parallel", came, "1, or packed rows of a causal model"))
+    require_shareable(config, data.layout)
     micro = micro_batch_size(config, world_size)
     return Plan(
         attempt=attempt,
@@ -162,6 +160,14 @@ def require_rows(config: RunConfig, world_size: int) -> None:
             do="raise train.global_batch_size, or lower cluster.workers",
         )
         raise FitError(problem)
+
+
+def require_shareable(config: RunConfig, layout: Layout) -> None:
+    """Raises ConfigError where workers would share rows that cannot be cut."""
+    shared = config.cluster.sequence_parallel
+    if shared > 1 and layout != "packed":
+        came = f"{shared} workers would share rows of the layout {layout}"
+        raise ConfigError(Problem("cluster.sequence_parallel", came, "1, or packed rows of a causal model"))
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:

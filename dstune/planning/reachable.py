@@ -31,6 +31,14 @@ _INSTEAD: Mapping[str, str] = {
 }
 
 
+def without_gpus(ds_config: Mapping[str, Any]) -> list[Problem]:
+    """What of a DeepSpeed config works on GPUs alone, for workers that have none."""
+    zero = ds_config.get("zero_optimization") or {}
+    keys = [key for key in QUANTIZED if zero.get(key)]
+    do = f"overrides: {{zero_optimization: {{{', '.join(f'{key}: false' for key in keys)}}}}} leaves the rest of the preset on"
+    return [Problem(_WHERE + key, "is on, and there is no GPU", "off", do) for key in keys]
+
+
 def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the offloads and partitions of a DeepSpeed config, as far as the config itself says."""
     zero = ds_config.get("zero_optimization") or {}

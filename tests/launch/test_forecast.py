@@ -6,7 +6,7 @@ import pytest
 
 from dstune import api
 from dstune.config.load import load_run
-from dstune.errors import FitError
+from dstune.errors import ConfigError, FitError
 from dstune.launch import comparison, machine, rundir, start
 from dstune.paths import RunPaths
 from dstune.planning.plan import Plan
@@ -51,6 +51,13 @@ def test_what_fits_nowhere_is_not_started_unless_its_preset_is_named(tmp_path, m
     with pytest.raises(FitError, match=r"nearest comes zero\d, micro-batch 1, recomputing activations, which lacks"):
         planner(tmp_path / "auto", train={"micro_batch_size": "auto"})(1, 2, None, 0)
     assert planner(tmp_path / "named", deepspeed={"preset": "zero2"})(1, 2, None, 0).preset == "zero2"
+
+
+def test_what_gpus_alone_can_do_is_refused_for_processors(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: ())
+    with pytest.raises(ConfigError, match=r"(?s)quantized_weights: is on, and there is no GPU.*quantized_gradients"):
+        planner(tmp_path / "here", deepspeed={"preset": "zero++"})(1, 2, None, 0)
+    assert planner(tmp_path / "there", elsewhere=True, deepspeed={"preset": "zero++"})(1, 2, None, 0).preset == "zero++"
 
 
 def test_predicted_stands_beside_measured(tmp_path):

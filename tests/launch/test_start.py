@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from dstune import api
 from dstune.config.load import load_run
 from dstune.errors import ConfigError
-from dstune.launch import start
+from dstune.launch import rundir, start
 
 _RUN = "name: t\nmodel: {path: builtin:tiny-llama}\ndata: {sources: [{path: builtin:instructions}]}\ncheckpoint: {best: loss}\n"
 
@@ -23,3 +24,25 @@ def test_a_kernel_that_there_is_not_is_found_before_the_data_is_prepared(tmp_pat
     start.check(load_run(tmp_path / "run.yaml", ["data.validation=0.1", "model.kernels=[rotary]"]))
     with pytest.raises(ConfigError, match=r"(?s)'rotery' is no kernel.*did you mean 'rotary'"):
         start.check(load_run(tmp_path / "run.yaml", ["model.kernels={rotery: false}"]))
+
+
+def test_what_the_model_cannot_do_is_found_before_the_data_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    with pytest.raises(ConfigError, match=r"train\.lr_scales: 'layers\.\*' matches no parameter"):
+        start.check(load_run(tmp_path / "run.yaml", ["data.validation=0.1", "train.lr_scales={layers.*: 2}"]))
+
+
+def test_a_resume_that_the_model_refuses_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    paths = rundir.create(load_run(tmp_path / "run.yaml", ["data.validation=0.1"]))
+    before = paths.config.read_text()
+    with pytest.raises(ConfigError, match="'rotery' is no kernel"):
+        api.resume(paths.root, ["model.kernels={rotery: false}"])
+    assert paths.config.read_text() == before
+
+
+def test_rows_that_will_not_be_packed_are_not_shared(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    shared = ["data.validation=0.1", "cluster.workers=2", "cluster.sequence_parallel=2", "data.packing=false"]
+    with pytest.raises(ConfigError, match="2 workers would share rows of the layout padded"):
+        start.check(load_run(tmp_path / "run.yaml", shared))

@@ -5,16 +5,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dstune.batch import Batch, Share
+from dstune.config.adapter import AdapterSection
 from dstune.config.schema import ModelSection
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
 from dstune.model import build as model
-from dstune.model import compiling, fp8
+from dstune.model import compiling, fp8, sequence_parallel
 from dstune.model.isolation import packed_inputs
+from dstune.model.loss import summed_token_loss
 from dstune.model.per_example import PER_EXAMPLE
 from dstune.planning.hardware import DEVICES
 from tests.engine.tiny import GATHERED, OPTIMIZERS, ds_config
@@ -94,6 +98,46 @@ def test_under_zero3_compiled_layers_and_8_bit_products_learn_as_plain_ones(tmp_
     assert first[0] < first[1] == first[-1] and second[0] < second[2] == second[-1], (
         "rows of other lengths were compiled again"
     )
+
+
+def shared_rows(path: Path, compiled: bool) -> list[float]:
+    """This worker's part of the losses, training and validating, of rows that two share under ZeRO-3."""
+    world = World.from_environment()
+    world.init(60)
+    attention = sequence_parallel.register(sequence_parallel.Workers(world.row_group(2)))
+    config = ds_config(3, zero=GATHERED)
+    section = ModelSection(path=str(path), init="random", dtype="fp32", adapter=AdapterSection(rank=4))
+    module = model.build(section, path, attention, 0, config)
+    if compiled:
+        compiling.torch = SimpleNamespace(compile=partial(torch.compile, backend="aot_eager"), ones=torch.ones)
+        compiling.compile_layers(module, "cpu")
+    engine = ZeroEngine(module, lr=1e-2, ds_config=config, world=world, **OPTIMIZERS["adamw"])
+    found: list[float] = []
+    for step, lengths in enumerate(LENGTHS[:2]):
+        torch.manual_seed(step)
+        inputs = packed_inputs([{"input_ids": torch.randint(1, 1000, (1, length))} for length in lengths])
+        row = Batch(inputs, inputs["input_ids"].roll(-1, 1), np.arange(len(lengths)), lengths, sum(lengths))
+        piece = Share(world.rank, 2, 2).piece(row, pad_id=0)
+        for learning in (True, False):
+            engine.module.train(learning)
+            with torch.set_grad_enabled(learning):
+                loss, _ = summed_token_loss(engine.module, piece)
+            found.append(loss.item())
+            if learning:
+                engine.backward(loss * 2 / row.supervised, last=True)
+                engine.step(1e-2)
+    world.close()
+    return found
+
+
+@pytest.mark.dist
+def test_two_workers_that_share_rows_may_compile_their_layers(tmp_path):
+    """With an adapter, whose base is frozen; and in between they validate."""
+    tiny_config("llama").save_pretrained(tmp_path)
+    plain, compiled = (run_workers(shared_rows, 2, tmp_path, way) for way in (False, True))
+    for one, other in zip(compiled, plain, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert sum(part[1] for part in plain) < sum(part[0] for part in plain), "nothing was learnt"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_next", "qwen3_5_text"])

@@ -1,0 +1,48 @@
+"""What does not go with a model is found from its config alone, all of it at once, before anything is prepared."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstune.config.schema import RunConfig
+from dstune.errors import ConfigError
+from dstune.model.requirements import require
+from dstune.planning.hardware import DEVICES
+from tests.model.architectures import tiny_config
+
+
+def asking(folder: Path, name: str, layout: Any, train: dict[str, Any] | None = None, **model: Any) -> None:
+    tiny_config(name).save_pretrained(folder)
+    data = {"sources": [{"path": "x"}]}
+    written = {"name": "t", "model": {"path": str(folder), **model}, "data": data, "train": train or {}}
+    require(RunConfig.model_validate(written), folder, layout, DEVICES["h200"])
+
+
+def test_what_an_architecture_lacks_is_said_all_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        asking(tmp_path, "mixtral", "packed", {"lr_scales": {"*.up_proj.*": 2.0}}, compile="layers", fp8=True)
+    places = [problem.where for problem in caught.value.problems]
+    assert places == ["model.compile", "model.fp8", "train.lr_scales"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "model", "said"),
+    [
+        ("mamba", "packed", {}, r"data\.packing: .*carries over"),
+        ("mamba", "padded", {"mlp_tile": "auto"}, r"model\.mlp_tile: no feed-forward layer"),
+        ("gemma2", "padded", {"attention": "per-example"}, r"model\.attention: .*no attention but eager"),
+        ("t5", "packed-seq2seq", {"attention": "eager"}, r"model\.attention: eager attention for packed pairs"),
+        ("gpt2", "packed", {"attention": "sdpa"}, None),
+        ("gemma2", "padded", {"attention": "eager", "activation_checkpointing": True, "mlp_tile": 5}, None),
+        ("mamba", None, {}, None),
+    ],
+)
+def test_options_are_looked_at_beside_rows_and_model(
+    tmp_path: Path, name: str, layout: Any, model: dict[str, Any], said: str | None
+) -> None:
+    if said is None:
+        asking(tmp_path, name, layout, **model)
+        return
+    with pytest.raises(ConfigError, match=said):
+        asking(tmp_path, name, layout, **model)
