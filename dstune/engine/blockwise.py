@@ -1,7 +1,7 @@
 """Numbers in 8 bits, in blocks with a scale each (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization"), in plain torch.
 
 A block's numbers over its largest magnitude are rounded to the nearest of 255 or 256 values that lie as densely as a number is large,
-over seven decades (the paper's dynamic data type, section 1.3 and appendix). Here both 1 and -1 are among them, so a block's largest
+over seven decades (the paper's dynamic data type, sections 1.3 and 2.2). Here both 1 and -1 are among them, so a block's largest
 number is kept exactly, and what was decoded is encoded to the same again. And a positive number of an unsigned block never becomes zero:
 a second moment of zero under a first one that is not would let an update explode.
 """
@@ -89,5 +89,5 @@ def _codes(is_signed: bool, device: torch.device) -> torch.Tensor:
     values = values_of(is_signed, torch.device("cpu"))
     codes = torch.bucketize(middles.nan_to_num(), (values[:-1] + values[1:]) / 2)
     if not is_signed:
-        codes[1:].clamp_(min=1)
+        codes[1 : len(codes) // 2].clamp_(min=1)  # the half without a sign, but for zero
     return codes.to(torch.uint8).to(device)

@@ -18,6 +18,7 @@ def _numbers(is_signed: bool) -> Iterator[torch.Tensor]:
         numbers = torch.randn(LENGTH, generator=generator)
         numbers[BLOCK : 2 * BLOCK] *= 10.0 ** torch.empty(BLOCK).uniform_(-9, 0, generator=generator)
         numbers[2 * BLOCK : 3 * BLOCK] = 0
+        numbers[2 * BLOCK + 1] = -0.0
         numbers[2 * BLOCK + 3] = -3.0
         numbers[3 * BLOCK : 4 * BLOCK] = -0.5
         yield (numbers if is_signed else numbers.abs()) * size
