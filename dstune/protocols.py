@@ -20,16 +20,16 @@ MODEL_STATES = (WEIGHTS, AVERAGE)
 
 @dataclass(frozen=True)
 class Slice:
-    """This worker's piece of one training state of one parameter, cut from the parameter's flattened tensor."""
+    """This worker's piece of one training state of one parameter, cut from the flattened tensor."""
 
     state: str
     """`fp32` (master weights), `ema`, `exp_avg`, `exp_avg_sq`, …"""
     name: str
     """The parameter's name as `save_pretrained` writes it."""
     shape: tuple[int, ...]
-    """The whole parameter's shape."""
+    """The whole state's: the parameter's own, but for statistics that are kept in place of a number for each element."""
     offset: int
-    """Where this piece begins in the flattened parameter, in elements."""
+    """Where this piece begins in the flattened state, in elements."""
     tensor: Any
     """One-dimensional torch tensor of the piece's elements; a view into the engine where that is possible."""
 
@@ -84,14 +84,15 @@ class Engine(Protocol):
         ...
 
     def slices(self) -> Iterator[Slice]:
-        """Every piece of training state that this worker holds, in a fixed order.
+        """Every piece of training state that this worker writes, in a fixed order; all workers' pieces tile the whole.
 
         A slice's tensor holds only until the next slice is asked for: states on NVMe are in memory group by group.
         """
         ...
 
     def load(self, fill: Callable[[Slice], None], optimizer_steps: int) -> None:
-        """Call `fill` for every slice (it writes `slice.tensor` in place), then make the forward weights follow the masters.
+        """Call `fill` for every slice that this worker wants (it writes `slice.tensor` in place), then make the forward weights follow
+        the masters. A slice that is not written stays as it was.
 
         Only on an engine that has not stepped yet. `optimizer_steps`: updates made so far (Adam's bias correction).
         """

@@ -235,6 +235,7 @@ def _engine(config: RunConfig, module: Any, ds_config: dict[str, Any], world: Wo
         betas=config.train.betas,
         eps=config.train.eps,
         momentum=config.train.momentum,
+        scale_parameter=config.train.scale_parameter,
         weight_decay=config.train.weight_decay,
         ema=config.train.ema,
         lr_scales=patterns.lr_scales(module, config.train.lr_scales, stored),

@@ -14,23 +14,14 @@ _OPTIMIZER_SETTINGS: dict[str, dict[str, Any]] = {
     "lion": {"betas": (0.9, 0.99)},
     "adagrad": {"eps": 1e-10},
     "muon": {"momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8},
+    "adafactor": {"eps": 1e-30, "scale_parameter": True},
+    "adamw8bit": {"betas": (0.9, 0.999), "eps": 1e-8},
 }
 """The settings that each optimizer knows, with its defaults; the others' do not belong to it."""
-
-
-_8_BIT = (
-    "keeps its moments in blocks of 8 bits with a scale each (bitsandbytes, on GPUs alone), which neither ZeRO nor a checkpoint for "
-    "another world could cut by element; `lion` keeps half of AdamW's states, and `deepspeed.preset: zero3-offload-optimizer` keeps "
-    "AdamW's in the host's memory"
-)
-_REFUSED = {
-    "adafactor": "keeps sums over the rows and columns of each matrix, and ZeRO cuts matrices into flat pieces that have neither; `lion` "
-    "and `sgd` keep one number an element where AdamW keeps two",
-    **dict.fromkeys(
-        ("adam8bit", "adamw8bit", "adam_8bit", "adamw_8bit", "adamw-8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), _8_BIT
-    ),
-}
-"""What other trainers have and this one cannot run, with `checkpoint.weights_only` or without, and why."""
+_RELATIVE_LR = 1e-3
+"""Where updates are relative to the parameters: about 2e-5 of the weights of a language model, whose root mean square is near 0.02."""
+_NAMED_ADAMW8BIT = ("adam8bit", "adam_8bit", "adamw_8bit", "adamw-8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+"""What other trainers call it, or what is nearest to it."""
 
 _DECAY_RATIO = 0.2
 _DECAY_SHAPE = "1-sqrt"
@@ -51,7 +42,7 @@ class TrainSection(BaseModel):
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Rows per forward pass and worker; does not change the loss. `auto`: as the planner finds, on CPUs about 8,192 tokens."""
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
-    """Peak learning rate."""
+    """Peak learning rate. Of Adafactor (1e-3) relative to each parameter's root mean square, unless `scale_parameter: false`."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up. `cosine` and `linear` fall to the last step; `wsd` stays at the peak and falls at the end only, so that
     a run can be lengthened (`dstune resume RUN train.max_steps=…`) from any step before its decay."""
@@ -65,18 +56,23 @@ class TrainSection(BaseModel):
     """Share of all steps that warm up linearly; 0 when `warmup_steps` is not given either."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps that warm up, in place of `warmup_ratio`."""
-    optimizer: Literal["adamw", "sgd", "lion", "adagrad", "muon"] = "adamw"
-    """The update rule; Muon's is for hidden matrices, the others (embeddings, head, vectors) take AdamW's."""
+    optimizer: Literal["adamw", "sgd", "lion", "adagrad", "muon", "adafactor", "adamw8bit"] = "adamw"
+    """The update rule. Muon's is for hidden matrices, the others (embeddings, head, vectors) take AdamW's; Adafactor keeps nearly nothing
+    beside the weights; adamw8bit keeps AdamW's moments in 8 bits, but for those of embeddings and of what is small."""
     states: Literal["fp32"] = "fp32"
     """Precision of masters and moments."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """On matrices only, never on biases and norms; decoupled, but for SGD and Adagrad, which add it to the gradient."""
     betas: tuple[Beta, Beta] | None = None
-    """Decay rates of AdamW and Muon's part of it (0.9, 0.999), and of Lion (0.9, 0.99)."""
+    """Decay rates of AdamW, in 8 bits or not, and Muon's part of it (0.9, 0.999), and of Lion (0.9, 0.99)."""
     eps: Annotated[float, Field(gt=0)] | None = None
-    """Epsilon of AdamW and Muon's part of it (1e-8), and of Adagrad (1e-10)."""
+    """Epsilon of AdamW, in 8 bits or not, and Muon's part of it (1e-8), and of Adagrad (1e-10); of Adafactor the least mean
+    square of a gradient's row, column or element (1e-30)."""
     momentum: Beta | None = None
     """SGD's (0.9), Muon's (0.95)."""
+    scale_parameter: bool | None = None
+    """Whether Adafactor's updates are relative to each parameter's root mean square (true, as `torch.optim.Adafactor`'s); with `false`
+    `lr` means what it means with AdamW, as in transformers' Trainer: matrices that begin at zero (LoRA's B) learn faster then."""
     freeze: list[str] = []
     """Parameters that stay as they are: patterns on their names (`model.embed_tokens.*`, `model.layers.[0-3].*`)."""
     lr_scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
@@ -103,17 +99,19 @@ class TrainSection(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_optimizer(cls, values: Any) -> Any:
-        if isinstance(values, dict) and (why := _REFUSED.get(str(values.get("optimizer")).lower())):
-            raise ValueError(f"the optimizer {values['optimizer']} {why}")
+        if isinstance(values, dict) and str(values.get("optimizer")).lower() in _NAMED_ADAMW8BIT:
+            came = f"the optimizer {values['optimizer']} is bitsandbytes'"
+            raise ValueError(f"{came}; `adamw8bit` keeps its moments in blocks of 8 bits too, on every device")
         known = _OPTIMIZER_SETTINGS.get(str(values.get("optimizer", "adamw"))) if isinstance(values, dict) else None
         if known is None:
             return values
-        for key in ("betas", "eps", "momentum"):
+        for key in dict.fromkeys(key for settings in _OPTIMIZER_SETTINGS.values() for key in settings):
             if values.get(key) is not None and key not in known:
                 *others, last = (name for name, settings in _OPTIMIZER_SETTINGS.items() if key in settings)
-                owners = f"{', '.join(others)} and {last}"
+                owners = f"{', '.join(others)} and {last}" if others else last
                 raise ValueError(f"`{key}` belongs to {owners}, not to {values.get('optimizer', 'adamw')}")
-        return values | {key: default for key, default in known.items() if values.get(key) is None}
+        values = values | {key: default for key, default in known.items() if values.get(key) is None}
+        return values if not values.get("scale_parameter") or "lr" in values else values | {"lr": _RELATIVE_LR}
 
     @model_validator(mode="before")
     @classmethod

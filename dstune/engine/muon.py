@@ -4,74 +4,48 @@ So a checkpoint keeps its states as it keeps Adam's, and resumes on any world. D
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
 from dstune.engine.communication import collectives
+from dstune.engine.partitions import Piece
+from dstune.engine.sliced import Groups, Sliced, adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-@dataclass(frozen=True)
-class Share:
-    """What this worker holds of one parameter: elements `offset` to `offset + length`, at `start` of its flat tensor."""
-
-    shape: tuple[int, ...]
-    offset: int
-    start: int
-    length: int
-
-
-class Muon(torch.optim.Optimizer):
+class Muon(Sliced):
     """Jordan et al. 2024 for groups marked `hidden`; AdamW for the others (embeddings, head, vectors).
 
     As `torch.optim.Muon` with Nesterov momentum and `match_rms_adamw` (Liu et al. 2025, "Muon is scalable for LLM training"):
     an update of a matrix [A, B] is scaled by 0.2 sqrt(max(A, B)), so that AdamW's learning rate and decay fit both.
-    `place` must be called before the first step. A step is a collective call.
+    A step is a collective call.
     """
 
-    def __init__(
-        self, params: list[dict[str, Any]], lr: float, momentum: float, betas: tuple[float, float], eps: float
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._shares: Mapping[torch.Tensor, list[Share]] = {}
-        self._device = torch.device("cpu")
+    def __init__(self, params: Groups, lr: float, momentum: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
 
-    def place(self, shares: Mapping[torch.Tensor, list[Share]], device: torch.device) -> None:
-        """For each flat tensor its parameters, the same ones in the same order on every worker; where matrices are made whole."""
-        self._shares, self._device = shares, device
+    def update(self, flat: torch.Tensor, group: dict[str, Any]) -> None:
+        if group["kind"] == "hidden":
+            self._orthogonal(flat, group)
+        else:
+            state = self.state[flat]
+            adamw(flat, flat.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for flat in group["params"]:
-                if flat.grad is not None:
-                    (self._step_hidden if group["hidden"] else self._step_other)(flat, group)
-
-    def _step_hidden(self, flat: torch.Tensor, group: dict[str, Any]) -> None:
+    def _orthogonal(self, flat: torch.Tensor, group: dict[str, Any]) -> None:
         momentum = self.state[flat]["momentum_buffer"]
         momentum.lerp_(flat.grad, 1 - group["momentum"])
         update = torch.lerp(flat.grad, momentum, group["momentum"])  # type: ignore[arg-type]
         flat.mul_(1 - group["lr"] * group["weight_decay"])
-        for share, direction in self._orthogonalised(update, self._shares[flat]):
-            scale = 0.2 * math.sqrt(max(share.shape[-2:]))
-            mine = direction[share.offset : share.offset + share.length].to(flat.device)
-            flat.narrow(0, share.start, share.length).add_(mine, alpha=-group["lr"] * scale)
+        for piece, direction in self._orthogonalised(update, self.pieces[flat]):
+            scale = 0.2 * math.sqrt(max(piece.shape[-2:]))
+            mine = direction[piece.offset : piece.offset + piece.length].to(flat.device)
+            flat.narrow(0, piece.start, piece.length).add_(mine, alpha=-group["lr"] * scale)
 
-    def _step_other(self, flat: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self.state[flat]
-        adamw(
-            [flat], [flat.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-            fused=True, amsgrad=False, maximize=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-            weight_decay=group["weight_decay"], eps=group["eps"],
-        )  # fmt: skip
-
-    def _orthogonalised(self, update: torch.Tensor, shares: list[Share]) -> Iterator[tuple[Share, torch.Tensor]]:
+    def _orthogonalised(self, update: torch.Tensor, pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Each parameter with its whole direction, flattened, on every worker. The workers take turns to compute them.
 
         On 3 workers the first of three matrices is summed up on worker 0, the next on 1, the third on 2; then all three
@@ -79,19 +53,19 @@ class Muon(torch.optim.Optimizer):
         """
         sending = collectives()
         rank, world_size = sending.get_rank(), sending.get_world_size()
-        for first in range(0, len(shares), world_size):
-            turn = shares[first : first + world_size]
-            own = torch.empty(0, device=self._device)
-            for owner, share in enumerate(turn):
-                whole = torch.zeros(math.prod(share.shape), device=self._device)
-                whole[share.offset : share.offset + share.length] = update.narrow(0, share.start, share.length)
+        for first in range(0, len(pieces), world_size):
+            turn = pieces[first : first + world_size]
+            own = torch.empty(0, device=self.device)
+            for owner, piece in enumerate(turn):
+                whole = torch.zeros(math.prod(piece.shape), device=self.device)
+                whole[piece.offset : piece.offset + piece.length] = update.narrow(0, piece.start, piece.length)
                 sending.reduce(whole, dst=owner)
                 if owner == rank:
-                    own = orthogonal(whole.view(share.shape)).float().flatten()
-            for owner, share in enumerate(turn):
-                direction = own if owner == rank else torch.empty(math.prod(share.shape), device=self._device)
+                    own = orthogonal(whole.view(piece.shape)).float().flatten()
+            for owner, piece in enumerate(turn):
+                direction = own if owner == rank else torch.empty(math.prod(piece.shape), device=self.device)
                 sending.broadcast(direction, src=owner)
-                yield share, direction
+                yield piece, direction
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:

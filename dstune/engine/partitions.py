@@ -12,18 +12,17 @@ from dstune.engine.parameters import full_shape
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of elements of one parameter that this worker owns, and where they stand in a flat fp32 tensor."""
+    """What this worker owns of one parameter: a run of its elements, or none, and where they stand in a flat fp32 tensor."""
 
-    parameter: torch.nn.Parameter
+    name: str
+    """The parameter's, at run time."""
     shape: tuple[int, ...]
     """The whole parameter's shape."""
-    offset: int
+    offset: int = 0
     """First element, in the flattened parameter."""
-    length: int
-    flat: torch.Tensor
-    """The fp32 tensor that the optimizer updates; its key in the optimizer's state."""
-    start: int
-    """First element, in `flat`."""
+    length: int = 0
+    start: int = 0
+    """First element, in the flat tensor."""
 
 
 class Partitions(Protocol):
@@ -41,8 +40,8 @@ class Partitions(Protocol):
         """Whose elements `flat` holds, on this worker or on another: the same ones in the same order everywhere."""
         ...
 
-    def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
-        """This worker's elements of `parameter`, padding left out; None where it has none."""
+    def piece(self, name: str, parameter: torch.nn.Parameter) -> Piece:
+        """This worker's elements of `parameter`, padding left out."""
         ...
 
     def resident(self, flat: torch.Tensor, changed: bool = False) -> AbstractContextManager[None]:
@@ -77,16 +76,13 @@ class Stage3Partitions:
     def parameters(self, flat: torch.Tensor) -> list[torch.nn.Parameter]:
         return list(self._optimizer.fp16_groups[_number(flat, self.flats())])
 
-    def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
+    def piece(self, name: str, parameter: torch.nn.Parameter) -> Piece:
         optimizer: Any = self._optimizer
         partitioned: Any = parameter
-        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        _, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         offset = min(self._rank * size, partitioned.ds_numel)
         length = min(size, partitioned.ds_numel - offset)
-        if length == 0:
-            return None
-        flat = optimizer.fp32_partitioned_groups_flat[group]
-        return Piece(parameter, full_shape(parameter), offset, length, flat, start)
+        return Piece(name, full_shape(parameter), offset, length, start)
 
     @contextmanager
     def resident(self, flat: torch.Tensor, changed: bool = False) -> Iterator[None]:
@@ -140,15 +136,13 @@ class FlatGroupPartitions:
         groups = self._optimizer.bf16_groups if self._is_bf16_class else self._optimizer.bit16_groups
         return list(groups[_number(flat, self._flats)])
 
-    def piece(self, parameter: torch.nn.Parameter) -> Piece | None:
+    def piece(self, name: str, parameter: torch.nn.Parameter) -> Piece:
         linked: Any = parameter
         mapping = linked._hp_mapping
         if mapping is None:
-            return None
+            return Piece(name, tuple(parameter.shape))
         address = mapping.hp_fragment_address
-        flat = self._flats[mapping.param_group_index]
-        offset = mapping.lp_fragment_address.start
-        return Piece(parameter, tuple(parameter.shape), offset, address.numel, flat, address.start)
+        return Piece(name, tuple(parameter.shape), mapping.lp_fragment_address.start, address.numel, address.start)
 
     def resident(self, flat: torch.Tensor, changed: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
@@ -167,12 +161,10 @@ def _number(flat: torch.Tensor, flats: list[torch.Tensor]) -> int:
     return next(number for number, one in enumerate(flats) if one is flat)
 
 
-def pieces(partitions: Partitions, module: torch.nn.Module) -> Iterator[tuple[str, Piece]]:
-    """This worker's pieces with their parameters' run-time names, in the order of the flat tensors (group by group)."""
-    found: list[tuple[int, int, str, Piece]] = []
-    position = {id(flat): number for number, flat in enumerate(partitions.flats())}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and (piece := partitions.piece(parameter)):
-            found.append((position[id(piece.flat)], piece.start, name, piece))
-    for _, _, name, piece in sorted(found, key=lambda item: item[:2]):
-        yield name, piece
+def pieces(partitions: Partitions, module: torch.nn.Module) -> dict[torch.Tensor, list[Piece]]:
+    """For each flat tensor its parameters, the same ones in the same order on every worker."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        flat: [partitions.piece(names[id(parameter)], parameter) for parameter in partitions.parameters(flat)]
+        for flat in partitions.flats()
+    }

@@ -9,15 +9,16 @@ import torch
 from dstune.engine import communication, leaves
 from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
-from dstune.engine.muon import Muon, Share
 from dstune.engine.optimizers import Settings, rule_of
-from dstune.engine.parameters import forget_copies, full_shape
-from dstune.engine.partitions import FlatGroupPartitions, Partitions, Stage3Partitions, pieces
+from dstune.engine.parameters import forget_copies
+from dstune.engine.partitions import FlatGroupPartitions, Partitions, Piece, Stage3Partitions, pieces
+from dstune.engine.sliced import Sliced
+from dstune.engine.states import BY_ELEMENT, Part, State
 from dstune.engine.swapping import SwapFolder
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
-from dstune.planning.reachable import uses_nvme
-from dstune.protocols import MODEL_STATES, WEIGHTS, Slice, StepResult
+from dstune.planning.reachable import unswappable, uses_nvme
+from dstune.protocols import AVERAGE, WEIGHTS, Slice, StepResult
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -43,6 +44,7 @@ class ZeroEngine:
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         momentum: float | None = None,
+        scale_parameter: bool | None = None,
         weight_decay: float = 0.0,
         lr_scales: Mapping[str, float] | None = None,
         ema: float | None = None,
@@ -54,13 +56,16 @@ class ZeroEngine:
         if not trainable:
             raise ConfigError(Problem("model", "has no trainable parameter"))
         config = complete(ds_config, trainable[0].dtype)
+        if problems := unswappable(config, optimizer):
+            raise ConfigError(problems)
         if uses_nvme(config):
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config, more_states=int(ema is not None))
         if stage_of(config) == 3:
             for name in leaves.routed_modules(module):
                 leaves.gather_whole(module.get_submodule(name))
-        self._rule = rule_of(Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum))
+        settings = Settings(name=optimizer, betas=betas, eps=eps, momentum=momentum, scale_parameter=scale_parameter)
+        self._rule = rule_of(settings)
         self._optimizer = self._rule.build(self._rule.groups(module, weight_decay, lr_scales or {}), lr)
         self._average = None if ema is None else Average(self._optimizer, ema)
         engine, zero, _, _ = deepspeed.initialize(
@@ -80,17 +85,17 @@ class ZeroEngine:
         )
         self._optimizer_steps = 0
         self._used = False
-        self._pieces = list(pieces(self._partitions, module))
-        for flat in self._partitions.flats():
+        self._pieces = pieces(self._partitions, module)
+        for flat, its_pieces in self._pieces.items():
             with self._partitions.resident(flat, changed=True):
-                self._rule.prepare(self._optimizer, flat, self._group_of(flat))
+                self._rule.prepare(self._optimizer, flat, self._group_of(flat), its_pieces)
                 if self._average:
                     self._average.start(flat)
         if scaler := self._loss_scaler():
             # The loop counts what is skipped, says so, and gives up; DeepSpeed would raise in the middle of a step.
             scaler.raise_error_at_min_scale = False
-        if isinstance(self._optimizer, Muon):
-            self._optimizer.place({flat: self._shares(flat) for flat in self._partitions.flats()}, world.device)
+        if isinstance(self._optimizer, Sliced):
+            self._optimizer.place(self._pieces, world.device)
 
     @property
     def module(self) -> Any:
@@ -130,13 +135,16 @@ class ZeroEngine:
         return self._optimizer_steps
 
     def slices(self) -> Iterator[Slice]:
-        """Views of this worker's masters and states: for each flat tensor, state by state, parameter by parameter.
+        """What this worker writes of masters and states: for each flat tensor, state by state, parameter by parameter.
 
         NOTE: where states are on NVMe a view holds only until the next one is asked for: copy each as it comes.
         """
-        for flat in self._partitions.flats():
+        for flat, its_pieces in self._pieces.items():
             with self._partitions.resident(flat):
-                yield from self._slices_of(flat)
+                for name, state, kept in self._states_of(flat):
+                    for piece in its_pieces:
+                        if part := state.saved(kept, piece):
+                            yield self._slice(name, piece, part)
 
     def load(self, fill: Callable[[Slice], None], optimizer_steps: int) -> None:
         """Have `fill` write every slice, then refresh the forward weights. Only before the first forward pass.
@@ -145,33 +153,34 @@ class ZeroEngine:
         """
         assert not self._used and self._optimizer_steps == 0, "only a fresh engine can be loaded"
         with torch.no_grad():
-            for flat in self._partitions.flats():
+            for flat in self._pieces:
                 with self._partitions.resident(flat, changed=True):
-                    for piece in self._slices_of(flat):
-                        fill(piece)
+                    self._load(flat, fill)
                 self._rule.set_steps(self._optimizer, flat, optimizer_steps)
             self._partitions.refresh()
         self._optimizer_steps = optimizer_steps
 
-    def _slices_of(self, flat: torch.Tensor) -> Iterator[Slice]:
-        states = MODEL_STATES if self._average else (WEIGHTS,)
-        for state in (*states, *self._rule.states_of(self._group_of(flat))):
-            values = flat.detach() if state == WEIGHTS else self._optimizer.state[flat][state]
-            for name, piece in self._pieces:
-                if piece.flat is flat:
-                    tensor = values.narrow(0, piece.start, piece.length)
-                    yield Slice(state, self._names.get(name, name), piece.shape, piece.offset, tensor)
+    def _load(self, flat: torch.Tensor, fill: Callable[[Slice], None]) -> None:
+        for name, state, kept in self._states_of(flat):
+            for piece in self._pieces[flat]:
+                with state.loaded(kept, piece) as part:
+                    if part:
+                        fill(self._slice(name, piece, part))
+
+    def _states_of(self, flat: torch.Tensor) -> Iterator[tuple[str, State, Any]]:
+        """Name and kind of each state, and what is kept of it for `flat`."""
+        kept = self._optimizer.state[flat]
+        yield WEIGHTS, BY_ELEMENT, flat.detach()
+        if self._average:
+            yield AVERAGE, BY_ELEMENT, kept[AVERAGE]
+        for name, state in self._rule.states_of(self._group_of(flat)).items():
+            yield name, state, kept[name]
+
+    def _slice(self, state: str, piece: Piece, part: Part) -> Slice:
+        return Slice(state, self._names.get(piece.name, piece.name), part.shape, part.offset, part.tensor)
 
     def _group_of(self, flat: torch.Tensor) -> dict[str, Any]:
         return self._optimizer.param_groups[self._partitions.group(flat)]
-
-    def _shares(self, flat: torch.Tensor) -> list[Share]:
-        shares: list[Share] = []
-        for parameter in self._partitions.parameters(flat):
-            piece = self._partitions.piece(parameter)
-            start, offset, length = (piece.start, piece.offset, piece.length) if piece else (0, 0, 0)
-            shares.append(Share(full_shape(parameter), offset, start, length))
-        return shares
 
     def extra_state(self) -> dict[str, Any]:
         """The optimizer's name, and fp16's loss scaler."""

@@ -14,7 +14,7 @@ from dstune.config.units import duration_seconds
 from dstune.data.shards import Prepared
 from dstune.errors import ConfigError, FitError, Problem
 from dstune.launch.sizes import Sizes
-from dstune.planning import choose, deepspeed, plan, reasons
+from dstune.planning import choose, deepspeed, plan, reachable, reasons
 from dstune.planning.hardware import Cluster
 from dstune.planning.reachable import without_gpus
 
@@ -128,7 +128,11 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
     def usable(preset: str) -> str:
         zero = policies[preset].get("zero_optimization") or {}
         offload = zero.get("offload_optimizer") or {}
-        return "" if offload.get("device") != "nvme" or cluster.nvme else "no NVMe is named (--nvme SIZE)"
+        if offload.get("device") != "nvme":
+            return ""
+        if reachable.unswappable(policies[preset], config.train.optimizer):
+            return f"{config.train.optimizer} cannot keep its states on NVMe"
+        return "" if cluster.nvme else "no NVMe is named (--nvme SIZE)"
 
     def ways(names: Sequence[str]) -> list[choose.Candidate]:
         chosen = {name: policies[name] for name in names}

@@ -233,7 +233,7 @@ def _stored_names(source: DeepSpeedCheckpoint, loaded: LoadedRun) -> dict[str, s
     outline = _outline(loaded)
     train = loaded.config.train
     rule = rule_of(Settings(name=train.optimizer, betas=train.betas, eps=train.eps, momentum=train.momentum))
-    if missing := [state for state in ("fp32", *rule.states, *rule.hidden_states) if state not in source.states]:
+    if missing := [state for state in ("fp32", *rule.keys) if state not in source.states]:
         came = f"holds {', '.join(source.states)}, and {', '.join(missing)} is not among them"
         raise CheckpointError(Problem(str(source.directory), came, f"the states of {train.optimizer}"))
     target_of = targets([*source.shapes, *source.frozen], outline, source.directory)

@@ -55,6 +55,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         kind=config.model_type,
         sizes=Counter(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        tables=sum(table.numel() for table in _tables(module)),
         active=_active(module, text),
         layers=len(layers),
         attention_width=_attention_width(text),
@@ -74,6 +75,12 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         head_tied=_tied(module.get_input_embeddings(), head),
         counted=seen is not None,
     )
+
+
+def _tables(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The trained embeddings, each once."""
+    found = {id(part.weight): part.weight for part in module.modules() if isinstance(part, torch.nn.Embedding)}
+    return [weight for weight in found.values() if weight.requires_grad]
 
 
 class _Tiles(NamedTuple):

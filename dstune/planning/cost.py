@@ -8,7 +8,7 @@ parameters: 50 to 58%), not measured by dstune.
 from dataclasses import dataclass
 
 from dstune.planning.hardware import Cluster
-from dstune.planning.memory import Placement, Work
+from dstune.planning.memory import Placement, Work, lasting_bytes
 from dstune.planning.shapes import ModelShape
 
 _REACHED = 0.55
@@ -128,13 +128,14 @@ def _offload(
     and the gradient both.
     """
     share = shape.trained / work.world_size
-    touched = share * _FP32 * (2 * work.numbers + 1)
+    lasting = lasting_bytes(shape, work)
+    touched = 2 * lasting + _FP32 * share
     if cluster.device.is_cpu or place.offload_optimizer == "none":
         update = touched / cluster.device.bandwidth
     else:
         update = touched / cluster.host_rate
     if place.offload_optimizer == "nvme":
-        update += 2 * _FP32 * share * (work.numbers + 1) * cluster.per_node / cluster.nvme_rate
+        update += 2 * (lasting + _FP32 * share) * cluster.per_node / cluster.nvme_rate
     moved = 0.0
     if not cluster.device.is_cpu:
         if place.offload_param != "none":

@@ -10,7 +10,7 @@ from dstune.config.load import resolve
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
-from dstune.planning.reachable import unreachable
+from dstune.planning.reachable import unreachable, unswappable
 
 AUTO_PRESET = "zero3"
 
@@ -84,7 +84,7 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
     and marks the last micro-batch itself. Gradients accumulate in fp32, or the loss would depend on the split.
     """
     policy = policy_of(config.deepspeed.preset, config.deepspeed.overrides, base)
-    if problems := unreachable(policy):
+    if problems := unreachable(policy) + unswappable(policy, config.train.optimizer):
         raise ConfigError(problems)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     policy.setdefault("communication_data_type", "fp32")

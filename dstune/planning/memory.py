@@ -15,8 +15,13 @@ from dstune.planning.shapes import ModelShape
 
 _FP32 = 4
 _DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
-STATES: Mapping[str, int] = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1, "adagrad": 1}
-"""`train.optimizer` -> fp32 numbers that it keeps of each element beside the master weight (Muon: at most)."""
+_STATES: Mapping[str, float] = {
+    "adamw": 8, "muon": 8, "lion": 4, "sgd": 4, "adagrad": 4, "adafactor": 0, "adamw8bit": 2 + 8 / 256
+}  # fmt: skip
+"""`train.optimizer` -> bytes that it keeps of each element beside the master weight (Muon: at most; Adafactor's sums over rows and
+columns, and what is kept of vectors, are too little to count)."""
+_MOMENTS = 8
+"""The same of what `adamw8bit` leaves in fp32, and of all its moments in a checkpoint."""
 _FUSED_CHUNK = 128 << 20
 """Bytes of logits at once of the fused loss (`model.kernels.linear_cross_entropy`)."""
 _CHUNK_TOKENS = 512
@@ -97,16 +102,6 @@ class Work:
     """Whether checkpoints leave the optimizer's states out."""
     sequence_parallel: int = 1
     """Workers that share the tokens of a micro-batch between them; the states are cut over all workers all the same."""
-
-    @property
-    def numbers(self) -> int:
-        """fp32 numbers of each trained element that last: the master weight and what the update keeps."""
-        return 1 + STATES[self.optimizer] + self.ema
-
-    @property
-    def saved_numbers(self) -> int:
-        """Those of them that a checkpoint holds."""
-        return 1 + self.ema if self.weights_only else self.numbers
 
     @property
     def own_tokens(self) -> int:
@@ -197,22 +192,36 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
-    saved = _FP32 * shape.trained * work.saved_numbers
+    saved = saved_bytes(shape, work)
     return Memory(
         device=device,
         host={name: count for name, count in _host(shape, place, work, process, weights).items() if count},
-        nvme=_FP32 * share * (work.numbers + 1) if place.offload_optimizer == "nvme" else 0,
+        nvme=lasting_bytes(shape, work) + _FP32 * share if place.offload_optimizer == "nvme" else 0,
         checkpoint_copy=-(-saved // work.world_size),
         checkpoint_bytes=saved,
     )
+
+
+def lasting_bytes(shape: ModelShape, work: Work) -> int:
+    """What one worker keeps of the elements that are trained: master weights, the states of the update, the average."""
+    states = _STATES[work.optimizer] * shape.trained
+    if work.optimizer == "adamw8bit":
+        states += (_MOMENTS - _STATES[work.optimizer]) * shape.tables
+    return _FP32 * -(-shape.trained // work.world_size) * (1 + work.ema) + math.ceil(states / work.world_size)
+
+
+def saved_bytes(shape: ModelShape, work: Work) -> int:
+    """What of it a checkpoint holds, over all workers."""
+    states = _MOMENTS if work.optimizer == "adamw8bit" else int(_STATES[work.optimizer])
+    return shape.trained * (_FP32 * (1 + work.ema) + (0 if work.weights_only else states))
 
 
 def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
     share = -(-shape.trained // work.world_size)
     # DeepSpeed's stage 1 with fp32 sums keeps all of them; under its stage 3 weights in fp32 are their own masters.
     sums = shape.trained if place.stage == 1 else share
-    lasting = work.numbers - (place.stage == 3 and work.dtype == "fp32")
-    return {"masters and moments": _FP32 * share * lasting, "gradient sums": _FP32 * sums}
+    own_masters = _FP32 * share if place.stage == 3 and work.dtype == "fp32" else 0
+    return {"masters and moments": lasting_bytes(shape, work) - own_masters, "gradient sums": _FP32 * sums}
 
 
 def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
@@ -256,7 +265,7 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
         held["gradient sums"] = _FP32 * share
         pinned.append(_FP32 * share)
     if place.offload_optimizer == "cpu":
-        held["masters and moments"] = _FP32 * share * work.numbers
+        held["masters and moments"] = lasting_bytes(shape, work)
         held["gradients of the update"] = _FP32 * share
         pinned += [_FP32 * group] * -(-share // max(1, group))
     if place.offload_optimizer == "nvme":

@@ -30,6 +30,11 @@ _INSTEAD: Mapping[str, str] = {
     "super_offload": " The preset zero3-offload-optimizer keeps the states in main memory too.",
 }
 
+_UNSWAPPABLE: Mapping[str, str] = {
+    "adafactor": "keeps sums over rows and columns, which DeepSpeed does not swap",
+    "adamw8bit": "keeps moments in 8 bits, which DeepSpeed does not swap",
+}
+
 
 def without_gpus(ds_config: Mapping[str, Any]) -> list[Problem]:
     """What of a DeepSpeed config works on GPUs alone, for workers that have none."""
@@ -74,6 +79,14 @@ def _tensor_parallel(ds_config: Mapping[str, Any]) -> bool:
 def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
     """Whether the optimizer's states are to be kept on NVMe."""
     return _device((ds_config.get("zero_optimization") or {}).get("offload_optimizer")) == "nvme"
+
+
+def unswappable(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
+    """What is wrong with the states of `train.optimizer` on NVMe: DeepSpeed swaps those alone that are as long as the weights."""
+    if not uses_nvme(ds_config) or optimizer not in _UNSWAPPABLE:
+        return []
+    do = f"{optimizer} {_UNSWAPPABLE[optimizer]}. The preset zero3-offload-optimizer keeps them in main memory; adamw's may be on NVMe."
+    return [Problem(f"{_WHERE}offload_optimizer.device", f"'nvme' with train.optimizer {optimizer}", "none or cpu", do)]
 
 
 def _parameters(zero: Mapping[str, Any]) -> list[Problem]:

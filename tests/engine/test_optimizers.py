@@ -59,17 +59,21 @@ def _optimizers(name: str, module: nn.Module) -> list[torch.optim.Optimizer]:
     ]
     if name == "adagrad":
         return [torch.optim.Adagrad(groups, lr=1e-3)]
+    if name == "adafactor":
+        return [torch.optim.Adafactor(groups, lr=1e-3, eps=(1e-15, 1e-3))]
     if name == "muon":
         hidden = [weight for key, weight in module.named_parameters() if ".layers." in key and weight.dim() == 2]
         for group in groups:
             group["params"] = [one for one in group["params"] if all(one is not weight for weight in hidden)]
         muon = torch.optim.Muon(hidden, lr=1e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)]
+    if name == "adamw8bit":  # what it stays close to
+        return [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)]
     rule = rule_of(Settings(name=name, **tiny.OPTIMIZERS[name]))
     optimizer = rule.build(groups, 1e-3)
     for group in groups:
         for parameter in group["params"]:
-            rule.prepare(optimizer, parameter, {"hidden": False})
+            rule.prepare(optimizer, parameter, {"kind": "matrix"})
     return [optimizer]
 
 
@@ -95,8 +99,9 @@ def test_the_losses_are_those_of_plain_torch() -> None:
     (curves,) = run_workers(_curves, 1)
     for name, pairs in curves.items():
         for plain, ours in pairs:
-            assert (torch.tensor(ours) / torch.tensor(plain) - 1).abs().max() < 5e-5, name
-    assert len({pairs[0][0][-1] for pairs in curves.values()}) == len(curves)
+            limit = 2e-3 if name == "adamw8bit" else 5e-5
+            assert (torch.tensor(ours) / torch.tensor(plain) - 1).abs().max() < limit, name
+    assert len({pairs[0][1][-1] for pairs in curves.values()}) == len(curves)
 
 
 def test_lion_by_hand() -> None:
@@ -118,19 +123,21 @@ def test_each_optimizer_has_its_own_settings_and_defaults() -> None:
     sgd = TrainSection(optimizer="sgd", momentum=0.5)
     assert (sgd.betas, sgd.eps, sgd.momentum) == (None, None, 0.5)
     assert TrainSection(**sgd.model_dump()) == sgd
+    relative, absolute = (TrainSection(optimizer="adafactor", scale_parameter=scale) for scale in (None, False))
+    assert (relative.lr, relative.eps, relative.scale_parameter) == (1e-3, 1e-30, True)
+    assert (absolute.lr, TrainSection(optimizer="adafactor", lr=2e-4).lr) == (2e-5, 2e-4)
     for optimizer, wrong, owners in [
-        ("sgd", {"betas": (0.9, 0.9)}, "adamw, lion and muon"),
+        ("sgd", {"betas": (0.9, 0.9)}, "adamw, lion, muon and adamw8bit"),
         ("adamw", {"momentum": 0.9}, "sgd and muon"),
-        ("lion", {"eps": 1e-8}, "adamw, adagrad and muon"),
+        ("lion", {"eps": 1e-8}, "adamw, adagrad, muon, adafactor and adamw8bit"),
+        ("adamw", {"scale_parameter": False}, "adafactor"),
     ]:
         with pytest.raises(ValidationError, match=f"belongs to {owners}, not to {optimizer}"):
             TrainSection.model_validate({"optimizer": optimizer, **wrong})
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "why"),
-    [("adafactor", "rows and columns"), ("adamw_8bit", "8 bits"), ("paged_adamw_8bit", "bitsandbytes")],
-)
-def test_optimizers_whose_states_cannot_be_cut_are_refused_with_the_reason(optimizer: str, why: str) -> None:
-    with pytest.raises(ValidationError, match=f"the optimizer {optimizer} keeps .*{why}.*`lion`"):
+@pytest.mark.parametrize("optimizer", ["adam8bit", "adamw_8bit", "paged_adamw_8bit", "AdamW-8bit"])
+def test_other_names_of_eight_bits_are_told_ours(optimizer: str) -> None:
+    with pytest.raises(ValidationError, match=f"the optimizer {optimizer} is bitsandbytes'; `adamw8bit` keeps"):
         TrainSection.model_validate({"optimizer": optimizer})
+    assert TrainSection(optimizer="adamw8bit").betas == TrainSection().betas

@@ -14,6 +14,7 @@ from dstune.checkpoint.resolve import newest_whole
 from dstune.engine.construction import computes_fp16
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
+from dstune.protocols import MODEL_STATES
 from tests.engine import tiny
 from tests.spawn import run_workers
 
@@ -48,6 +49,11 @@ CASES: dict[str, dict[str, Any]] = {
     "zero1-muon": {"stage": 1, "optimizer": "muon", "lr_scales": LR_SCALES},
     "zero3-offload-muon": {"stage": 3, "optimizer": "muon", "offload": True},
     "zero2-adagrad": {"stage": 2, "optimizer": "adagrad"},
+    "zero2-adafactor": {"stage": 2, "optimizer": "adafactor", "tied": True},
+    "zero3-offload-adafactor": {"stage": 3, "optimizer": "adafactor", "offload": True},
+    "zero2-adamw8bit": {"stage": 2, "optimizer": "adamw8bit", "tied": True},
+    "zero3-offload-adamw8bit": {"stage": 3, "optimizer": "adamw8bit", "offload": True, "lr_scales": LR_SCALES},
+    "zero1-lora-adafactor": {"stage": 1, "kind": "gpt2", "adapter": True, "optimizer": "adafactor"},
     "zero3-lora-muon": {"stage": 3, "kind": "qwen2", "adapter": True, "optimizer": "muon"},
     "zero2-lora-sgd": {"stage": 2, "kind": "qwen2", "adapter": True, "optimizer": "sgd"},
     "zero3-lora-adagrad": {"stage": 3, "kind": "gpt2", "adapter": True, "optimizer": "adagrad"},
@@ -157,6 +163,8 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
         "adamw": {"dtype": "fp32", "ema": 0.9},
         "lion": {"dtype": "fp32", "optimizer": "lion", "lr_scales": LR_SCALES},
         "experts": {"dtype": "fp32", "kind": "qwen3_moe", "optimizer": "muon"},
+        "factored": {"dtype": "fp32", "kind": "qwen3_moe", "optimizer": "adafactor", "ema": 0.9},
+        "eight-bits": {"dtype": "fp32", "optimizer": "adamw8bit", "ema": 0.9},
         "t5-lora": {"dtype": "fp32", "kind": "t5", "adapter": True, "optimizer": "muon"},
     }
     if HAS_FP16:
@@ -169,15 +177,18 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
         cases = _put_over(common, settings)
         later = run_workers(resumed, world_size, tmp_path / source, cases, tmp_path / target)[0]
         for name in common:
-            _assert_same_states(original[name], Reader(_only(tmp_path / target / name)))
+            # Blocks of 8 bits are cut anew, and so rounded, three times in all.
+            rounding = 3 * 0.011 if name == "eight-bits" else 0.0
+            _assert_same_states(original[name], Reader(_only(tmp_path / target / name)), rounding)
             (losses, state), (losses_before, state_before) = later[name], expected[name]
             assert state == state_before, name
             ratios = torch.tensor([float(x) for x in losses]) / torch.tensor([float(x) for x in losses_before])
-            assert (ratios - 1).abs().max() < (1e-3 if name == "fp16" else 5e-5), name
-    assert [sorted(original[name].manifest.tensors) for name in ("adamw", "lion", "experts")] == [
+            assert (ratios - 1).abs().max() < {"fp16": 1e-3, "eight-bits": 2e-3}.get(name, 5e-5), name
+    assert [sorted(original[name].manifest.tensors) for name in ("adamw", "lion", "experts", "factored")] == [
         ["ema", "exp_avg", "exp_avg_sq", "fp32"],
         ["exp_avg", "fp32"],
         ["exp_avg", "exp_avg_sq", "fp32", "momentum_buffer"],
+        ["col_var", "ema", "fp32", "row_var", "variance"],
     ]
 
 
@@ -190,10 +201,13 @@ def _only(checkpoints: Path) -> Path:
     return directory
 
 
-def _assert_same_states(one: Reader, other: Reader) -> None:
+def _assert_same_states(one: Reader, other: Reader, rounding: float) -> None:
+    """`rounding`: by how much a moment may differ, as a share of the largest."""
     assert one.state == other.state
     assert {state: dict(shapes) for state, shapes in one.manifest.tensors.items()} == other.manifest.tensors
     for state in one.manifest.tensors:
+        allowed = 0.0 if state in MODEL_STATES else rounding
         for name in one.tensors(state):
-            assert torch.equal(one.read(state, name), other.read(state, name)), (state, name)
-            assert one.read(state, name).abs().max() > 0, (state, name)
+            mine, theirs = one.read(state, name), other.read(state, name)
+            assert (mine - theirs).abs().max() <= allowed * mine.abs().max(), (state, name)
+            assert mine.abs().max() > 0, (state, name)

@@ -71,6 +71,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lion": {"betas": (0.9, 0.99)},
     "adagrad": {"eps": 1e-10},
     "muon": {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8},
+    "adafactor": {"eps": 1e-30, "scale_parameter": True},
+    "adamw8bit": {"betas": (0.9, 0.95), "eps": 1e-8},
 }
 
 

@@ -41,6 +41,18 @@ def test_eight_billion_on_eight_gpus(run_file, capsys):
     assert found["best"]["fits"] and {way["preset"] for way in found["ways"]} >= {"zero1", "zero2", "zero3"}
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
+def test_an_optimizer_that_keeps_little_needs_little_and_no_nvme(run_file, capsys, optimizer):
+    found = planned(capsys, run_file, *EIGHT, "--nvme", "4TB", f"train.optimizer={optimizer}")
+    tables, matrices = 128_256 * 4096, 8_030_261_248 - 128_256 * 4096
+    states = {"adafactor": 0, "adamw8bit": 8 * tables + (2 + 8 / 256) * matrices}[optimizer]
+    this = found["this_run"]
+    assert this["device_parts"]["masters and moments"] == (4 * 8_030_261_248 + states) / 8
+    assert this["checkpoint"]["bytes"] == {"adafactor": 4, "adamw8bit": 12}[optimizer] * 8_030_261_248
+    (swapped,) = [way for way in found["ways"] if way["preset"] == "zero3-nvme"]
+    assert not swapped["fits"] and swapped["why"] == f"{optimizer} cannot keep its states on NVMe"
+
+
 SMALL = ["--gpus-per-node", "1", "--gpu", "rtx-4090"]
 
 

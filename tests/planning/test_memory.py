@@ -58,12 +58,22 @@ def test_adams_states_are_sixteen_bytes_a_parameter_over_the_workers():
     assert found["masters and moments"] + found["gradient sums"] == 16 * BILLION.trained / 4
 
 
-@pytest.mark.parametrize(("optimizer", "numbers"), [("adamw", 3), ("lion", 2), ("sgd", 2)])
+@pytest.mark.parametrize(("optimizer", "numbers"), [("adamw", 3), ("lion", 2), ("sgd", 2), ("adafactor", 1)])
 def test_an_optimizer_takes_what_it_keeps(optimizer, numbers):
     found = estimate(BILLION, Placement(stage=3), work(optimizer=optimizer), GPU_PROCESS)
     assert found.device["masters and moments"] == 4 * numbers * BILLION.trained / 4
     assert found.checkpoint_bytes == 4 * numbers * BILLION.trained
     assert found.checkpoint_copy == found.checkpoint_bytes / 4
+
+
+def test_moments_in_eight_bits_take_two_bytes_and_a_scale_but_for_embeddings():
+    shape = replace(BILLION, tables=200_000_000)
+    found = estimate(shape, Placement(stage=3), work(optimizer="adamw8bit"), GPU_PROCESS)
+    states = 800_000_000 * (2 + 2 * 4 / 256) + 200_000_000 * 8
+    assert found.device["masters and moments"] == (4 * shape.trained + states) / 4
+    assert found.checkpoint_bytes == 12 * shape.trained
+    alone = estimate(shape, Placement(stage=3), work(optimizer="adamw8bit", weights_only=True), GPU_PROCESS)
+    assert alone.checkpoint_bytes == 4 * shape.trained
 
 
 def test_under_stage_3_weights_in_fp32_are_their_own_masters():

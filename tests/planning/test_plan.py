@@ -124,6 +124,19 @@ def test_what_deepspeed_would_ignore_silently_is_refused(section: dict[str, obje
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
+def test_states_of_other_shapes_are_not_swapped(optimizer: str, tmp_path: Path) -> None:
+    overrides = {"zero_optimization": {"offload_optimizer": {"nvme_path": str(tmp_path)}}}
+    section = {"preset": "zero3-nvme", "overrides": overrides}
+    assert deepspeed.make(config(deepspeed=section), tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"offload_optimizer.device: 'nvme' with train.optimizer {optimizer}.*none or cpu"
+    ):
+        deepspeed.make(config(deepspeed=section, train={"optimizer": optimizer}), tmp_path)
+    offloaded = config(deepspeed={"preset": "zero3-offload-optimizer"}, train={"optimizer": optimizer})
+    assert deepspeed.make(offloaded, tmp_path)
+
+
 def test_a_tokenizer_of_another_model_is_found_before_training(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
