@@ -16,6 +16,7 @@ from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
 from dstune.model import adapters, per_example
 from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
+from dstune.model.failures import FAILURES
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
 from dstune.model.weights import load_weights
@@ -65,10 +66,10 @@ def skeleton(config: PretrainedConfig, model: ModelSection, attention: str = "ea
     try:
         with no_init_weights(), torch.device("meta"):
             module = _instance(copy.deepcopy(config), model, attention)
-    except (ValueError, ImportError) as error:
+    except FAILURES as error:
         text = " ".join(str(error).split())
         raise ConfigError(
-            Problem("model.path", f"transformers cannot build {config.model_type}: {text[:400]}")
+            Problem("model.path", f"transformers cannot build {config.model_type} with {attention} attention: {text[:400]}")
         ) from error
     module.tie_weights()
     return module
