@@ -64,12 +64,15 @@ def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
     linear = [name for name in linear if not name.startswith(tuple(f"{one}." for one in saved)) and name not in saved]
     experts = _names_of_experts(model, linear)
     if adapter.targets == "auto":
+        shared = {name.rpartition(".")[0] for name in _shared(model)}
         left_out = {name for name in linear if modules[name] is head or _is_read_past(name, modules)}
-        targets = [name for name in linear if name not in left_out and _last(name) not in experts]
+        targets = [name for name in linear if name not in left_out | shared and _last(name) not in experts]
     else:
         targets = _matching(adapter.targets, linear, "targets", "linear layer", problems)
         for name in sorted({_last(name) for name in targets} & experts):
-            came = f"{name}: of {model.config.model_type} peft takes a layer of that name for the experts' fused weights"
+            came = (
+                f"{name}: of {model.config.model_type} peft takes a layer of that name for the experts' fused weights"
+            )
             problems.append(Problem("model.adapter.targets", came, "other layers, or `auto`, which leaves it out"))
     problems += _tied(model, targets, "targets") + _tied(model, saved, "modules_to_save")
     if not targets and not problems:
@@ -110,10 +113,10 @@ def _last(name: str) -> str:
 
 
 def _is_read_past(name: str, modules: Mapping[str, torch.nn.Module]) -> bool:
-    """Whether kernels of a state space (Mamba's) read the weight of this layer and never call it: an adapter there would be left out."""
+    """Whether a state space (Mamba's) or its kernels read this layer's weight without calling it: an adapter would be left out."""
     owner, _, own = name.rpartition(".")
     mixer = modules.get(owner)
-    return own == "out_proj" and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+    return own in ("x_proj", "dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
 
 def _matching(patterns: Sequence[str], names: list[str], key: str, what: str, problems: list[Problem]) -> list[str]:
@@ -140,10 +143,7 @@ def _near(pattern: str, names: list[str]) -> str:
 
 def _tied(model: PreTrainedModel, modules: Sequence[str], key: str) -> list[Problem]:
     """A weight that two modules share cannot be changed in one of them: peft would take them apart when it loads."""
-    groups: dict[str, list[str]] = {}
-    for name, first in canonical_names(model).items():
-        groups.setdefault(first, []).append(name)
-    shared = {name: group for group in groups.values() if len(group) > 1 for name in group}
+    shared = _shared(model)
     problems: list[Problem] = []
     for module in modules:
         name = next((name for name in shared if name.startswith(f"{module}.")), None)
@@ -152,6 +152,14 @@ def _tied(model: PreTrainedModel, modules: Sequence[str], key: str) -> list[Prob
             came = f"{module} shares its weight with {other}"
             problems.append(Problem(f"model.adapter.{key}", came, "modules with weights of their own"))
     return problems
+
+
+def _shared(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Every name of a tensor that has several, with all of them."""
+    groups: dict[str, list[str]] = {}
+    for name, first in canonical_names(model).items():
+        groups.setdefault(first, []).append(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
 
 
 def peft_config(adapter: AdapterSection, model: PreTrainedModel, chosen: Chosen) -> "LoraConfig":

@@ -1,6 +1,7 @@
 """The model of a run, partitioned as it is built: pretrained weights, or the same random ones on every world and ZeRO stage."""
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,22 @@ def skeleton(config: PretrainedConfig, model: ModelSection, attention: str = "ea
     except FAILURES as error:
         text = " ".join(str(error).split())
         raise ConfigError(
-            Problem("model.path", f"transformers cannot build {config.model_type} with {attention} attention: {text[:400]}")
+            Problem(
+                "model.path", f"transformers cannot build {config.model_type} with {attention} attention: {text[:400]}"
+            )
         ) from error
     module.tie_weights()
+    _keep_precise(module)
     return module
+
+
+def _keep_precise(outline: PreTrainedModel) -> None:
+    """Give the buffers that the architecture wants in fp32 in any run (a router's corrections) that type, as `from_pretrained` does."""
+    internals: Any = outline
+    patterns = [pattern.replace("*", ".*") for pattern in internals._get_dtype_plan(outline.dtype)]
+    for name, buffer in list(outline.named_buffers()):
+        if buffer.is_floating_point() and any(re.search(pattern, name) for pattern in patterns):
+            buffer.data = buffer.data.float()
 
 
 def adapted_skeleton(model: ModelSection, base: Path) -> PreTrainedModel:

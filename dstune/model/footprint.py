@@ -39,7 +39,8 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     config = load_config(model, base)
     _register()
     module = _outline(config, model)
-    module.config.pad_token_id = None  # or GPT-2 and others look for padding among tokens that have no content
+    # Or GPT-2 and others look for padding among tokens that have no content; past the config's own check, which may want a number.
+    vars(module.config)["pad_token_id"] = None
     if model.adapter is not None:
         with torch.device("meta"):
             adapters.attach(module, model.adapter, 0)

@@ -49,6 +49,7 @@ _SIZES: dict[str, int] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
     "q_lora_rank": 32,
@@ -288,7 +289,7 @@ def _shrink_width(values: dict[str, Any]) -> None:
     """Smaller sizes, of which the heads still divide the width; grouped heads stay grouped."""
     for key, size in _SIZES.items():
         value = values.get(key)
-        if isinstance(value, list):  # one for each layer
+        if isinstance(value, list) and all(isinstance(one, int) for one in value):  # one for each layer
             values[key] = [min(one, size) for one in value]
         elif isinstance(value, int) and not isinstance(value, bool):
             values[key] = min(value, size)
