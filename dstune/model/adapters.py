@@ -83,9 +83,8 @@ def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """Whether it gives a product and no more: routers of experts are made from linear layers, and give choices beside it."""
-    is_plain = isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
-    return is_plain or isinstance(module, Conv1D)
+    """Whether it gives a product and no more: routers of experts are made from linear layers too, and give choices beside it."""
+    return isinstance(module, (torch.nn.Linear, Conv1D)) and "router" not in type(module).__name__.lower()
 
 
 def _names_of_experts(model: PreTrainedModel, linear: Sequence[str]) -> set[str]:

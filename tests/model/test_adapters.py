@@ -25,6 +25,7 @@ def test_auto_takes_every_linear_layer_but_the_head():
     targets = chosen(tiny("llama")).targets
     assert len(targets) == 2 * 7 and "lm_head" not in targets and "model.layers.1.mlp.up_proj" in targets
     assert {name.rpartition(".")[2] for name in chosen(tiny("gpt2")).targets} == {"c_attn", "c_proj", "c_fc"}
+    assert len(chosen(tiny("falcon")).targets) == 2 * 4, "linear layers of a class of their own"
 
 
 @pytest.mark.parametrize(
