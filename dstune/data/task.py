@@ -47,9 +47,10 @@ PACKED_SEQ2SEQ_TYPES = (
 
 
 UNPACKED_CAUSAL_TYPES = (
-    "bailing_hybrid", "bamba", "bloom", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe",
-    "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
-    "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+    "bailing_hybrid", "bamba", "bloom", "deepseek_v4", "falcon", "falcon_h1", "falcon_mamba", "granitemoehybrid",
+    "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "mpt", "nemotron_h",
+    "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp",
+    "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
 )  # fmt: skip
 """Causal models that carry something over from one packed example to the next (a recurrent state, a convolution, positions of their
 own), or keep them apart only by kernels that are not on every machine. `data.packing: true` packs those where it is shown to be right."""

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -60,18 +60,62 @@ def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
     with_weights = {name: module for name, module in modules.items() if any(True for _ in module.parameters())}
     saved = _matching(adapter.modules_to_save, list(with_weights), "modules_to_save", "module", problems)
     head: Any = model.get_output_embeddings()
-    linear = [name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    linear = [name for name, module in modules.items() if _is_linear(module)]
     linear = [name for name in linear if not name.startswith(tuple(f"{one}." for one in saved)) and name not in saved]
+    experts = _names_of_experts(model, linear)
     if adapter.targets == "auto":
-        targets = [name for name in linear if modules[name] is not head]
+        shared = {name.rpartition(".")[0] for name in _shared(model)}
+        left_out = {name for name in linear if modules[name] is head or _is_read_past(name, modules)}
+        targets = [name for name in linear if name not in left_out | shared and _last(name) not in experts]
     else:
         targets = _matching(adapter.targets, linear, "targets", "linear layer", problems)
+        for name in sorted({_last(name) for name in targets} & experts):
+            came = (
+                f"{name}: of {model.config.model_type} peft takes a layer of that name for the experts' fused weights"
+            )
+            problems.append(Problem("model.adapter.targets", came, "other layers, or `auto`, which leaves it out"))
     problems += _tied(model, targets, "targets") + _tied(model, saved, "modules_to_save")
     if not targets and not problems:
         problems.append(Problem("model.adapter.targets", f"{type(model).__name__} has no linear layers left to train"))
     if problems:
         raise ConfigError(problems)
     return Chosen(tuple(targets), tuple(saved))
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """Whether it gives a product and no more: routers of experts are made from linear layers too, and give choices beside it."""
+    return isinstance(module, (torch.nn.Linear, Conv1D)) and "router" not in type(module).__name__.lower()
+
+
+def _names_of_experts(model: PreTrainedModel, linear: Sequence[str]) -> set[str]:
+    """The last parts of names that peft, here and whenever it opens the adapter, puts on a mixture's experts instead.
+
+    It does so for adapters of old, when experts were layers of their own, even where dense layers bear these names today.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found: set[str] = set()
+    for name in {_last(one) for one in linear}:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # one of the two that are fused, without the other
+            found.add(name)
+        else:
+            found |= {name} - set(config.target_modules or ())
+    return found
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_read_past(name: str, modules: Mapping[str, torch.nn.Module]) -> bool:
+    """Whether a state space (Mamba's) or its kernels read this layer's weight without calling it: an adapter would be left out."""
+    owner, _, own = name.rpartition(".")
+    mixer = modules.get(owner)
+    return own in ("x_proj", "dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
 
 def _matching(patterns: Sequence[str], names: list[str], key: str, what: str, problems: list[Problem]) -> list[str]:
@@ -90,7 +134,7 @@ def _near(pattern: str, names: list[str]) -> str:
     """The names like `pattern`, last parts first: what a person meant, or what there is."""
     if any(fnmatchcase(name, f"{pattern}.*") or fnmatchcase(name, f"*.{pattern}.*") for name in names):
         return f"`{pattern}.*`"
-    last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    last = list(dict.fromkeys(map(_last, names)))
     near = difflib.get_close_matches(pattern, list(dict.fromkeys([*last, *names])), n=_NEAREST)
     shown = near or [part for part in last if not part.isdigit()]
     return " or ".join(f"`{name}`" for name in shown[:8])
@@ -98,10 +142,7 @@ def _near(pattern: str, names: list[str]) -> str:
 
 def _tied(model: PreTrainedModel, modules: Sequence[str], key: str) -> list[Problem]:
     """A weight that two modules share cannot be changed in one of them: peft would take them apart when it loads."""
-    groups: dict[str, list[str]] = {}
-    for name, first in canonical_names(model).items():
-        groups.setdefault(first, []).append(name)
-    shared = {name: group for group in groups.values() if len(group) > 1 for name in group}
+    shared = _shared(model)
     problems: list[Problem] = []
     for module in modules:
         name = next((name for name in shared if name.startswith(f"{module}.")), None)
@@ -110,6 +151,14 @@ def _tied(model: PreTrainedModel, modules: Sequence[str], key: str) -> list[Prob
             came = f"{module} shares its weight with {other}"
             problems.append(Problem(f"model.adapter.{key}", came, "modules with weights of their own"))
     return problems
+
+
+def _shared(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Every name of a tensor that has several, with all of them."""
+    groups: dict[str, list[str]] = {}
+    for name, first in canonical_names(model).items():
+        groups.setdefault(first, []).append(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
 
 
 def peft_config(adapter: AdapterSection, model: PreTrainedModel, chosen: Chosen) -> "LoraConfig":
@@ -132,8 +181,8 @@ def peft_config(adapter: AdapterSection, model: PreTrainedModel, chosen: Chosen)
 
 def _shortest(targets: Sequence[str], model: PreTrainedModel) -> list[str]:
     """`q_proj` for all of them where that means just these; else every whole name."""
-    last = {name.rpartition(".")[2] for name in targets}
-    meant = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in last]
+    last = {_last(name) for name in targets}
+    meant = [name for name, _ in model.named_modules() if _last(name) in last]
     return sorted(last) if sorted(meant) == sorted(targets) else sorted(targets)
 
 

@@ -1,6 +1,7 @@
 """The model of a run, partitioned as it is built: pretrained weights, or the same random ones on every world and ZeRO stage."""
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
 from dstune.model import adapters, per_example
 from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
+from dstune.model.failures import FAILURES
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
 from dstune.model.rotary import follow_examples
@@ -67,13 +69,25 @@ def skeleton(config: PretrainedConfig, model: ModelSection, attention: str = "ea
     try:
         with no_init_weights(), torch.device("meta"):
             module = _instance(copy.deepcopy(config), model, attention)
-    except (ValueError, ImportError) as error:
+    except FAILURES as error:
         text = " ".join(str(error).split())
         raise ConfigError(
-            Problem("model.path", f"transformers cannot build {config.model_type}: {text[:400]}")
+            Problem(
+                "model.path", f"transformers cannot build {config.model_type} with {attention} attention: {text[:400]}"
+            )
         ) from error
     module.tie_weights()
+    _keep_precise(module)
     return module
+
+
+def _keep_precise(outline: PreTrainedModel) -> None:
+    """Give the buffers that the architecture wants in fp32 in any run (a router's corrections) that type, as `from_pretrained` does."""
+    internals: Any = outline
+    patterns = [pattern.replace("*", ".*") for pattern in internals._get_dtype_plan(outline.dtype)]
+    for name, buffer in list(outline.named_buffers()):
+        if buffer.is_floating_point() and any(re.search(pattern, name) for pattern in patterns):
+            buffer.data = buffer.data.float()
 
 
 def adapted_skeleton(model: ModelSection, base: Path) -> PreTrainedModel:

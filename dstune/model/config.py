@@ -185,3 +185,14 @@ def sub_configs(config: PretrainedConfig) -> Iterable[PretrainedConfig]:
         inner = getattr(config, name)
         if inner is not None:
             yield from sub_configs(inner)
+
+
+def numbers(config: PretrainedConfig, *keys: str) -> list[int]:
+    """What the first of `keys` that `config` has a number for says: one number, or one for each layer. None of them: nothing."""
+    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    for key in keys:
+        found = [getattr(layer, key, None) for layer in layers]
+        flat = [number for one in found for number in (one if isinstance(one, (list, tuple)) else [one])]
+        if known := [int(number) for number in flat if isinstance(number, (int, float)) and number]:
+            return known
+    return []

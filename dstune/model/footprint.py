@@ -16,10 +16,12 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from dstune.config.schema import ModelSection
 from dstune.data import tokenizer_files
 from dstune.engine.construction import DTYPES
+from dstune.errors import ConfigError
 from dstune.loggers import get_logger
 from dstune.model import adapters, freezing, new_rows, text_side, tiling
+from dstune.model.attention import choose
 from dstune.model.build import skeleton
-from dstune.model.config import is_multimodal, load_config
+from dstune.model.config import is_multimodal, load_config, numbers
 from dstune.model.failures import FAILURES
 from dstune.model.layers import repeated_layers
 from dstune.model.per_example import FP32_ELEMENTS
@@ -36,8 +38,9 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     """Count the model of a run, with its adapter and what it freezes. Raises ConfigError where transformers cannot build it."""
     config = load_config(model, base)
     _register()
-    module = skeleton(config, model, _COUNTED)
-    module.config.pad_token_id = None  # or GPT-2 and others look for padding among tokens that have no content
+    module = _outline(config, model)
+    # Or GPT-2 and others look for padding among tokens that have no content; past the config's own check, which may want a number.
+    vars(module.config)["pad_token_id"] = None
     if model.adapter is not None:
         with torch.device("meta"):
             adapters.attach(module, model.adapter, 0)
@@ -81,6 +84,15 @@ def _tables(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The trained embeddings, each once."""
     found = {id(part.weight): part.weight for part in module.modules() if isinstance(part, torch.nn.Embedding)}
     return [weight for weight in found.values() if weight.requires_grad]
+
+
+def _outline(config: PretrainedConfig, model: ModelSection) -> PreTrainedModel:
+    """The model with the attention that counts; one that knows transformers' own by name alone (Falcon) with the one it trains with."""
+    try:
+        return skeleton(config, model, _COUNTED)
+    except ConfigError as error:
+        log.debug("%s is counted with its own attention: %s", config.model_type, error)
+        return skeleton(config, model, choose(model, config, "padded"))
 
 
 class _Tiles(NamedTuple):
@@ -232,15 +244,17 @@ def _bytes(module: PreTrainedModel) -> int:
 
 
 def _width(text: PretrainedConfig) -> int:
-    return int(next(getattr(text, key) for key in ("hidden_size", "d_model", "n_embd") if hasattr(text, key)))
+    return _size(text, "hidden_size", "d_model", "n_embd")
 
 
 def _attention_width(text: PretrainedConfig) -> int:
-    heads = next(
-        (getattr(text, key) for key in ("num_attention_heads", "n_head", "num_heads") if hasattr(text, key)), 0
-    )
-    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
-    return int(heads * size) if size else _width(text)
+    heads, size = _size(text, "num_attention_heads", "n_head", "num_heads"), _size(text, "head_dim", "d_kv")
+    return heads * size if heads and size else _width(text)
+
+
+def _size(text: PretrainedConfig, *keys: str) -> int:
+    """The largest of what the config says under the first of `keys` that it has; 0: none."""
+    return max(numbers(text, *keys), default=0)
 
 
 def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
@@ -248,8 +262,7 @@ def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
     embedding: Any = module.get_input_embeddings()
     head: Any = module.get_output_embeddings()
     total = 0
-    experts = _num_experts(text)
-    visited = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", None) or experts
+    experts, visited = _experts(text)
     beside = text_side.beside(module)
     for name, parameter in module.named_parameters():
         if (
@@ -258,14 +271,16 @@ def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
             or (embedding is not None and parameter is embedding.weight and not _tied(embedding, head))
         ):
             continue
-        share = visited / experts if experts and ".experts." in f".{name}." else 1.0
+        share = (visited or experts) / experts if experts and ".experts." in f".{name}." else 1.0
         total += int(parameter.numel() * share)
     return total
 
 
-def _num_experts(text: PretrainedConfig) -> int:
-    keys = ("num_experts", "num_local_experts", "n_routed_experts")
-    return int(next((getattr(text, key) for key in keys if getattr(text, key, None)), 0))
+def _experts(text: PretrainedConfig) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token visits; 0: none, or the config does not say."""
+    experts = _size(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    visited = _size(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    return experts, min(experts, visited)
 
 
 def _tied(embedding: Any, head: Any) -> bool:
@@ -275,7 +290,6 @@ def _tied(embedding: Any, head: Any) -> bool:
 def _estimate(text: PretrainedConfig, model: ModelSection) -> int:
     """Bytes a token and layer of a model that could not be run without content: the inputs and results of its products and norms."""
     size = {"bf16": 2, "fp16": 2, "fp32": 4}[model.dtype]
-    experts = _num_experts(text)
-    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 4 * _width(text))
-    visited = (getattr(text, "num_experts_per_tok", None) or 1) if experts else 1
-    return int(size * (14 * _width(text) + 4 * inner * visited) + 8 * _width(text))
+    _, visited = _experts(text)
+    inner = _size(text, "moe_intermediate_size", "intermediate_size") or 4 * _width(text)
+    return int(size * (14 * _width(text) + 4 * inner * max(1, visited)) + 8 * _width(text))

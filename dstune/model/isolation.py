@@ -41,6 +41,8 @@ _SIZES: dict[str, int] = {
     "intermediate_size": 96,
     "ffn_dim": 96,
     "d_ff": 96,
+    "ffn_hidden_size": 96,
+    "expert_ffn_hidden_size": 32,
     "n_inner": 96,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
@@ -48,6 +50,7 @@ _SIZES: dict[str, int] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
     "q_lora_rank": 32,
@@ -83,6 +86,7 @@ _PERIODS = (
     "moe_layer_freq",
     "no_rope_layer_interval",
 )
+_SHARED = "num_kv_shared_layers"
 _OFFSETS = ("first_k_dense_replace", "attn_layer_offset", "expert_layer_offset", "moe_layer_start_index")
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -224,13 +228,18 @@ def smallest_that_builds(config: PretrainedConfig) -> PretrainedConfig | None:
 def shrunk(config: PretrainedConfig, sizes: bool) -> PretrainedConfig:
     """A copy of `config` with as few layers as show every distinct kind, and (`sizes`) small widths."""
     values = config.to_dict()
-    _shrink(values, sizes)
-    # What sees or hears too, although no text comes by: it is built with the rest.
-    for name in config.sub_configs:
-        if isinstance(values.get(name), dict):
-            _shrink(values[name], sizes)
+    _shrink_all(values, config, sizes)
     values.pop("quantization_config", None)
     return type(config).from_dict(values)
+
+
+def _shrink_all(values: dict[str, Any], config: PretrainedConfig, sizes: bool) -> None:
+    """`config`'s own values and those of the configs inside it: what sees or hears is built with the rest, although no text comes by."""
+    _shrink(values, sizes)
+    for name in config.sub_configs:
+        inner = getattr(config, name)
+        if inner is not None and isinstance(values.get(name), dict):
+            _shrink_all(values[name], inner, sizes)
 
 
 def _shrink(values: dict[str, Any], sizes: bool) -> None:
@@ -260,6 +269,10 @@ def _shrink_depth(values: dict[str, Any]) -> None:
     depth = values[key]
     lists = [values[name] for name in _LAYER_LISTS if isinstance(values.get(name), list)]
     wanted = max([2, *(_prefix(kinds) for kinds in lists)])
+    if values.get(_SHARED):
+        # As many that read the keys of those before them: of each kind one that makes them, and one that reads.
+        values[_SHARED] = min(values[_SHARED], wanted)
+        wanted += values[_SHARED]
     wanted = max([wanted, *(values[name] for name in _PERIODS if isinstance(values.get(name), int))])
     wanted = max([wanted, *(values[name] + 1 for name in _OFFSETS if isinstance(values.get(name), int))])
     wanted = min(wanted, depth, _MOST_LAYERS)
@@ -285,8 +298,11 @@ def _prefix(kinds: list[Any]) -> int:
 def _shrink_width(values: dict[str, Any]) -> None:
     """Smaller sizes, of which the heads still divide the width; grouped heads stay grouped."""
     for key, size in _SIZES.items():
-        if isinstance(values.get(key), int) and not isinstance(values[key], bool):
-            values[key] = min(values[key], size)
+        value = values.get(key)
+        if isinstance(value, list) and all(isinstance(one, int) for one in value):  # one for each layer
+            values[key] = [min(one, size) for one in value]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            values[key] = min(value, size)
     head_key = next((key for key in _HEADS if isinstance(values.get(key), int)), None)
     if head_key is None:
         return
@@ -297,6 +313,8 @@ def _shrink_width(values: dict[str, Any]) -> None:
     if isinstance(values.get("head_dim"), int) and "qk_rope_head_dim" not in values:
         values["head_dim"] = 16
     _shrink_ropes(values, values[head_key])
+    if isinstance(values.get("expand"), int | float) and isinstance(values.get("head_dim"), int):  # Mamba 2's heads
+        values[head_key] = int(values["expand"] * values["hidden_size"]) // values["head_dim"]
     if isinstance(values.get("mamba_n_heads"), int) and isinstance(values.get("hidden_size"), int):
         inner = values.get("mamba_expand", 2) * values["hidden_size"]
         values.update(mamba_d_head=16, mamba_n_heads=inner // 16)

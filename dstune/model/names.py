@@ -165,6 +165,8 @@ def _plan(
             target = target if pattern is not None else apply_renamings(name, renamings)
         else:
             target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if target not in known and name in known:  # a rule that was meant for another part of the model
+                target, pattern = rename_source_key(name, [], [], prefix, known)
         if pattern is None:
             plain.append(Conversion((name,), target))
         else:

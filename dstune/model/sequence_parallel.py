@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError, Problem, first_line
 from dstune.model import attention, isolation
+from dstune.model.config import numbers
 from dstune.model.failures import FAILURES
 from dstune.model.per_example import PER_EXAMPLE, no_mask_for_packed_rows, per_example_attention
 
@@ -155,8 +156,7 @@ def prove(model: ModelSection, config: PretrainedConfig, members: int) -> None:
     """
     reason = _obstacle(config) or _no_attention(model, config)
     if reason is None:
-        heads = getattr(config.get_text_config(), "num_attention_heads", None)
-        if isinstance(heads, int):
+        for heads in numbers(config.get_text_config(), "num_attention_heads"):
             require_heads(heads, members)
         reason = _disproof(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
     if reason is not None:

@@ -25,6 +25,33 @@ def test_auto_takes_every_linear_layer_but_the_head():
     targets = chosen(tiny("llama")).targets
     assert len(targets) == 2 * 7 and "lm_head" not in targets and "model.layers.1.mlp.up_proj" in targets
     assert {name.rpartition(".")[2] for name in chosen(tiny("gpt2")).targets} == {"c_attn", "c_proj", "c_fc"}
+    assert len(chosen(tiny("falcon")).targets) == 2 * 4, "linear layers of a class of their own"
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("glm4_moe", {"gate_proj", "up_proj", "down_proj"}),  # of peft's names for experts, in dense and shared layers
+        ("phimoe", {"router"}),  # gives its choice of experts too
+        ("jamba", {"x_proj", "dt_proj", "out_proj"}),  # a state space reads them
+        ("zamba", {"q_proj", "k_proj", "v_proj", "o_proj"}),  # one block in several places
+    ],
+)
+def test_auto_leaves_out_what_no_adapter_could_train(name, left_out):
+    model = tiny(name)
+    linear = {key.rpartition(".")[2] for key, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    taken = {key.rpartition(".")[2] for key in chosen(model).targets}
+    assert left_out <= linear and not left_out & taken
+    adapters.attach(model, AdapterSection(), seed=1)
+    ids = torch.arange(1, 9)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    for key, parameter in model.named_parameters():
+        assert "lora_B" not in key or (parameter.grad is not None and parameter.grad.any()), key
+
+
+def test_what_peft_takes_for_experts_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"down_proj: of glm4_moe peft takes a layer of that name"):
+        chosen(tiny("glm4_moe"), targets=["q_proj", "down_proj"])
 
 
 def test_patterns_fit_whole_names_or_their_last_parts():

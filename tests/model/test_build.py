@@ -163,6 +163,19 @@ def stage(number: int) -> dict:
     return {"zero_optimization": {"stage": number}}
 
 
+@pytest.mark.parametrize("name", ["dots1", "deepseek_v4"])
+def test_what_an_architecture_keeps_in_fp32_beside_its_weights_is_not_rounded(name, tmp_path, single_worker):
+    model = tiny(name)
+    buffers = {key: value for key, value in model.named_buffers() if "correction" in key}
+    for value in buffers.values():
+        value.uniform_(0, 1)
+    model.save_pretrained(tmp_path)
+    found = build(ModelSection(path=str(tmp_path)), Path(), "eager", SEED, stage(3))
+    assert found.dtype is torch.bfloat16 and buffers
+    for key, value in buffers.items():
+        assert torch.equal(found.get_buffer(key), value)
+
+
 def test_wrong_weights_are_named(tmp_path, single_worker):
     tiny("llama").save_pretrained(tmp_path / "model")
 

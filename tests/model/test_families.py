@@ -30,9 +30,10 @@ from tests.test_batch import Prepared
 
 PACKED = [
     *("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox"),
-    *("mixtral", "qwen2_moe", "qwen3_moe", "t5", "t5-gated"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "t5", "t5-gated", "gemma4_text", "glm4_moe", "gpt_neo"),
 ]
-RECURRENT = ["qwen3_next", "qwen3_5_text"]
+RECURRENT = ["qwen3_next", "qwen3_5_text", "jamba", "zamba", "falcon"]
+"""These, and what else is not packed."""
 SEEING = ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "mistral3", "qwen3_5"]
 
 

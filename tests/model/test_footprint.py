@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstune.config.schema import ModelSection
 from dstune.model.config import load_config
@@ -40,6 +41,19 @@ def test_a_tied_embedding_is_the_head_and_counts_once():
     assert found.active == apart.active
 
 
+@pytest.mark.parametrize("name", ["falcon", "gpt_neo", "gemma4_text", "modernbert-decoder"])
+def test_models_unlike_others_are_counted(name, tmp_path):
+    """One that knows no attention but its own, one whose config says null for a width, one whose layers differ, one that must pad."""
+    config = AutoConfig.for_model(name, num_hidden_layers=3) if name == "modernbert-decoder" else tiny_config(name)
+    config.save_pretrained(tmp_path)
+    found = footprint(ModelSection(path=str(tmp_path)), tmp_path)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    assert found.parameters == sum(parameter.numel() for parameter in whole.parameters())
+    assert found.layers == config.num_hidden_layers and found.layer_activations > 0
+    assert found.attention_width == (4 * 16 if name == "gemma4_text" else config.hidden_size)
+
+
 def test_what_freezes_is_not_trained():
     model = ModelSection(path="builtin:tiny-llama", overrides=SHAPE)
     found = footprint(model, Path(), ["model.embed_tokens.*"])
@@ -61,8 +75,6 @@ def test_counted_activations_are_those_that_autograd_keeps_of_a_real_model(dtype
     tokens = 256
     model = ModelSection(path="builtin:tiny-llama", overrides=SHAPE, dtype=dtype)
     found = footprint(model, Path())
-    from transformers import AutoModelForCausalLM
-
     module = AutoModelForCausalLM.from_config(
         load_config(model, Path()),
         dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,

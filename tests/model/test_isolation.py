@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
-from dstune.data.task import PACKED_SEQ2SEQ_TYPES
+from dstune.data.task import PACKED_SEQ2SEQ_TYPES, UNPACKED_CAUSAL_TYPES
 from dstune.errors import ConfigError
 from dstune.model import isolation, per_example, restarts
 from dstune.model.attention import choose
@@ -96,8 +96,9 @@ def test_every_way_that_pairs_could_see_each_other_is_found_out(name, leak, monk
     isolation._disproof.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "bloom"])
+@pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "bloom", "falcon", "lfm3"])
 def test_what_carries_state_over_or_has_no_positions_to_restart_is_refused(name):
+    assert name in UNPACKED_CAUSAL_TYPES
     config = AutoConfig.for_model(name)
     with pytest.raises(ConfigError) as caught:
         choose(ModelSection(path="x"), config, "packed")
@@ -155,6 +156,15 @@ def test_the_written_attention_is_taken_and_other_layouts_need_no_proof():
 def test_an_attention_that_cannot_keep_pairs_apart_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"model\.attention"):
         choose(ModelSection(path="x", attention="sdpa"), tiny_config("t5"), "packed-seq2seq")
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "mamba2", "longcat_flash", "t5gemma2"])
+def test_a_config_is_made_small_however_its_sizes_depend_on_each_other(name):
+    """Layers that read the keys of others, heads times size as wide as the state, names of their own, a config in a config."""
+    small = isolation.smallest_that_builds(AutoConfig.for_model(name))
+    assert small is not None
+    with torch.device("meta"):
+        assert sum(one.numel() for one in isolation.instance(small, "eager").parameters()) < 4_000_000
 
 
 def test_every_kind_of_layer_stays_when_a_config_is_made_small():

@@ -121,6 +121,7 @@ CASES = [
     "t5",
     "mt5",
     "umt5",
+    "recurrent_gemma",
 ]
 
 
@@ -131,6 +132,8 @@ def test_every_architecture_trains_with_a_fused_head_as_without(name):
     if name == "bart":
         module.final_logits_bias.normal_()
     packed = "packed-seq2seq" if module.config.is_encoder_decoder else "packed"
+    if name == "recurrent_gemma":
+        packed = "padded"
     batch = collate(Pairs() if packed == "packed-seq2seq" else Prepared(), [0, 1], packed, pad_id=0)
     module = keep_apart(module) if packed == "packed-seq2seq" else module
     logits = proof.prove(module.config, summed_linear_cross_entropy, "cpu")

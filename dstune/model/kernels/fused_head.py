@@ -16,6 +16,8 @@ from dstune.model.loss import IGNORED, TokenBatch, forward_arguments, unwrapped
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """What configs call the number that logits are multiplied with, or divided by."""
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""What they call the number that caps them."""
 _BIAS = "final_logits_bias"
 """A buffer of BART and its kin that is added to the logits."""
 
@@ -85,7 +87,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
 def candidates(config: PretrainedConfig) -> list[Logits]:
     """What the config lets one think that the model makes of the head's output; the likeliest first."""
     text = config.get_text_config(decoder=True)
-    cap = getattr(text, "final_logit_softcapping", None)
+    cap = next((cap for name in _CAPS if (cap := getattr(text, name, None))), None)
     numbers = [getattr(text, name, None) for name in _SCALES]
     known = [float(number) for number in numbers if isinstance(number, (int, float)) and number not in (0, 1)]
     scales = [scale for number in known for scale in (number, 1 / number)]
