@@ -17,7 +17,7 @@ from dstune.config.schema import ModelSection
 from dstune.data import tokenizer_files
 from dstune.engine.construction import DTYPES
 from dstune.loggers import get_logger
-from dstune.model import adapters, freezing, new_rows, text_side, tiling
+from dstune.model import adapters, fp8, freezing, new_rows, text_side, tiling
 from dstune.model.build import skeleton
 from dstune.model.config import is_multimodal, load_config
 from dstune.model.failures import FAILURES
@@ -48,6 +48,8 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     layers = repeated_layers(module)
     parameters = list(module.parameters())
     text = config.get_text_config()
+    if model.fp8:
+        fp8.round_products(module)
     seen = _count(module, config, layers)
     tiles = _tiles(module, config, layers, model, seen)
     head: Any = module.get_output_embeddings()
@@ -61,6 +63,8 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         vocabulary=int(text.vocab_size),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         layer_activations=(seen.a_layer(layers) if seen else _estimate(text, model)) - tiles.activations,
+        layer_tensors=seen.tensors(layers) if seen else {},
+        compiled_activations=_compiled(seen, layers, _width(text) * _bytes(module)) if seen else 0,
         layer_input=_width(text) * _bytes(module),
         other_activations=seen.elsewhere // _TOKENS if seen else 8 * _width(text),
         attention_activations=seen.attended // (_TOKENS * len(layers)) if seen and layers else 0,
@@ -125,14 +129,37 @@ class _Seen:
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._known = {_number(parameter.untyped_storage()) for parameter in parameters}
         self._kept: list[Any] = []  # a storage that is freed would lend its number to the next one
+        self._operands: dict[int, Any] = {}
+        self._layers: dict[int, int] = {}
+        self._rounded: set[int] = set()
         self.depth = 0
-        self.in_layers = self.elsewhere = 0
+        self.elsewhere = 0
         self.attended = self.results = self.head_size = 0
         """Bytes of attention's tensors, and of its results among them; the size of a head."""
 
     def a_layer(self, layers: Sequence[torch.nn.Module]) -> int:
         """Bytes of one token in one layer."""
-        return self.in_layers // (_TOKENS * max(1, len(layers)))
+        return sum(self._layers.values()) // (_TOKENS * max(1, len(layers)))
+
+    def tensors(self, layers: Sequence[torch.nn.Module]) -> dict[int, int]:
+        """Bytes a token of a tensor -> bytes a token and layer in tensors of that length."""
+        found: Counter[int] = Counter()
+        for count in self._layers.values():
+            found[count // _TOKENS] += count
+        return {each: total // (_TOKENS * max(1, len(layers))) for each, total in found.items()}
+
+    def of_products(self, layers: Sequence[torch.nn.Module]) -> int:
+        """Those of `a_layer` that matrix products read or made, and their copies in 8 bits."""
+        kept = sum(
+            count for number, count in self._layers.items() if number in self._operands or number in self._rounded
+        )
+        return kept // (_TOKENS * max(1, len(layers)))
+
+    def operand(self, tensor: Any) -> None:
+        """What a product, or attention, reads or makes."""
+        if isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            self._operands[_number(storage)] = storage
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -140,10 +167,19 @@ class _Seen:
             self._known.add(number)
             self._kept.append(storage)
             if self.depth:
-                self.in_layers += storage.nbytes()
+                self._layers[number] = storage.nbytes()
+                if tensor.element_size() == 1:
+                    self._rounded.add(number)
             else:
                 self.elsewhere += storage.nbytes()
         return tensor
+
+
+def _compiled(seen: "_Seen", layers: Sequence[torch.nn.Module], layer_input: int) -> int:
+    """Bytes a token and layer that torch.compile keeps: what products and attention read or made, and the layer's two sums; what lies
+    between is made again in the backward pass, which torch's partitioner finds cheaper than keeping it.
+    """
+    return min(seen.a_layer(layers), seen.of_products(layers) + 2 * layer_input)
 
 
 def _number(storage: Any) -> int:
@@ -168,6 +204,10 @@ def _run(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[tor
 
 @contextlib.contextmanager
 def _counting(layers: Sequence[torch.nn.Module], seen: _Seen) -> Iterator[None]:
+    def multiplied(_: Any, inputs: tuple[Any, ...], result: Any) -> None:
+        for tensor in (*inputs, result):
+            seen.operand(tensor)
+
     def enter(*_: Any) -> None:
         seen.depth += 1
 
@@ -178,6 +218,12 @@ def _counting(layers: Sequence[torch.nn.Module], seen: _Seen) -> Iterator[None]:
         hook
         for layer in layers
         for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+    ]
+    hooks += [
+        part.register_forward_hook(multiplied)
+        for layer in layers
+        for part in layer.modules()
+        if getattr(getattr(part, "weight", None), "ndim", 0) == 2
     ]
     try:
         yield
@@ -211,6 +257,8 @@ class _Attention(torch.autograd.Function):
         seen.attended += sum(one.numel() * one.element_size() for one in tensors)
         seen.results += result.numel() * result.element_size()
         seen.head_size = value.shape[-1]
+        for one in tensors:
+            seen.operand(one)
         ctx.save_for_backward(*tensors, query.new_empty((batch, heads, length), dtype=torch.float32))
         return result
 

@@ -89,6 +89,8 @@ class Load:
     fused_loss: bool
     ema: bool = False
     weights_only: bool = False
+    compiled: bool = False
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +209,8 @@ def _candidate(
         fused_loss=load.fused_loss,
         ema=load.ema,
         weights_only=load.weights_only,
+        compiled=load.compiled,
+        fp8=load.fp8,
         sequence_parallel=split,
     )
     memory = estimate(shape, place, work, CPU_PROCESS if cluster.device.is_cpu else GPU_PROCESS)

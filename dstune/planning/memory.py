@@ -7,7 +7,7 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,14 @@ _FP32 = 4
 _DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 STATES: Mapping[str, int] = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1, "adagrad": 1}
 """`train.optimizer` -> fp32 numbers that it keeps of each element beside the master weight (Muon: at most)."""
+_UPDATE_COPIES: Mapping[str, int] = {"adagrad": 2, "lion": 1, "muon": 1}
+"""`train.optimizer` -> tensors of the update's size that it makes beside the gradient."""
 _FUSED_CHUNK = 128 << 20
 """Bytes of logits at once of the fused loss (`model.kernels.linear_cross_entropy`)."""
 _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""
+_HEAP = 32 << 20
+"""Bytes of the largest tensor that glibc may take from its heap, which it does not give back; larger ones it maps and unmaps."""
 _SWAP_BUFFERS = 4
 """DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
 
@@ -95,6 +99,10 @@ class Work:
     """Whether an average of the weights is kept beside them."""
     weights_only: bool = False
     """Whether checkpoints leave the optimizer's states out."""
+    compiled: bool = False
+    """Whether torch compiles the layers."""
+    fp8: bool = False
+    """Whether the layers multiply in 8 bits."""
     sequence_parallel: int = 1
     """Workers that share the tokens of a micro-batch between them; the states are cut over all workers all the same."""
 
@@ -137,17 +145,33 @@ class Process:
     """Bytes of the host's memory, whatever it trains, where that is another memory."""
     attends_apart: bool = False
     """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
+    compiled_workspace: float = 1.0
+    """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
+    compiler: int = 0
+    """Bytes that the compiler takes, once loaded."""
     pins: bool = False
     """Whether offloaded tensors are pinned: torch rounds each one's room up to a power of two."""
 
 
 CPU_PROCESS = Process(
-    fixed=590 << 20, workspace=5.5, fragments=0.0, whole_buckets=False, retains=True, attends_apart=True
+    fixed=590 << 20,
+    workspace=5.5,
+    compiled_workspace=2.0,
+    compiler=60 << 20,
+    fragments=0.0,
+    whole_buckets=False,
+    retains=True,
+    attends_apart=True,
 )
 """Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
 GPU_PROCESS = Process(
-    fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True, host=3 << 30, pins=True
-)  # fmt: skip
+    fixed=1200 << 20,
+    workspace=2.0,
+    fragments=0.05,
+    whole_buckets=True,
+    host=3 << 30,
+    pins=True,
+)
 """The CUDA context, NCCL's and cuBLAS's buffers, the caching allocator's fragments, and on the host CUDA's libraries: not measured."""
 NOT_ALLOCATED = ("process", "fragments")
 """Parts of a GPU's memory that torch's allocator does not count as allocated."""
@@ -190,10 +214,10 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     device = {
         "weights": 0 if place.offload_param != "none" else weights,
         "weights' copy within machines": _copy_within(shape, place, size),
-        "gathered weights": _gathered(shape, place, size),
+        "gathered weights": _gathered(shape, place, work, process, size),
         **(_states(shape, place, work) if place.offload_optimizer == "none" else {}),
         **_passing(shape, place, work, process, size),
-        "process": process.fixed,
+        "process": process.fixed + (process.compiler if work.compiled else 0),
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
@@ -216,30 +240,55 @@ def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
 
 
 def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
-    """What comes and goes within a step: at its most at the end of the forward pass, while gradients are reduced, or in the update.
-
-    Where freed memory stays resident, all of that adds up.
-    """
+    """What comes and goes within a step: at its most at the end of the forward pass, while gradients are reduced, or in the update."""
     trained, share = shape.trained, -(-shape.trained // work.world_size)
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
     waiting = min(bucket, trained)
-    copies = _FP32 * _copies_of_bucket(place, work.world_size)
-    sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
     in_steps = place.stage == 3 and place.offload_optimizer == "none"
-    update = _FP32 * min(share, place.sub_group) if in_steps else 0
+    update = _FP32 * min(share, place.sub_group) * (1 + _UPDATE_COPIES.get(work.optimizer, 0)) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
     # A heap takes no less where tiles are made one after another.
-    layer = shape.layer_activations + (shape.tile_activations if process.retains else 0)
-    workspace = int(process.workspace * 2 / size * layer * work.own_tokens)
+    layer = _layer(shape, work) + (shape.tile_activations if process.retains else 0)
+    layers = process.compiled_workspace if work.compiled else process.workspace
+    workspace = int(layers * 2 / size * layer * work.own_tokens)
     found = {"gradient bucket": _FP32 * bucket, "activations": activations}
     if process.retains:
-        return found | {"logits": logits, "workspace": workspace, "gradients on their way": max(sent, update)}
-    forward = activations + max(logits, workspace)
+        mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
+        in_heap = {"logits": sum(logits), "workspace": int(workspace * (1 - mapped / max(1, activations)))}
+        gathered = _gathered(shape, place, work, process, size)
+        forward = mapped + _mapped(logits) + gathered * _share_mapped(shape, size)
+        sent = _mapped([_FP32 * waiting] * _copies_by_gloo(place)) + _still_gathered(shape, gathered, waiting, size)
+        return found | in_heap | {"gradients on their way": max(0, int(max(sent, _mapped([update])) - forward))}
+    copies = _FP32 * _copies_of_bucket(place, work.world_size)
+    sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
+    forward = activations + max(sum(logits), workspace)
     # The first bucket is full, and sent, when so much of the backward pass is over.
     left = int(activations * max(0.0, 1 - bucket / max(1, trained)))
     beyond = max(0, sent + left + workspace - forward, update - forward)
-    return found | {"logits or workspace": max(logits, workspace), "gradients on their way": beyond}
+    return found | {"logits or workspace": max(sum(logits), workspace), "gradients on their way": beyond}
+
+
+def _mapped(tensors: Sequence[int]) -> int:
+    """Bytes of those of `tensors` that a C library gives back when they are freed."""
+    return sum(count for count in tensors if count > _HEAP)
+
+
+def _share_mapped(shape: ModelShape, size: int) -> float:
+    """The same of all weights, as a share."""
+    return shape.in_larger_than(_HEAP // size) / max(1, shape.parameters)
+
+
+def _copies_by_gloo(place: Placement) -> int:
+    """Of a bucket in fp32 while it is reduced: under ZeRO-3 the pieces in the workers' order, and gloo's own copy of them."""
+    return {1: 0, 2: 1, 3: 2}.get(place.stage, 0)
+
+
+def _still_gathered(shape: ModelShape, gathered: int, waiting: int, size: int) -> int:
+    """Bytes of weights that are mapped and not let go of when the first bucket is sent: where that holds all gradients, the embedding's."""
+    if not gathered or waiting < shape.trained:
+        return int(gathered * _share_mapped(shape, size))
+    return min(gathered, _mapped([size * max(shape.sizes)]))
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:
@@ -284,9 +333,13 @@ def _copy_within(shape: ModelShape, place: Placement, size: int) -> int:
     return size * -(-shape.parameters // place.copies) if place.stage == 3 and place.copies > 1 else 0
 
 
-def _gathered(shape: ModelShape, place: Placement, size: int) -> int:
-    """What ZeRO-3 has gathered at the worst moment: all of a small model, of a large one up to the limit, two layers at least."""
-    if place.stage < 3:
+def _gathered(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> int:
+    """What ZeRO-3 has gathered at the worst moment: all of a small model, of a large one up to the limit, two layers at least.
+
+    One worker alone takes its own weights as they are, unless they wait in another memory.
+    """
+    elsewhere = place.offload_param != "none" and process.pins
+    if place.stage < 3 or (work.world_size == 1 and not elsewhere and not place.quantized_weights):
         return 0
     return size * min(shape.parameters, max(place.max_live, 2 * shape.largest_layer))
 
@@ -300,7 +353,7 @@ def _copies_of_bucket(place: Placement, world: int) -> int:
 
 def _activations(shape: ModelShape, work: Work, process: Process) -> int:
     tokens = work.own_tokens
-    layer = shape.layer_activations + (_apart(shape, work) if process.attends_apart else 0)
+    layer = _layer(shape, work) + (_apart(shape, work) if process.attends_apart else 0)
     each = layer * shape.layers
     if work.recompute:
         inputs = 2 if work.offload_inputs else shape.layers
@@ -309,14 +362,20 @@ def _activations(shape: ModelShape, work: Work, process: Process) -> int:
     return tokens * (each + shape.other_activations) + tile
 
 
+def _layer(shape: ModelShape, work: Work) -> int:
+    """Bytes a token that a layer keeps."""
+    plain = shape.layer_activations
+    return min(plain, shape.compiled_activations or plain) if work.compiled else plain
+
+
 def _apart(shape: ModelShape, work: Work) -> int:
     """Bytes a token and layer more, where attention goes example by example: its result once more, and in fp32 all of it twice as large."""
     doubled = shape.attention_activations if work.dtype == "bf16" and work.example_tokens <= shape.fp32_tokens else 0
     return shape.attention_result + doubled
 
 
-def _logits(shape: ModelShape, work: Work, size: int) -> int:
-    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's gradient.
+def _logits(shape: ModelShape, work: Work, size: int) -> list[int]:
+    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's gradient: each tensor.
 
     The fused loss sums the head's gradient in fp32 where several chunks add up to it (`model.kernels.linear_cross_entropy`).
     """
@@ -324,6 +383,7 @@ def _logits(shape: ModelShape, work: Work, size: int) -> int:
     head = shape.vocabulary * shape.layer_input // size if shape.head_trained else 0
     second = size * head if shape.head_tied else 0  # an embedding that is the head too has a gradient from either end
     if not work.fused_loss:
-        return 2 * logits + 2 * min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32 + second
+        chunk = min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32
+        return [logits, logits, chunk, chunk, second]
     alone = _FUSED_CHUNK + head * (_FP32 - size)
-    return (logits + size * head if logits <= alone else _FUSED_CHUNK + _FP32 * head) + second
+    return [logits, size * head, second] if logits <= alone else [_FUSED_CHUNK, _FP32 * head, second]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dstune import api
+from dstune.atomic import write_json
 from dstune.paths import RunPaths
 from dstune.planning.plan import Plan
 from tools.benchmarks import planned
@@ -34,7 +35,9 @@ class Case(NamedTuple):
     """Further settings of the run's model."""
     train: Mapping[str, Any] = {}
     shape: Mapping[str, Any] = {}
-    """Further values of the model's config, or another architecture's in place of a Llama's."""
+    """Further values of the model's config, or another architecture's in place of a Llama's (with a `model_type`: a whole config)."""
+    sections: Mapping[str, Mapping[str, Any]] = {}
+    """Values of the run's other sections."""
 
 
 T5 = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_decoder_layers": 6, "num_heads": 8, "d_kv": 64}
@@ -84,20 +87,21 @@ def main() -> int:
 def _row(name: str, case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shape = dict(case.shape)
-        if "path" not in case.model:
+        more: dict[str, Any] = {}
+        if "model_type" in shape:
+            more = _own_config(Path(folder) / "model", shape | {"vocab_size": case.vocabulary})
+            shape = {}
+        elif "path" not in case.model:
             shape = planned.llama(case.hidden, case.layers) | {"max_position_embeddings": 4096} | shape
-        shape["vocab_size"] = case.vocabulary
+        if shape:
+            shape["vocab_size"] = case.vocabulary
         train = {
             "global_batch_size": case.micro_batch * case.workers,
             "micro_batch_size": case.micro_batch,
             "max_steps": 2,
             **case.train,
         }
-        more = {
-            "dtype": case.dtype,
-            "activation_checkpointing": case.recompute,
-            **case.model,
-        }
+        more |= {"dtype": case.dtype, "activation_checkpointing": case.recompute, **case.model}
         root = planned.make_run(
             Path(folder),
             shape,
@@ -107,6 +111,7 @@ def _row(name: str, case: Case) -> dict[str, Any]:
             model_settings=more,
             deepspeed={"preset": case.preset},
             checkpoint={"every": 1_000_000, "background": False},
+            **case.sections,
         )
         predicted = Plan.read(RunPaths(root).plan(1)).predicted
         assert predicted is not None
@@ -124,6 +129,13 @@ def _row(name: str, case: Case) -> dict[str, Any]:
     }
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
+
+
+def _own_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model that has only a config.json, and takes the small tokenizer of dstune's own."""
+    directory.mkdir()
+    write_json(directory / "config.json", dict(config))
+    return {"path": str(directory), "tokenizer": "builtin:tiny-llama", "init": "random"}
 
 
 if __name__ == "__main__":
