@@ -57,6 +57,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         kind=config.model_type,
         sizes=Counter(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        hidden=_hidden(module, head),
         active=_active(module, text),
         layers=len(layers),
         attention_width=_attention_width(text),
@@ -302,6 +303,12 @@ def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
         share = visited / experts if experts and ".experts." in f".{name}." else 1.0
         total += int(parameter.numel() * share)
     return total
+
+
+def _hidden(module: PreTrainedModel, head: Any) -> int:
+    outer = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
+    outer.add(id(getattr(head, "weight", None)))
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and p.dim() > 1 and id(p) not in outer)
 
 
 def _num_experts(text: PretrainedConfig) -> int:

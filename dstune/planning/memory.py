@@ -8,7 +8,7 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dstune.planning.shapes import ModelShape
@@ -215,28 +215,36 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
         "weights": 0 if place.offload_param != "none" else weights,
         "weights' copy within machines": _copy_within(shape, place, size),
         "gathered weights": _gathered(shape, place, work, process, size),
-        **(_states(shape, place, work) if place.offload_optimizer == "none" else {}),
+        **(_states(shape, place, work, process) if place.offload_optimizer == "none" else {}),
         **_passing(shape, place, work, process, size),
         "process": process.fixed + (process.compiler if work.compiled else 0),
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
-    saved = _FP32 * shape.trained * work.saved_numbers
+    saved = _FP32 * _share_kept(shape, replace(work, world_size=1), work.saved_numbers)
     return Memory(
         device=device,
         host={name: count for name, count in _host(shape, place, work, process, weights).items() if count},
-        nvme=_FP32 * share * (work.numbers + 1) if place.offload_optimizer == "nvme" else 0,
+        nvme=_FP32 * (_share_kept(shape, work, work.numbers) + share) if place.offload_optimizer == "nvme" else 0,
         checkpoint_copy=-(-saved // work.world_size),
         checkpoint_bytes=saved,
     )
 
 
-def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
+def _states(shape: ModelShape, place: Placement, work: Work, process: Process) -> dict[str, int]:
     share = -(-shape.trained // work.world_size)
     # DeepSpeed's stage 1 with fp32 sums keeps all of them; under its stage 3 weights in fp32 are their own masters.
     sums = shape.trained if place.stage == 1 else share
-    lasting = work.numbers - (place.stage == 3 and work.dtype == "fp32")
-    return {"masters and moments": _FP32 * share * lasting, "gradient sums": _FP32 * sums}
+    masters = share if place.stage == 3 and work.dtype == "fp32" else 0
+    found = {"masters and moments": _FP32 * (_share_kept(shape, work, work.numbers) - masters)}
+    # Stage 2 frees them after each update, and a CPU's memory with them (`_reduced`).
+    return found if place.stage == 2 and process.retains else found | {"gradient sums": _FP32 * sums}
+
+
+def _share_kept(shape: ModelShape, work: Work, numbers: int) -> int:
+    """Of `numbers` fp32 numbers of each trained element, one worker's: Muon has a momentum alone for the matrices that it treats."""
+    fewer = shape.hidden if work.optimizer == "muon" and numbers == work.numbers else 0
+    return -(-(shape.trained * numbers - fewer) // work.world_size)
 
 
 def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
@@ -248,25 +256,50 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     update = _FP32 * min(share, place.sub_group) * (1 + _UPDATE_COPIES.get(work.optimizer, 0)) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
-    # A heap takes no less where tiles are made one after another.
-    layer = _layer(shape, work) + (shape.tile_activations if process.retains else 0)
     layers = process.compiled_workspace if work.compiled else process.workspace
-    workspace = int(layers * 2 / size * layer * work.own_tokens)
-    found = {"gradient bucket": _FP32 * bucket, "activations": activations}
+    workspace = int(layers * 2 / size * _layer(shape, work) * work.own_tokens)
     if process.retains:
         mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
-        in_heap = {"logits": sum(logits), "workspace": int(workspace * (1 - mapped / max(1, activations)))}
         gathered = _gathered(shape, place, work, process, size)
-        forward = mapped + _mapped(logits) + gathered * _share_mapped(shape, size)
-        sent = _mapped([_FP32 * waiting] * _copies_by_gloo(place)) + _still_gathered(shape, gathered, waiting, size)
-        return found | in_heap | {"gradients on their way": max(0, int(max(sent, _mapped([update])) - forward))}
+        forward = mapped + _mapped(logits) + int(gathered * _share_mapped(shape, size))
+        sent = _reduced(shape, place, work, waiting, size)
+        if place.stage == 3:
+            sent.append(_still_gathered(shape, gathered, waiting, size))
+        return {
+            "gradient bucket": _FP32 * bucket if place.stage == 3 else 0,
+            "activations": activations,
+            "logits": sum(logits),
+            "workspace": int(workspace * (1 - mapped / max(1, activations))),
+            "gradients on their way": max(0, _mapped(sent) - forward, _mapped([update]) - forward),
+        }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)
     sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
     forward = activations + max(sum(logits), workspace)
     # The first bucket is full, and sent, when so much of the backward pass is over.
     left = int(activations * max(0.0, 1 - bucket / max(1, trained)))
     beyond = max(0, sent + left + workspace - forward, update - forward)
-    return found | {"logits or workspace": max(sum(logits), workspace), "gradients on their way": beyond}
+    return {
+        "gradient bucket": _FP32 * bucket,
+        "activations": activations,
+        "logits or workspace": max(sum(logits), workspace),
+        "gradients on their way": beyond,
+    }
+
+
+def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size: int) -> list[int]:
+    """Bytes of the tensors that there are on a CPU only while `waiting` gradients are reduced (and in the update no more than these).
+
+    Stage 1 has a copy of them; stage 2 the bucket in the weights' own precision, a copy of it in fp32 and, with several workers, in
+    their order, and from then on the sums; stage 3 the pieces in the workers' order, and gloo's own copy of them.
+    """
+    whole = _FP32 * waiting
+    if place.stage == 1:
+        return [whole]
+    if place.stage == 3:
+        return [whole, whole]
+    sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
+    in_order = [size * waiting] if work.world_size > 1 else []
+    return [size * waiting, whole if size < _FP32 else 0, *in_order, *sums]
 
 
 def _mapped(tensors: Sequence[int]) -> int:
@@ -277,11 +310,6 @@ def _mapped(tensors: Sequence[int]) -> int:
 def _share_mapped(shape: ModelShape, size: int) -> float:
     """The same of all weights, as a share."""
     return shape.in_larger_than(_HEAP // size) / max(1, shape.parameters)
-
-
-def _copies_by_gloo(place: Placement) -> int:
-    """Of a bucket in fp32 while it is reduced: under ZeRO-3 the pieces in the workers' order, and gloo's own copy of them."""
-    return {1: 0, 2: 1, 3: 2}.get(place.stage, 0)
 
 
 def _still_gathered(shape: ModelShape, gathered: int, waiting: int, size: int) -> int:
@@ -305,7 +333,7 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
         held["gradient sums"] = _FP32 * share
         pinned.append(_FP32 * share)
     if place.offload_optimizer == "cpu":
-        held["masters and moments"] = _FP32 * share * work.numbers
+        held["masters and moments"] = _FP32 * _share_kept(shape, work, work.numbers)
         held["gradients of the update"] = _FP32 * share
         pinned += [_FP32 * group] * -(-share // max(1, group))
     if place.offload_optimizer == "nvme":

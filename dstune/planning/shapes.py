@@ -18,6 +18,8 @@ class ModelShape:
     """Elements of a parameter -> how many parameters are that large; tied ones count once."""
     trained: int
     """Elements that are updated: all of them, or an adapter's, or what is not frozen."""
+    hidden: int = 0
+    """Those of them in matrices that are neither embeddings nor the head: what Muon treats."""
     active: int
     """Elements that take part in a matrix product for each token: no input embedding, of experts those that a token visits."""
     layers: int

@@ -194,7 +194,9 @@ def test_on_a_cpu_large_tensors_come_and_go_and_small_ones_stay():
 
 def test_compiled_layers_keep_less():
     shape = replace(BILLION, compiled_activations=70_000)
-    plain, compiled = (estimate(shape, Placement(stage=3), work(compiled=on), CPU_PROCESS).device for on in (False, True))
+    plain, compiled = (
+        estimate(shape, Placement(stage=3), work(compiled=on), CPU_PROCESS).device for on in (False, True)
+    )
     assert plain["activations"] - compiled["activations"] == 4096 * 20 * 30_000
     assert plain["workspace"] > compiled["workspace"] and plain["process"] < compiled["process"]
     seconds = [
