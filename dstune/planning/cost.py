@@ -83,7 +83,9 @@ def step_seconds(
     tiles = 2.0 * shape.tiled * tokens  # their forward pass comes twice
     one = flops(shape, tokens, tokens * squares_per_token, work.recompute) + tiles
     size, rate = (4, device.flops * _FP32_SHARE) if work.dtype == "fp32" else (2, device.flops)
-    compute = micro_batches * (_faster(work, device.is_cpu) * one / (rate * reached * filled) + _LAUNCH_SECONDS)
+    compute = micro_batches * (
+        faster(work.compiled, work.fp8, device.is_cpu) * one / (rate * reached * filled) + _LAUNCH_SECONDS
+    )
     communication = _communication(shape, place, work, cluster, size, micro_batches) if cluster.workers > 1 else 0.0
     offload, update = _offload(shape, place, work, cluster, size, micro_batches)
     exposed = max(0.0, communication - _HIDDEN * compute) if place.stage == 3 else communication
@@ -94,13 +96,13 @@ def step_seconds(
     return Seconds(compute=compute, communication=exposed, offload=hidden_offload, update=update)
 
 
-def _faster(work: Work, is_cpu: bool) -> float:
+def faster(compiled: bool, fp8: bool, is_cpu: bool) -> float:
     """Of the arithmetic's time, what compiling and products in 8 bits leave."""
-    if not work.compiled:
+    if not compiled:
         return 1.0
     if is_cpu:
         return _COMPILED_CPU
-    return _COMPILED * (_FP8 if work.fp8 else 1.0)
+    return _COMPILED * (_FP8 if fp8 else 1.0)
 
 
 def _communication(

@@ -25,6 +25,10 @@ _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""
 _HEAP = 32 << 20
 """Bytes of the largest tensor that glibc may take from its heap, which it does not give back; larger ones it maps and unmaps."""
+_SHARED_ROWS = 2.0
+_TWICE_RECOMPUTED = 1.8
+_RECOMPUTED_ADAPTER = 2.7
+"""How many times the pieces of such layers' heap are the usual ones; measured on one or two shapes each (`tools/bench memory`)."""
 _SWAP_BUFFERS = 4
 """DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
 
@@ -256,8 +260,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     update = _FP32 * min(share, place.sub_group) * (1 + _UPDATE_COPIES.get(work.optimizer, 0)) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
-    layers = process.compiled_workspace if work.compiled else process.workspace
-    workspace = int(layers * 2 / size * _layer(shape, work) * work.own_tokens)
+    workspace = int(_workspace(shape, work, process) * 2 / size * work.own_tokens)
     if process.retains:
         mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
         gathered = _gathered(shape, place, work, process, size)
@@ -284,6 +287,25 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
         "logits or workspace": max(sum(logits), workspace),
         "gradients on their way": beyond,
     }
+
+
+def _workspace(shape: ModelShape, work: Work, process: Process) -> float:
+    """Bytes a token, in 16 bits.
+
+    A heap is left in pieces, too short for what comes next, by all that lives for a moment between what stays: copies for the workers
+    that share a row, tiles that are computed again within a layer that is, an adapter's maps within such a layer.
+    """
+    layer = _layer(shape, work)
+    if not process.retains:
+        return process.workspace * layer
+    layers = process.compiled_workspace if work.compiled else process.workspace
+    if work.sequence_parallel > 1:
+        layers *= _SHARED_ROWS
+    if work.recompute and shape.tile_activations:
+        return layers * _TWICE_RECOMPUTED * (layer + shape.tile_activations)
+    if work.recompute and 2 * shape.trained < shape.parameters:
+        layers *= _RECOMPUTED_ADAPTER
+    return layers * layer
 
 
 def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size: int) -> list[int]:
