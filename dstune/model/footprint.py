@@ -60,6 +60,7 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         hidden=_hidden(module, head),
         active=_active(module, text),
         layers=len(layers),
+        experts=_num_experts(text) * len(layers),
         attention_width=_attention_width(text),
         vocabulary=int(text.vocab_size),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from dstune.planning.cost import Seconds, step_seconds
 from dstune.planning.deepspeed import AUTO_PRESET
 from dstune.planning.hardware import Cluster
-from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Memory, Placement, Work, estimate
+from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Memory, Work, estimate
+from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
 PRESETS = ("zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all", "zero3-nvme")

@@ -8,7 +8,8 @@ parameters: 50 to 58%), not measured by dstune.
 from dataclasses import dataclass
 
 from dstune.planning.hardware import Cluster
-from dstune.planning.memory import Placement, Work
+from dstune.planning.memory import Work
+from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
 _REACHED = 0.55

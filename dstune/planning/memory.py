@@ -9,8 +9,8 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
 _FP32 = 4
@@ -29,55 +29,6 @@ _SHARED_ROWS = 2.0
 _TWICE_RECOMPUTED = 1.8
 _RECOMPUTED_ADAPTER = 2.7
 """How many times the pieces of such layers' heap are the usual ones; measured on one or two shapes each (`tools/bench memory`)."""
-_SWAP_BUFFERS = 4
-"""DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where DeepSpeed puts what: the part of its config that memory and traffic depend on."""
-
-    stage: int
-    offload_optimizer: str = "none"
-    """`none`, `cpu` or `nvme`: masters, moments and the gradients' sums."""
-    offload_param: str = "none"
-    reduce_bucket: int = 500_000_000
-    """Elements of gradients that are reduced at once."""
-    sub_group: int = 1_000_000_000
-    """Elements that one update handles at once (ZeRO-3)."""
-    max_live: int = 1_000_000_000
-    """Elements that ZeRO-3 keeps gathered."""
-    persistence: int = 100_000
-    """Parameters of at most so many elements stay whole on every worker under ZeRO-3."""
-    copies: int = 1
-    """Workers that keep one copy of all weights between them, beside the partition over all (ZeRO++'s hpZ); 1: no such copy."""
-    quantized_weights: bool = False
-    """Weights travel in 8 bits (ZeRO++)."""
-    quantized_gradients: bool = False
-    """Gradients travel in 4 bits (ZeRO++)."""
-    swap_buffers: int = _SWAP_BUFFERS
-
-    @classmethod
-    def of(cls, ds_config: Mapping[str, Any]) -> "Placement":
-        """The placement that a DeepSpeed config describes; its silence means DeepSpeed's own defaults."""
-        zero = ds_config.get("zero_optimization", {})
-        optimizer = zero.get("offload_optimizer") or {}
-        found = {
-            "reduce_bucket": zero.get("reduce_bucket_size"),
-            "sub_group": zero.get("sub_group_size"),
-            "max_live": zero.get("stage3_max_live_parameters"),
-            "persistence": zero.get("stage3_param_persistence_threshold"),
-            "copies": zero.get("zero_hpz_partition_size"),
-            "swap_buffers": optimizer.get("buffer_count"),
-        }
-        return cls(
-            stage=int(zero.get("stage", 0)),
-            offload_optimizer=optimizer.get("device", "none"),
-            offload_param=(zero.get("offload_param") or {}).get("device", "none"),
-            quantized_weights=bool(zero.get("zero_quantized_weights")),
-            quantized_gradients=bool(zero.get("zero_quantized_gradients")),
-            **{key: int(value) for key, value in found.items() if isinstance(value, int | float)},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +102,8 @@ class Process:
     """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
     compiled_workspace: float = 1.0
     """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
+    each_expert: int = 0
+    """Bytes that the library of matrix products keeps of an expert's: it compiles and keeps them for each number of rows that it meets."""
     compiler: int = 0
     """Bytes that the compiler takes, once loaded."""
     pins: bool = False
@@ -161,6 +114,7 @@ CPU_PROCESS = Process(
     fixed=590 << 20,
     workspace=5.5,
     compiled_workspace=2.0,
+    each_expert=5 << 20,
     compiler=60 << 20,
     fragments=0.0,
     whole_buckets=False,
@@ -222,6 +176,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
         **(_states(shape, place, work, process) if place.offload_optimizer == "none" else {}),
         **_passing(shape, place, work, process, size),
         "process": process.fixed + (process.compiler if work.compiled else 0),
+        "experts' compiled products": process.each_expert * shape.experts,
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))

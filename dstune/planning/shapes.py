@@ -23,6 +23,8 @@ class ModelShape:
     active: int
     """Elements that take part in a matrix product for each token: no input embedding, of experts those that a token visits."""
     layers: int
+    experts: int = 0
+    """Of all layers together."""
     attention_width: int
     """Heads times their size: what one token's scores cost per token that it sees, over 4 FLOPs, in each layer."""
     vocabulary: int

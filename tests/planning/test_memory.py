@@ -7,7 +7,8 @@ import pytest
 
 from dstune.errors import UsageError
 from dstune.planning import choose, cost, hardware, reasons, saving
-from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Placement, Process, Work, estimate
+from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Process, Work, estimate
+from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
 GB = 10**9
@@ -190,6 +191,15 @@ def test_on_a_cpu_large_tensors_come_and_go_and_small_ones_stay():
         assert found["workspace"] == int(5.5 * 100_000 * tokens * (0.5 if mapped else 1))
         assert "gathered weights" not in found  # one worker's own are whole
     assert estimate(shape, place, work(world_size=2), CPU_PROCESS).device["gathered weights"] == 2 * 10**9
+
+
+def test_experts_products_are_compiled_and_kept_on_a_cpu():
+    dense, mixed = (estimate(replace(BILLION, experts=n), Placement(stage=3), work(), CPU_PROCESS) for n in (0, 96))
+    assert mixed.peak - dense.peak == 96 * (5 << 20)
+    assert not any(
+        "experts" in name
+        for name in estimate(replace(BILLION, experts=96), Placement(stage=3), work(), GPU_PROCESS).device
+    )
 
 
 def test_compiled_layers_keep_less():
