@@ -106,6 +106,9 @@ CASES = {
     "tiles-zero1": Case(512, 8, 8192, "zero1", 1, 4096, False, 1, model={"mlp_tile": 512}),
     "offload-optimizer-64k-2-workers": Case(640, 10, 64_000, "zero3-offload-optimizer", 4, 512, False, 2),
     "offload-all-128k": Case(512, 4, 128_000, "zero3-offload-all", 2, 1024, False, 1, sections=EVERY_TOKEN),
+    "tied-4096-tiles-recompute": Case(
+        640, 10, 32_000, "zero3", 1, 4096, True, 1, model={"mlp_tile": 512}, shape={"tie_word_embeddings": True}
+    ),
     # Not looked at when the planner's constants were fitted:
     "unseen-zero3-wide": Case(1280, 6, 8192, "zero3", 2, 512, False, 1),
     "unseen-zero2-recompute": Case(768, 16, 4096, "zero2", 1, 1024, True, 2),
@@ -114,9 +117,6 @@ CASES = {
     "unseen-t5": Case(512, 6, 8192, "zero2", 4, 512, False, 2, model={"path": "builtin:tiny-t5"}, shape=T5),
     "unseen-lora": Case(1280, 12, 8192, "zero3", 2, 1024, False, 1, model={"adapter": {"rank": 16}}),
     "unseen-ema-lion": Case(1024, 8, 16_384, "zero3", 1, 512, False, 2, train={"ema": 0.99, "optimizer": "lion"}),
-    "unseen-tied-4096-tiles": Case(
-        640, 10, 32_000, "zero3", 1, 4096, True, 1, model={"mlp_tile": 512}, shape={"tie_word_embeddings": True}
-    ),
     "unseen-fp32-zero1": Case(640, 8, 12_000, "zero1", 2, 1024, False, 1, "fp32"),
     "unseen-gqa-all-offloaded": Case(
         1152, 8, 6000, "zero3-offload-all", 2, 768, True, 1, shape={"num_key_value_heads": 3}
