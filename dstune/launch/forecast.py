@@ -189,6 +189,8 @@ def _load(config: RunConfig, rows: Rows, fused_loss: bool) -> choose.Load:
         fused_loss=fused_loss,
         ema=config.train.ema is not None,
         weights_only=config.checkpoint.weights_only,
+        compiled=config.model.compile != "off",
+        fp8=config.model.fp8,
     )
 
 

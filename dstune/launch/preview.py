@@ -104,8 +104,13 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "model": _model(counted.shape),
         "machines": _machines(cluster, config, asked),
         "kernels": [asdict(one) for one in used],
-        "compile": compiling.planned(config.model, run.base),
-        "fp8": fp8.planned(config.model, run.base, cluster.device),
+        "compile": _with(
+            compiling.planned(config.model, run.base),
+            reasons.reckoned_compiled(counted.shape, seen.load, cluster.device),
+        ),
+        "fp8": _with(
+            fp8.planned(config.model, run.base, cluster.device), reasons.reckoned_fp8(seen.load, cluster.device)
+        ),
         "this_run": _described(seen.this, seen, made.total_steps, asked) | {"chosen_because": seen.why},
         "best": _described(best, seen, made.total_steps, asked) if best.fits else None,
         "nearest": None if best.fits else _nearest(seen),
@@ -115,6 +120,10 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "ways": [_row(one, per_step) for one in choose.shown(seen.found, _SHOWN)],
         "deepspeed": _deepspeed(seen, run.base),
     }
+
+
+def _with(said: str, reckoned: str) -> str:
+    return said if said == "off" else f"{said}; {reckoned}"
 
 
 def _deepspeed(seen: Forecast, base: Path) -> dict[str, Any]:

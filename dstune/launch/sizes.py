@@ -18,7 +18,7 @@ from dstune.planning.shapes import ModelShape
 
 log = get_logger(__name__)
 
-_FORMAT = 5
+_FORMAT = 7
 """Of what is kept, and of how it is counted."""
 _COUNTED_BY = ("torch", "transformers", "peft")
 

@@ -18,7 +18,7 @@ from dstune.data import tokenizer_files
 from dstune.engine.construction import DTYPES
 from dstune.errors import ConfigError
 from dstune.loggers import get_logger
-from dstune.model import adapters, freezing, new_rows, text_side, tiling
+from dstune.model import adapters, fp8, freezing, new_rows, text_side, tiling
 from dstune.model.attention import choose
 from dstune.model.build import skeleton
 from dstune.model.config import is_multimodal, load_config, numbers
@@ -51,6 +51,8 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
     layers = repeated_layers(module)
     parameters = list(module.parameters())
     text = config.get_text_config()
+    if model.fp8:
+        fp8.round_products(module)
     seen = _count(module, config, layers)
     tiles = _tiles(module, config, layers, model, seen)
     head: Any = module.get_output_embeddings()
@@ -59,12 +61,16 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = ()) -> Mo
         sizes=Counter(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         tables=sum(table.numel() for table in _tables(module)),
+        hidden=_hidden(module, head),
         active=_active(module, text),
         layers=len(layers),
+        experts=_experts(text)[0] * len(layers),
         attention_width=_attention_width(text),
         vocabulary=int(text.vocab_size),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         layer_activations=(seen.a_layer(layers) if seen else _estimate(text, model)) - tiles.activations,
+        layer_tensors=seen.tensors(layers) if seen else {},
+        compiled_activations=_compiled(seen, layers, _width(text) * _bytes(module)) if seen else 0,
         layer_input=_width(text) * _bytes(module),
         other_activations=seen.elsewhere // _TOKENS if seen else 8 * _width(text),
         attention_activations=seen.attended // (_TOKENS * len(layers)) if seen and layers else 0,
@@ -144,14 +150,37 @@ class _Seen:
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._known = {_number(parameter.untyped_storage()) for parameter in parameters}
         self._kept: list[Any] = []  # a storage that is freed would lend its number to the next one
+        self._operands: dict[int, Any] = {}
+        self._layers: dict[int, int] = {}
+        self._rounded: set[int] = set()
         self.depth = 0
-        self.in_layers = self.elsewhere = 0
+        self.elsewhere = 0
         self.attended = self.results = self.head_size = 0
         """Bytes of attention's tensors, and of its results among them; the size of a head."""
 
     def a_layer(self, layers: Sequence[torch.nn.Module]) -> int:
         """Bytes of one token in one layer."""
-        return self.in_layers // (_TOKENS * max(1, len(layers)))
+        return sum(self._layers.values()) // (_TOKENS * max(1, len(layers)))
+
+    def tensors(self, layers: Sequence[torch.nn.Module]) -> dict[int, int]:
+        """Bytes a token of a tensor -> bytes a token and layer in tensors of that length."""
+        found: Counter[int] = Counter()
+        for count in self._layers.values():
+            found[count // _TOKENS] += count
+        return {each: total // (_TOKENS * max(1, len(layers))) for each, total in found.items()}
+
+    def of_products(self, layers: Sequence[torch.nn.Module]) -> int:
+        """Those of `a_layer` that matrix products read or made, and their copies in 8 bits."""
+        kept = sum(
+            count for number, count in self._layers.items() if number in self._operands or number in self._rounded
+        )
+        return kept // (_TOKENS * max(1, len(layers)))
+
+    def operand(self, tensor: Any) -> None:
+        """What a product, or attention, reads or makes."""
+        if isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            self._operands[_number(storage)] = storage
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -159,10 +188,19 @@ class _Seen:
             self._known.add(number)
             self._kept.append(storage)
             if self.depth:
-                self.in_layers += storage.nbytes()
+                self._layers[number] = storage.nbytes()
+                if tensor.element_size() == 1:
+                    self._rounded.add(number)
             else:
                 self.elsewhere += storage.nbytes()
         return tensor
+
+
+def _compiled(seen: "_Seen", layers: Sequence[torch.nn.Module], layer_input: int) -> int:
+    """Bytes a token and layer that torch.compile keeps: what products and attention read or made, and the layer's two sums; what lies
+    between is made again in the backward pass, which torch's partitioner finds cheaper than keeping it.
+    """
+    return min(seen.a_layer(layers), seen.of_products(layers) + 2 * layer_input)
 
 
 def _number(storage: Any) -> int:
@@ -187,6 +225,10 @@ def _run(module: PreTrainedModel, config: PretrainedConfig, layers: Sequence[tor
 
 @contextlib.contextmanager
 def _counting(layers: Sequence[torch.nn.Module], seen: _Seen) -> Iterator[None]:
+    def multiplied(_: Any, inputs: tuple[Any, ...], result: Any) -> None:
+        for tensor in (*inputs, result):
+            seen.operand(tensor)
+
     def enter(*_: Any) -> None:
         seen.depth += 1
 
@@ -197,6 +239,12 @@ def _counting(layers: Sequence[torch.nn.Module], seen: _Seen) -> Iterator[None]:
         hook
         for layer in layers
         for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+    ]
+    hooks += [
+        part.register_forward_hook(multiplied)
+        for layer in layers
+        for part in layer.modules()
+        if getattr(getattr(part, "weight", None), "ndim", 0) == 2
     ]
     try:
         yield
@@ -230,6 +278,8 @@ class _Attention(torch.autograd.Function):
         seen.attended += sum(one.numel() * one.element_size() for one in tensors)
         seen.results += result.numel() * result.element_size()
         seen.head_size = value.shape[-1]
+        for one in tensors:
+            seen.operand(one)
         ctx.save_for_backward(*tensors, query.new_empty((batch, heads, length), dtype=torch.float32))
         return result
 
@@ -281,6 +331,12 @@ def _experts(text: PretrainedConfig) -> tuple[int, int]:
     experts = _size(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     visited = _size(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
     return experts, min(experts, visited)
+
+
+def _hidden(module: PreTrainedModel, head: Any) -> int:
+    outer = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
+    outer.add(id(getattr(head, "weight", None)))
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and p.dim() > 1 and id(p) not in outer)
 
 
 def _tied(embedding: Any, head: Any) -> bool:

@@ -96,12 +96,17 @@ def multiply_in_fp8(module: PreTrainedModel, device: torch.device) -> None:
     """
     if reason := _obstacle(device):
         raise ConfigError(Problem("model.fp8", f"true, but {reason}", "false"))
+    log.info("fp8: %s", _described(round_products(module)))
+    if device.type == "cpu":
+        log.warning("8-bit products on a CPU show what a GPU would learn, and are slower than those in 16 bits")
+
+
+def round_products(module: PreTrainedModel) -> Mapping[str, Any]:
+    """The same on whatever device: the linear maps that are changed, by name. Raises ConfigError for such an architecture."""
     chosen = _chosen(module)
     for part in chosen.values():
         part.forward = _linear(part)
-    log.info("fp8: %s", _described(chosen))
-    if device.type == "cpu":
-        log.warning("8-bit products on a CPU show what a GPU would learn, and are slower than those in 16 bits")
+    return chosen
 
 
 def _chosen(module: PreTrainedModel) -> dict[str, Any]:

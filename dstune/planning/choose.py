@@ -8,7 +8,8 @@ from typing import Any, Literal
 from dstune.planning.cost import Seconds, step_seconds
 from dstune.planning.deepspeed import AUTO_PRESET
 from dstune.planning.hardware import Cluster
-from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Memory, Placement, Work, estimate
+from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Memory, Work, estimate
+from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
 PRESETS = ("zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all", "zero3-nvme")
@@ -89,6 +90,8 @@ class Load:
     fused_loss: bool
     ema: bool = False
     weights_only: bool = False
+    compiled: bool = False
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +210,8 @@ def _candidate(
         fused_loss=load.fused_loss,
         ema=load.ema,
         weights_only=load.weights_only,
+        compiled=load.compiled,
+        fp8=load.fp8,
         sequence_parallel=split,
     )
     memory = estimate(shape, place, work, CPU_PROCESS if cluster.device.is_cpu else GPU_PROCESS)

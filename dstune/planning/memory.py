@@ -7,10 +7,10 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
 _FP32 = 4
@@ -22,59 +22,18 @@ _STATES: Mapping[str, float] = {
 columns, and what is kept of vectors, are too little to count)."""
 _MOMENTS = 8
 """The same of what `adamw8bit` leaves in fp32, and of all its moments in a checkpoint."""
+_UPDATE_COPIES: Mapping[str, int] = {"adagrad": 2, "lion": 1, "muon": 1}
+"""`train.optimizer` -> tensors of the update's size that it makes beside the gradient."""
 _FUSED_CHUNK = 128 << 20
 """Bytes of logits at once of the fused loss (`model.kernels.linear_cross_entropy`)."""
 _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""
-_SWAP_BUFFERS = 4
-"""DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where DeepSpeed puts what: the part of its config that memory and traffic depend on."""
-
-    stage: int
-    offload_optimizer: str = "none"
-    """`none`, `cpu` or `nvme`: masters, moments and the gradients' sums."""
-    offload_param: str = "none"
-    reduce_bucket: int = 500_000_000
-    """Elements of gradients that are reduced at once."""
-    sub_group: int = 1_000_000_000
-    """Elements that one update handles at once (ZeRO-3)."""
-    max_live: int = 1_000_000_000
-    """Elements that ZeRO-3 keeps gathered."""
-    persistence: int = 100_000
-    """Parameters of at most so many elements stay whole on every worker under ZeRO-3."""
-    copies: int = 1
-    """Workers that keep one copy of all weights between them, beside the partition over all (ZeRO++'s hpZ); 1: no such copy."""
-    quantized_weights: bool = False
-    """Weights travel in 8 bits (ZeRO++)."""
-    quantized_gradients: bool = False
-    """Gradients travel in 4 bits (ZeRO++)."""
-    swap_buffers: int = _SWAP_BUFFERS
-
-    @classmethod
-    def of(cls, ds_config: Mapping[str, Any]) -> "Placement":
-        """The placement that a DeepSpeed config describes; its silence means DeepSpeed's own defaults."""
-        zero = ds_config.get("zero_optimization", {})
-        optimizer = zero.get("offload_optimizer") or {}
-        found = {
-            "reduce_bucket": zero.get("reduce_bucket_size"),
-            "sub_group": zero.get("sub_group_size"),
-            "max_live": zero.get("stage3_max_live_parameters"),
-            "persistence": zero.get("stage3_param_persistence_threshold"),
-            "copies": zero.get("zero_hpz_partition_size"),
-            "swap_buffers": optimizer.get("buffer_count"),
-        }
-        return cls(
-            stage=int(zero.get("stage", 0)),
-            offload_optimizer=optimizer.get("device", "none"),
-            offload_param=(zero.get("offload_param") or {}).get("device", "none"),
-            quantized_weights=bool(zero.get("zero_quantized_weights")),
-            quantized_gradients=bool(zero.get("zero_quantized_gradients")),
-            **{key: int(value) for key, value in found.items() if isinstance(value, int | float)},
-        )
+_HEAP = 32 << 20
+"""Bytes of the largest tensor that glibc may take from its heap, which it does not give back; larger ones it maps and unmaps."""
+_SHARED_ROWS = 2.0
+_TWICE_RECOMPUTED = 1.8
+_RECOMPUTED_ADAPTER = 2.7
+"""How many times the pieces of such layers' heap are the usual ones; measured on one or two shapes each (`tools/bench memory`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +59,10 @@ class Work:
     """Whether an average of the weights is kept beside them."""
     weights_only: bool = False
     """Whether checkpoints leave the optimizer's states out."""
+    compiled: bool = False
+    """Whether torch compiles the layers."""
+    fp8: bool = False
+    """Whether the layers multiply in 8 bits."""
     sequence_parallel: int = 1
     """Workers that share the tokens of a micro-batch between them; the states are cut over all workers all the same."""
 
@@ -127,22 +90,42 @@ class Process:
     whole_buckets: bool
     """Whether a bucket takes its room before it is filled."""
     retains: bool = False
-    """Whether what was freed stays resident: a C library's heap, of all but the largest tensors."""
+    """Whether what was freed stays resident: a C library's heap, of all but the largest tensors. (To have glibc map all from 2 MiB on
+    took a quarter of the peak and 18 to 42% of a step's processor time, in huge pages too: workers leave it as it is.)"""
     host: int = 0
     """Bytes of the host's memory, whatever it trains, where that is another memory."""
     attends_apart: bool = False
     """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
+    compiled_workspace: float = 1.0
+    """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
+    each_expert: int = 0
+    """Bytes that the library of matrix products keeps of an expert's: it compiles and keeps them for each number of rows that it meets."""
+    compiler: int = 0
+    """Bytes that the compiler takes, once loaded."""
     pins: bool = False
     """Whether offloaded tensors are pinned: torch rounds each one's room up to a power of two."""
 
 
 CPU_PROCESS = Process(
-    fixed=590 << 20, workspace=5.5, fragments=0.0, whole_buckets=False, retains=True, attends_apart=True
+    fixed=590 << 20,
+    workspace=5.5,
+    compiled_workspace=2.0,
+    each_expert=5 << 20,
+    compiler=60 << 20,
+    fragments=0.0,
+    whole_buckets=False,
+    retains=True,
+    attends_apart=True,
 )
 """Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
 GPU_PROCESS = Process(
-    fixed=1200 << 20, workspace=2.0, fragments=0.05, whole_buckets=True, host=3 << 30, pins=True
-)  # fmt: skip
+    fixed=1200 << 20,
+    workspace=2.0,
+    fragments=0.05,
+    whole_buckets=True,
+    host=3 << 30,
+    pins=True,
+)
 """The CUDA context, NCCL's and cuBLAS's buffers, the caching allocator's fragments, and on the host CUDA's libraries: not measured."""
 NOT_ALLOCATED = ("process", "fragments")
 """Parts of a GPU's memory that torch's allocator does not count as allocated."""
@@ -185,10 +168,11 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     device = {
         "weights": 0 if place.offload_param != "none" else weights,
         "weights' copy within machines": _copy_within(shape, place, size),
-        "gathered weights": _gathered(shape, place, size),
-        **(_states(shape, place, work) if place.offload_optimizer == "none" else {}),
+        "gathered weights": _gathered(shape, place, work, process, size),
+        **(_states(shape, place, work, process) if place.offload_optimizer == "none" else {}),
         **_passing(shape, place, work, process, size),
-        "process": process.fixed,
+        "process": process.fixed + (process.compiler if work.compiled else 0),
+        "experts' compiled products": process.each_expert * shape.experts,
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
@@ -207,48 +191,117 @@ def lasting_bytes(shape: ModelShape, work: Work) -> int:
     states = _STATES[work.optimizer] * shape.trained
     if work.optimizer == "adamw8bit":
         states += (_MOMENTS - _STATES[work.optimizer]) * shape.tables
+    if work.optimizer == "muon":
+        states -= _FP32 * shape.hidden
     return _FP32 * -(-shape.trained // work.world_size) * (1 + work.ema) + math.ceil(states / work.world_size)
 
 
 def saved_bytes(shape: ModelShape, work: Work) -> int:
     """What of it a checkpoint holds, over all workers."""
-    states = _MOMENTS if work.optimizer == "adamw8bit" else int(_STATES[work.optimizer])
-    return shape.trained * (_FP32 * (1 + work.ema) + (0 if work.weights_only else states))
+    states = (_MOMENTS if work.optimizer == "adamw8bit" else int(_STATES[work.optimizer])) * shape.trained
+    if work.optimizer == "muon":
+        states -= _FP32 * shape.hidden
+    return shape.trained * _FP32 * (1 + work.ema) + (0 if work.weights_only else states)
 
 
-def _states(shape: ModelShape, place: Placement, work: Work) -> dict[str, int]:
+def _states(shape: ModelShape, place: Placement, work: Work, process: Process) -> dict[str, int]:
     share = -(-shape.trained // work.world_size)
     # DeepSpeed's stage 1 with fp32 sums keeps all of them; under its stage 3 weights in fp32 are their own masters.
     sums = shape.trained if place.stage == 1 else share
     own_masters = _FP32 * share if place.stage == 3 and work.dtype == "fp32" else 0
-    return {"masters and moments": lasting_bytes(shape, work) - own_masters, "gradient sums": _FP32 * sums}
+    found = {"masters and moments": lasting_bytes(shape, work) - own_masters}
+    # Stage 2 frees them after each update, and a CPU's memory with them (`_reduced`).
+    return found if place.stage == 2 and process.retains else found | {"gradient sums": _FP32 * sums}
 
 
 def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> dict[str, int]:
-    """What comes and goes within a step: at its most at the end of the forward pass, while gradients are reduced, or in the update.
-
-    Where freed memory stays resident, all of that adds up.
-    """
+    """What comes and goes within a step: at its most at the end of the forward pass, while gradients are reduced, or in the update."""
     trained, share = shape.trained, -(-shape.trained // work.world_size)
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
     waiting = min(bucket, trained)
-    copies = _FP32 * _copies_of_bucket(place, work.world_size)
-    sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
     in_steps = place.stage == 3 and place.offload_optimizer == "none"
-    update = _FP32 * min(share, place.sub_group) if in_steps else 0
+    update = _FP32 * min(share, place.sub_group) * (1 + _UPDATE_COPIES.get(work.optimizer, 0)) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
-    # A heap takes no less where tiles are made one after another.
-    layer = shape.layer_activations + (shape.tile_activations if process.retains else 0)
-    workspace = int(process.workspace * 2 / size * layer * work.own_tokens)
-    found = {"gradient bucket": _FP32 * bucket, "activations": activations}
+    workspace = int(_workspace(shape, work, process) * 2 / size * work.own_tokens)
     if process.retains:
-        return found | {"logits": logits, "workspace": workspace, "gradients on their way": max(sent, update)}
-    forward = activations + max(logits, workspace)
+        mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
+        gathered = _gathered(shape, place, work, process, size)
+        forward = mapped + _mapped(logits) + int(gathered * _share_mapped(shape, size))
+        sent = _reduced(shape, place, work, waiting, size)
+        if place.stage == 3:
+            sent.append(_still_gathered(shape, gathered, waiting, size))
+        return {
+            "gradient bucket": _FP32 * bucket if place.stage == 3 else 0,
+            "activations": activations,
+            "logits": sum(logits),
+            "workspace": int(workspace * (1 - mapped / max(1, activations))),
+            "gradients on their way": max(0, _mapped(sent) - forward, _mapped([update]) - forward),
+        }
+    copies = _FP32 * _copies_of_bucket(place, work.world_size)
+    sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
+    forward = activations + max(sum(logits), workspace)
     # The first bucket is full, and sent, when so much of the backward pass is over.
     left = int(activations * max(0.0, 1 - bucket / max(1, trained)))
     beyond = max(0, sent + left + workspace - forward, update - forward)
-    return found | {"logits or workspace": max(logits, workspace), "gradients on their way": beyond}
+    return {
+        "gradient bucket": _FP32 * bucket,
+        "activations": activations,
+        "logits or workspace": max(sum(logits), workspace),
+        "gradients on their way": beyond,
+    }
+
+
+def _workspace(shape: ModelShape, work: Work, process: Process) -> float:
+    """Bytes a token, in 16 bits.
+
+    A heap is left in pieces, too short for what comes next, by all that lives for a moment between what stays: copies for the workers
+    that share a row, tiles that are computed again within a layer that is, an adapter's maps within such a layer.
+    """
+    layer = _layer(shape, work)
+    if not process.retains:
+        return process.workspace * layer
+    layers = process.compiled_workspace if work.compiled else process.workspace
+    if work.sequence_parallel > 1:
+        layers *= _SHARED_ROWS
+    if work.recompute and shape.tile_activations:
+        return layers * _TWICE_RECOMPUTED * (layer + shape.tile_activations)
+    if work.recompute and 2 * shape.trained < shape.parameters:
+        layers *= _RECOMPUTED_ADAPTER
+    return layers * layer
+
+
+def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size: int) -> list[int]:
+    """Bytes of the tensors that there are on a CPU only while `waiting` gradients are reduced (and in the update no more than these).
+
+    Stage 1 has a copy of them; stage 2 the bucket in the weights' own precision, a copy of it in fp32 and, with several workers, in
+    their order, and from then on the sums; stage 3 the pieces in the workers' order, and gloo's own copy of them.
+    """
+    whole = _FP32 * waiting
+    if place.stage == 1:
+        return [whole]
+    if place.stage == 3:
+        return [whole, whole]
+    sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
+    in_order = [size * waiting] if work.world_size > 1 else []
+    return [size * waiting, whole if size < _FP32 else 0, *in_order, *sums]
+
+
+def _mapped(tensors: Sequence[int]) -> int:
+    """Bytes of those of `tensors` that a C library gives back when they are freed."""
+    return sum(count for count in tensors if count > _HEAP)
+
+
+def _share_mapped(shape: ModelShape, size: int) -> float:
+    """The same of all weights, as a share."""
+    return shape.in_larger_than(_HEAP // size) / max(1, shape.parameters)
+
+
+def _still_gathered(shape: ModelShape, gathered: int, waiting: int, size: int) -> int:
+    """Bytes of weights that are mapped and not let go of when the first bucket is sent: where that holds all gradients, the embedding's."""
+    if not gathered or waiting < shape.trained:
+        return int(gathered * _share_mapped(shape, size))
+    return min(gathered, _mapped([size * max(shape.sizes)]))
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:
@@ -293,9 +346,13 @@ def _copy_within(shape: ModelShape, place: Placement, size: int) -> int:
     return size * -(-shape.parameters // place.copies) if place.stage == 3 and place.copies > 1 else 0
 
 
-def _gathered(shape: ModelShape, place: Placement, size: int) -> int:
-    """What ZeRO-3 has gathered at the worst moment: all of a small model, of a large one up to the limit, two layers at least."""
-    if place.stage < 3:
+def _gathered(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> int:
+    """What ZeRO-3 has gathered at the worst moment: all of a small model, of a large one up to the limit, two layers at least.
+
+    One worker alone takes its own weights as they are, unless they wait in another memory.
+    """
+    elsewhere = place.offload_param != "none" and process.pins
+    if place.stage < 3 or (work.world_size == 1 and not elsewhere and not place.quantized_weights):
         return 0
     return size * min(shape.parameters, max(place.max_live, 2 * shape.largest_layer))
 
@@ -309,7 +366,7 @@ def _copies_of_bucket(place: Placement, world: int) -> int:
 
 def _activations(shape: ModelShape, work: Work, process: Process) -> int:
     tokens = work.own_tokens
-    layer = shape.layer_activations + (_apart(shape, work) if process.attends_apart else 0)
+    layer = _layer(shape, work) + (_apart(shape, work) if process.attends_apart else 0)
     each = layer * shape.layers
     if work.recompute:
         inputs = 2 if work.offload_inputs else shape.layers
@@ -318,14 +375,20 @@ def _activations(shape: ModelShape, work: Work, process: Process) -> int:
     return tokens * (each + shape.other_activations) + tile
 
 
+def _layer(shape: ModelShape, work: Work) -> int:
+    """Bytes a token that a layer keeps."""
+    plain = shape.layer_activations
+    return min(plain, shape.compiled_activations or plain) if work.compiled else plain
+
+
 def _apart(shape: ModelShape, work: Work) -> int:
     """Bytes a token and layer more, where attention goes example by example: its result once more, and in fp32 all of it twice as large."""
     doubled = shape.attention_activations if work.dtype == "bf16" and work.example_tokens <= shape.fp32_tokens else 0
     return shape.attention_result + doubled
 
 
-def _logits(shape: ModelShape, work: Work, size: int) -> int:
-    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's gradient.
+def _logits(shape: ModelShape, work: Work, size: int) -> list[int]:
+    """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's gradient: each tensor.
 
     The fused loss sums the head's gradient in fp32 where several chunks add up to it (`model.kernels.linear_cross_entropy`).
     """
@@ -333,6 +396,7 @@ def _logits(shape: ModelShape, work: Work, size: int) -> int:
     head = shape.vocabulary * shape.layer_input // size if shape.head_trained else 0
     second = size * head if shape.head_tied else 0  # an embedding that is the head too has a gradient from either end
     if not work.fused_loss:
-        return 2 * logits + 2 * min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32 + second
+        chunk = min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32
+        return [logits, logits, chunk, chunk, second]
     alone = _FUSED_CHUNK + head * (_FP32 - size)
-    return (logits + size * head if logits <= alone else _FUSED_CHUNK + _FP32 * head) + second
+    return [logits, size * head, second] if logits <= alone else [_FUSED_CHUNK, _FP32 * head, second]

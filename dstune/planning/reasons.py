@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from dstune.planning.choose import Candidate, gib, nearest
+from dstune.planning.choose import Candidate, Load, gib, nearest
+from dstune.planning.cost import faster
+from dstune.planning.hardware import Device
+from dstune.planning.shapes import ModelShape
 
 _ALIKE = 0.03
 
@@ -61,3 +64,20 @@ def lacking(one: Candidate) -> str:
     return "; ".join(
         f"{gib(room.missing)} more of {room.name} than may be filled" for room in one.rooms if room.missing
     )
+
+
+def reckoned_compiled(shape: ModelShape, load: Load, device: Device) -> str:
+    """What the plan takes compiled layers to change."""
+    kept, plain = shape.compiled_activations, shape.layer_activations
+    memory = f"{kept:,} bytes of activations a token and layer instead of {plain:,}" if 0 < kept < plain else "no less"
+    return f"reckoned with {faster(load.compiled, False, device.is_cpu):.2f} of the arithmetic's time, and {memory}"
+
+
+def reckoned_fp8(load: Load, device: Device) -> str:
+    """What the plan takes products in 8 bits to change."""
+    if device.is_cpu:
+        return "a CPU imitates them, many times slower than the plan says"
+    if not load.compiled:
+        return "reckoned as no faster, for what they save the rounding takes; model.compile: layers joins it with other work"
+    left = faster(True, True, False) / faster(True, False, False)
+    return f"reckoned with {left:.2f} of the compiled layers' time"

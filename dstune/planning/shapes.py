@@ -1,8 +1,11 @@
 """What planning knows of a model: how many numbers of which kind, counted without any weights (`model.footprint`)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+_MAPPINGS = ("sizes", "layer_tensors")
+"""Fields whose keys are numbers, which JSON does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +20,13 @@ class ModelShape:
     """Elements that are updated: all of them, or an adapter's, or what is not frozen."""
     tables: int = 0
     """Those of them in embeddings, of tokens and of positions."""
+    hidden: int = 0
+    """Those of them in matrices that are neither embeddings nor the head: what Muon treats."""
     active: int
     """Elements that take part in a matrix product for each token: no input embedding, of experts those that a token visits."""
     layers: int
+    experts: int = 0
+    """Of all layers together."""
     attention_width: int
     """Heads times their size: what one token's scores cost per token that it sees, over 4 FLOPs, in each layer."""
     vocabulary: int
@@ -31,6 +38,10 @@ class ModelShape:
     """Bytes a token and layer that remain where activations are recomputed."""
     other_activations: int
     """Bytes a token outside the layers, logits left out."""
+    layer_tensors: Mapping[int, int] = field(default_factory=dict)
+    """Bytes a token of a tensor -> bytes a token and layer in tensors of that length, of what is kept without tiles; empty: not known."""
+    compiled_activations: int = 0
+    """`layer_activations` where torch compiles the layers."""
     attention_activations: int = 0
     """Bytes of `layer_activations` that are queries, keys, values and the result of attention."""
     attention_result: int = 0
@@ -61,11 +72,20 @@ class ModelShape:
         """Elements in parameters of at most `threshold` elements: what ZeRO-3 leaves whole on every worker."""
         return sum(size * count for size, count in self.sizes.items() if size <= threshold)
 
+    def in_larger_than(self, limit: int) -> int:
+        """Elements in parameters of more than `limit` elements."""
+        return self.parameters - self.no_larger_than(limit)
+
+    def share_beyond(self, limit: int, tokens: int) -> float:
+        """Of the activations of `tokens` tokens in the layers, the share in tensors of more than `limit` bytes."""
+        whole = sum(self.layer_tensors.values())
+        return sum(kept for each, kept in self.layer_tensors.items() if each * tokens > limit) / max(1, whole)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-like; `from_dict` gives an equal one back."""
-        return asdict(self) | {"sizes": sorted([size, count] for size, count in self.sizes.items())}
+        return asdict(self) | {name: sorted(map(list, getattr(self, name).items())) for name in _MAPPINGS}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "ModelShape":
-        values: dict[str, Any] = {**value, "sizes": dict(value["sizes"])}
+        values: dict[str, Any] = {**value, **{name: dict(value[name]) for name in _MAPPINGS}}
         return cls(**values)

@@ -69,6 +69,29 @@ def test_an_adapter_alone_is_trained():
     assert found.layer_activations < 1.1 * whole.layer_activations and not found.head_trained
 
 
+def test_compiled_layers_keep_what_products_and_attention_read_and_make():
+    found = footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE, compile="layers"), Path())
+    attended = 2 * (64 + 32 + 32 + 64)
+    products = 2 * (64 + 64 + 3 * 160)  # the norms' results, the gate, what it gates, and their product
+    assert found.compiled_activations == attended + products + 2 * 2 * 64  # and the layer's two sums
+    assert found.compiled_activations < found.layer_activations
+
+
+def test_products_in_8_bits_keep_a_byte_of_what_they_read():
+    plain, rounded = (
+        footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE, fp8=on), Path()).layer_tensors
+        for on in (False, True)
+    )
+    assert plain[320] - rounded[320] == 320 and 160 not in plain and rounded[160] == 160
+
+
+def test_large_tensors_are_told_from_small_ones():
+    found = footprint(ModelSection(path="builtin:tiny-llama", overrides=SHAPE), Path())
+    share = 4 * 320 / sum(found.layer_tensors.values())  # two bytes of the feed-forward layer's 160 numbers, four times
+    assert found.share_beyond(319_999, 1000) == pytest.approx(share)
+    assert (found.share_beyond(0, 1), found.share_beyond(320_000, 1000)) == (1, 0)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_counted_activations_are_those_that_autograd_keeps_of_a_real_model(dtype):
     """The real model's attention keeps what a kernel of torch keeps; the count reckons with flash attention's."""

@@ -7,7 +7,8 @@ import pytest
 
 from dstune.errors import UsageError
 from dstune.planning import choose, cost, hardware, reasons, saving
-from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Placement, Process, Work, estimate
+from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Process, Work, estimate
+from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
 GB = 10**9
@@ -153,7 +154,10 @@ def test_workers_that_share_a_sequence_share_its_activations_but_not_the_states(
 
 
 def test_every_byte_of_one_small_model():
-    """Two layers of 1,000 numbers and an embedding of 100 x 10, the head too; two ZeRO-3 workers, 64 tokens, half of them targets."""
+    """Two layers of 1,000 numbers and an embedding of 100 x 10, the head too; two ZeRO-3 workers, 64 tokens, half of them targets.
+
+    The copies of gradients on their way find room in the heap that the activations have left.
+    """
     small = replace(
         BILLION,
         sizes={1000: 3},
@@ -174,15 +178,64 @@ def test_every_byte_of_one_small_model():
         "masters and moments": 12 * 1500,
         "gradient sums": 4 * 1500,
         "gradient bucket": 4 * 1000,
-        "gradients on their way": 2 * 1000 + 2 * 4 * 1000,  # two copies in fp32, more than the update's 4 * 1,500
         "activations": 64 * (2 * 500 + 40),
         "logits": 2 * 2 * 32 * 100 + 2 * 4 * 32 * 100,
         "workspace": 2 * 500 * 64,
         "process": 7,
         "fragments": 0,
     }
-    assert found.peak == 3000 + 6000 + 18_000 + 6000 + 4000 + 10_000 + 66_560 + 38_400 + 64_000 + 7
+    assert found.peak == 3000 + 6000 + 18_000 + 6000 + 4000 + 66_560 + 38_400 + 64_000 + 7
     assert (found.checkpoint_bytes, found.checkpoint_copy, found.nvme, found.host_peak) == (36_000, 18_000, 0, 0)
+
+
+def test_on_a_cpu_large_tensors_come_and_go_and_small_ones_stay():
+    """100 million gradients at 1 worker; of the activations half are in tensors of 8 KiB a token, which 32 MiB hold 4,096 tokens of."""
+    shape = replace(BILLION, trained=100_000_000, layer_tensors={1000: 50_000, 8193: 50_000})
+    place = Placement(stage=3, reduce_bucket=10**9)
+    logits = 2 * 2 * 2048 * 32_000  # and two chunks of 512 tokens in fp32
+    forward = logits + 2 * 4 * 512 * 32_000
+    for tokens, mapped in ((4096, 4096 * (20 * 100_000 + 10_000) // 2), (4095, 0)):
+        found = estimate(shape, place, work(world_size=1, tokens=tokens), CPU_PROCESS).device
+        copies = 2 * 4 * 100_000_000
+        assert found.get("gradients on their way", 0) == max(0, copies - forward - mapped)
+        assert found["workspace"] == int(5.5 * 100_000 * tokens * (0.5 if mapped else 1))
+        assert "gathered weights" not in found  # one worker's own are whole
+    assert estimate(shape, place, work(world_size=2), CPU_PROCESS).device["gathered weights"] == 2 * 10**9
+
+
+def test_experts_products_are_compiled_and_kept_on_a_cpu():
+    dense, mixed = (estimate(replace(BILLION, experts=n), Placement(stage=3), work(), CPU_PROCESS) for n in (0, 96))
+    assert mixed.peak - dense.peak == 96 * (5 << 20)
+    assert not any(
+        "experts" in name
+        for name in estimate(replace(BILLION, experts=96), Placement(stage=3), work(), GPU_PROCESS).device
+    )
+
+
+def test_compiled_layers_keep_less():
+    shape = replace(BILLION, compiled_activations=70_000)
+    plain, compiled = (
+        estimate(shape, Placement(stage=3), work(compiled=on), CPU_PROCESS).device for on in (False, True)
+    )
+    assert plain["activations"] - compiled["activations"] == 4096 * 20 * 30_000
+    assert plain["workspace"] > compiled["workspace"] and plain["process"] < compiled["process"]
+    seconds = [
+        cost.step_seconds(shape, Placement(stage=3), work(**how), cluster(80), 1, 500.0).compute
+        for how in ({}, {"compiled": True}, {"compiled": True, "fp8": True}, {"fp8": True})
+    ]
+    assert seconds[2] < seconds[1] < seconds[0] == seconds[3]
+
+
+def test_machines_move_weights_by_all_their_network_cards():
+    def exposed(per_node: int) -> float:
+        device = hardware.find_device("h100-80gb")
+        here = hardware.Cluster(nodes=16 // per_node, per_node=per_node, device=device, host_memory=10**12)
+        one = work(world_size=16, tokens=16)
+        return cost.step_seconds(BILLION, Placement(stage=1), one, here, 1, 500.0).communication
+
+    # 10^9 weights of 2 bytes and twice 4 bytes of gradients, 15 sixteenths of them from others, at 40 GB/s a card.
+    assert exposed(1) == pytest.approx(10 * 15 / 16 / 40)
+    assert exposed(8) == pytest.approx(exposed(1) / 8)
 
 
 def test_recomputing_keeps_the_layers_inputs_and_one_layer():
@@ -246,7 +299,10 @@ def test_micro_batches_share_the_global_batch_and_an_asked_one_is_taken():
 
 
 def test_more_machines_need_less_each_and_pay_for_the_network():
-    one, four = (choose.candidates(BILLION, cluster(80, nodes=n), LOAD, {"zero3": POLICIES["zero3"]}) for n in (1, 4))
+    one, four = (
+        choose.candidates(BILLION, replace(cluster(80, nodes=n), network=5 * GB), LOAD, {"zero3": POLICIES["zero3"]})
+        for n in (1, 4)
+    )
     assert four[0].memory.device["masters and moments"] == one[0].memory.device["masters and moments"] / 4
     assert four[0].seconds.step > one[0].seconds.step / 4
 

@@ -24,13 +24,14 @@ def make_run(
 ) -> Path:
     """The run directory of a planned attempt, as the launcher would write it; `model` overrides a tiny Llama's config.
 
-    Inside `folder`; `model_settings`: more of its section; `more`: further sections. DSTUNE_CACHE is set to a directory there.
+    Inside `folder`; `model_settings`: more of its section; `more`: values of any section. DSTUNE_CACHE is set to a directory there.
     """
     from ruamel.yaml import YAML
 
     from dstune import api
     from dstune.config.load import load_run
     from dstune.launch import rundir, start
+    from dstune.planning.deepspeed import merged
 
     document = {
         "name": "bench",
@@ -38,11 +39,10 @@ def make_run(
         "data": {"sources": [{"path": "builtin:instructions"}], "max_length": max_length, "num_processes": 2},
         "train": train,
         "cluster": {"workers": workers},
-        **more,
     }
     path = folder / "bench.yaml"
     with path.open("w", encoding="utf-8") as file:
-        YAML().dump(document, file)
+        YAML().dump(merged(document, more), file)
     os.environ["DSTUNE_CACHE"] = str(folder / "cache")
     run = load_run(path)
     prepared = api.prepare(run)

@@ -1,0 +1,55 @@
+"""Where DeepSpeed puts weights, states and gradients, as a config of its says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_SWAP_BUFFERS = 4
+"""DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where DeepSpeed puts what: the part of its config that memory and traffic depend on."""
+
+    stage: int
+    offload_optimizer: str = "none"
+    """`none`, `cpu` or `nvme`: masters, moments and the gradients' sums."""
+    offload_param: str = "none"
+    reduce_bucket: int = 500_000_000
+    """Elements of gradients that are reduced at once."""
+    sub_group: int = 1_000_000_000
+    """Elements that one update handles at once (ZeRO-3)."""
+    max_live: int = 1_000_000_000
+    """Elements that ZeRO-3 keeps gathered."""
+    persistence: int = 100_000
+    """Parameters of at most so many elements stay whole on every worker under ZeRO-3."""
+    copies: int = 1
+    """Workers that keep one copy of all weights between them, beside the partition over all (ZeRO++'s hpZ); 1: no such copy."""
+    quantized_weights: bool = False
+    """Weights travel in 8 bits (ZeRO++)."""
+    quantized_gradients: bool = False
+    """Gradients travel in 4 bits (ZeRO++)."""
+    swap_buffers: int = _SWAP_BUFFERS
+
+    @classmethod
+    def of(cls, ds_config: Mapping[str, Any]) -> "Placement":
+        """The placement that a DeepSpeed config describes; its silence means DeepSpeed's own defaults."""
+        zero = ds_config.get("zero_optimization", {})
+        optimizer = zero.get("offload_optimizer") or {}
+        found = {
+            "reduce_bucket": zero.get("reduce_bucket_size"),
+            "sub_group": zero.get("sub_group_size"),
+            "max_live": zero.get("stage3_max_live_parameters"),
+            "persistence": zero.get("stage3_param_persistence_threshold"),
+            "copies": zero.get("zero_hpz_partition_size"),
+            "swap_buffers": optimizer.get("buffer_count"),
+        }
+        return cls(
+            stage=int(zero.get("stage", 0)),
+            offload_optimizer=optimizer.get("device", "none"),
+            offload_param=(zero.get("offload_param") or {}).get("device", "none"),
+            quantized_weights=bool(zero.get("zero_quantized_weights")),
+            quantized_gradients=bool(zero.get("zero_quantized_gradients")),
+            **{key: int(value) for key, value in found.items() if isinstance(value, int | float)},
+        )
