@@ -275,13 +275,13 @@ def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size
     """Bytes of the tensors that there are on a CPU only while `waiting` gradients are reduced (and in the update no more than these).
 
     Stage 1 has a copy of them; stage 2 the bucket in the weights' own precision, a copy of it in fp32 and, with several workers, in
-    their order, and from then on the sums; stage 3 the pieces in the workers' order, and gloo's own copy of them.
+    their order, and from then on the sums; stage 3 the pieces in the workers' order, which are sent from there (`engine.exchange`).
     """
     whole = _FP32 * waiting
     if place.stage == 1:
         return [whole]
     if place.stage == 3:
-        return [whole, whole]
+        return [whole]
     sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
     in_order = [size * waiting] if work.world_size > 1 else []
     return [size * waiting, whole if size < _FP32 else 0, *in_order, *sums]
