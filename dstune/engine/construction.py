@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dstune.engine.swapping import require_async_io
+from dstune.engine.swapping import load_async_io, require_async_io
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.planning.reachable import HPZ, unreachable, uses_nvme, without_gpus
@@ -130,6 +130,7 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
         )
     if uses_nvme(config):
         require_async_io()
+        load_async_io()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -14,6 +14,7 @@ from dstune.errors import ConfigError, Problem
 
 _PREFIX = "dstune-swap-"
 _LOCK = "owner.lock"
+_COMPILED = ("async_io", "pin_memory")
 _BUFFERS = 4
 """DeepSpeed's own number, for the weights, Adam's moments and the gradient."""
 
@@ -31,6 +32,29 @@ def require_async_io() -> None:
         came = f"'nvme', but DeepSpeed's async_io cannot be built here: {' and '.join(missing)} is missing"
         do = "Install libaio-dev, g++ and ninja on every node, or offload to the CPU."
         raise ConfigError(Problem("deepspeed: zero_optimization.offload_optimizer.device", came, "cpu", do))
+
+
+def load_async_io() -> None:
+    """Load it, compiled where that was not done yet: some minutes, in which this machine's other workers wait."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    builder: Any = AsyncIOBuilder()
+    with _alone(root):
+        forget_compilations(root)
+        builder.load(verbose=False)
+
+
+def forget_compilations(root: Path) -> None:
+    """Remove the locks that killed compilations of `load_async_io` left below `root`: torch would wait for them for ever.
+
+    To be called by one process at a time, which compiles nothing meanwhile.
+    """
+    for name in _COMPILED:
+        for lock in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):
+            lock.unlink(missing_ok=True)
 
 
 class SwapFolder:

@@ -11,7 +11,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from dstune.checkpoint.commit import Intent, commit
 from dstune.checkpoint.reader import Reader
 from dstune.checkpoint.shard_writer import ShardWriter
-from dstune.engine.swapping import SwapFolder, require_async_io
+from dstune.engine.swapping import SwapFolder, forget_compilations, require_async_io
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
@@ -108,3 +108,13 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"nvme_path.*file.*a writable directory"):
         SwapFolder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("folder", ["async_io", "py311_cpu/pin_memory"])
+def test_a_killed_compilation_holds_nobody_up(tmp_path: Path, folder: str) -> None:
+    lock, object_file, foreign = (tmp_path / name for name in (f"{folder}/lock", f"{folder}/a.o", "another/lock"))
+    for path in (lock, object_file, foreign):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    forget_compilations(tmp_path)
+    assert not lock.exists() and object_file.exists() and foreign.exists()
