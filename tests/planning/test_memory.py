@@ -189,15 +189,15 @@ def test_every_byte_of_one_small_model():
 
 
 def test_on_a_cpu_large_tensors_come_and_go_and_small_ones_stay():
-    """100 million gradients at 1 worker; of the activations half are in tensors of 8 KiB a token, which 32 MiB hold 4,096 tokens of."""
-    shape = replace(BILLION, trained=100_000_000, layer_tensors={1000: 50_000, 8193: 50_000})
+    """200 million gradients at 1 worker; of the activations half are in tensors of 8 KiB a token, which 32 MiB hold 4,096 tokens of."""
+    shape = replace(BILLION, trained=200_000_000, layer_tensors={1000: 50_000, 8193: 50_000})
     place = Placement(stage=3, reduce_bucket=10**9)
     logits = 2 * 2 * 2048 * 32_000  # and two chunks of 512 tokens in fp32
     forward = logits + 2 * 4 * 512 * 32_000
     for tokens, mapped in ((4096, 4096 * (20 * 100_000 + 10_000) // 2), (4095, 0)):
         found = estimate(shape, place, work(world_size=1, tokens=tokens), CPU_PROCESS).device
-        copies = 2 * 4 * 100_000_000
-        assert found.get("gradients on their way", 0) == max(0, copies - forward - mapped)
+        in_order = 4 * 200_000_000
+        assert found.get("gradients on their way", 0) == max(0, in_order - forward - mapped)
         assert found["workspace"] == int(5.5 * 100_000 * tokens * (0.5 if mapped else 1))
         assert "gathered weights" not in found  # one worker's own are whole
     assert estimate(shape, place, work(world_size=2), CPU_PROCESS).device["gathered weights"] == 2 * 10**9
