@@ -97,9 +97,3 @@ class CheckpointError(DstuneError):
 
 class DamagedCheckpoint(CheckpointError):
     """Bytes of a checkpoint are not what was written, or do not come: an older one may be whole."""
-
-
-class Stopped(DstuneError):
-    """The run stopped early and can be resumed."""
-
-    exit_status = EXIT_STOPPED

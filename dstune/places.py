@@ -27,7 +27,6 @@ from dstune.errors import ConfigError, DstuneError, Problem, first_line
 _LOCAL_BUFFER_BYTES = 1 << 18
 _REMOTE_BUFFER_BYTES = 8 << 20
 """Each read of an address is a request: fewer and larger."""
-_NOT_OF_CONNECTIONS = ("builtins", "dstune", "zlib")
 _CONNECT_SECONDS, _REQUEST_SECONDS = 10, 60
 _MAX_ATTEMPTS = 5
 _BY_ARROW = ("abfs", "abfss", "hdfs", "viewfs")

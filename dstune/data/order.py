@@ -98,11 +98,6 @@ def num_steps(positions: int, batch: int) -> int:
     return -(-positions // batch)
 
 
-def epoch_of(num_rows: int, position: int) -> float:
-    """How many passes over the rows lie before `position`, as a fraction: what metrics call `epoch`."""
-    return position / num_rows
-
-
 def rows_of_step(num_rows: int, seed: int, batch: int, positions: int, step: int) -> IntArray:
     """Row numbers of `step` (from 0) of a run over `positions` rows, in order: `batch` of them, fewer only in the last step.
 
