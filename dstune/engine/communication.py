@@ -8,7 +8,7 @@ instead: `watch` counts that. What torch.compile or DeepCompile put into a graph
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -98,9 +98,10 @@ class QueueClock:
 class TimedBackend:
     """A backend of DeepSpeed's, `clock` before its collectives; everything else is its own."""
 
-    def __init__(self, backend: Any, clock: Clock) -> None:
+    def __init__(self, backend: Any, clock: Clock, more: Sequence[str] = ()) -> None:
+        """`more`: names of collectives that DeepSpeed's backends lack."""
         self._backend, self.clock = backend, clock
-        for name in _COLLECTIVES:
+        for name in (*_COLLECTIVES, *more):
             setattr(self, name, _timed(getattr(backend, name), clock))
 
     def __getattr__(self, name: str) -> Any:
@@ -146,7 +147,7 @@ def timed(device: torch.device) -> Clock:
         if device.type == "cuda":
             comm.cdb = TimedBackend(comm.cdb, QueueClock(device))
         else:
-            comm.cdb = TimedBackend(DirectBackend(comm.cdb), HostClock())
+            comm.cdb = TimedBackend(DirectBackend(comm.cdb), HostClock(), ["mean_of_pieces"])
     return comm.cdb.clock
 
 

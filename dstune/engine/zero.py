@@ -12,6 +12,7 @@ from dstune.engine.construction import complete, stage_of
 from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import forget_copies
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Piece, Stage3Partitions, pieces
+from dstune.engine.reduction import reduce_directly
 from dstune.engine.sliced import Sliced
 from dstune.engine.states import BY_ELEMENT, Part, State
 from dstune.engine.swapping import SwapFolder
@@ -75,6 +76,8 @@ class ZeroEngine:
         self._zero: Any = zero
         self._communication = communication.timed(world.device)
         communication.watch(zero, stage_of(config), self._communication)
+        if stage_of(config) == 3 and world.device.type == "cpu":
+            reduce_directly(zero)
         self.leaf_modules: Sequence[str] = leaves.gathered_whole(module) if stage_of(config) == 3 else []
         """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
