@@ -1,10 +1,13 @@
-"""ZeRO-3's reduction of gradients between CPUs, without the copies that DeepSpeed makes of them on their way.
+"""ZeRO-3's gradients on their way from the backward pass to the update, without the copies that DeepSpeed makes of them.
 
-DeepSpeed 0.19 copies each gradient into a bucket in fp32, the bucket into the order of the workers, and what it receives into the
-sums: for 58 M parameters on two workers a quarter of a step, half of it copies. Here gradients stay where the backward pass left them
-until their bucket is full, and the means go where they are summed up (`exchange.DirectBackend.mean_of_pieces`).
+DeepSpeed 0.19 copies each gradient into a bucket in fp32, the bucket into the order of the workers, what it receives into the sums, the
+sums in fp64 for their norm, and once more end to end for the update: on CPUs, with 58 M parameters, a third of a step of 1,024 tokens.
+Here gradients stay where the backward pass left them until their bucket is full, the means go where they are summed up
+(`exchange.DirectBackend.mean_of_pieces`), and from there they are measured and taken.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +16,18 @@ import torch.distributed as dist
 
 _REDUCE = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 _SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+_IN_CACHE = 1 << 16
+"""Elements of which a square sum is exact to seven digits in fp32."""
+
+
+def take_sums_as_they_are(zero: Any) -> None:
+    """Have `zero`, DeepSpeed's optimizer of stage 3 on any device, update from the sums themselves where they stand end to end."""
+    flatten = zero.flatten
+
+    def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _end_to_end(tensors) if _touch(tensors) else flatten(tensors)
+
+    zero.flatten = flat
 
 
 def reduce_directly(zero: Any) -> None:
@@ -21,6 +36,7 @@ def reduce_directly(zero: Any) -> None:
     for bucket in zero.ipg_buckets.values():
         bucket.buffer = None
     setattr(zero, _REDUCE, _Reduction(zero).means)
+    zero.get_grad_norm_direct = _Norm(zero).of
 
 
 class _Reduction:
@@ -57,3 +73,43 @@ def _own_length(parameter: Any, rank: int) -> int:
     """Elements of the parameter that are this worker's, padding left out."""
     size = parameter.partition_numel()
     return max(0, min(size, parameter.ds_numel - rank * size))
+
+
+class _Norm:
+    """Of a group's gradients, over all workers."""
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+
+    @torch.no_grad()
+    def of(self, gradients: Sequence[torch.Tensor], parameters: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
+        """fp64 []; -1 where it is not finite, which DeepSpeed takes for an overflow. Clipping by another norm than 2 is not offered."""
+        from deepspeed.comm import comm
+
+        assert norm_type == 2.0
+        squares = math.fsum(
+            float(torch.dot(part, part)) for gradient in gradients for part in gradient.float().split(_IN_CACHE)
+        )
+        total = torch.tensor([squares], dtype=torch.float64)
+        comm.cdb.all_reduce(total, group=self._zero._get_param_partition_group(parameters[0]))
+        norm = total.sqrt()[0]
+        return norm if norm.isfinite() else torch.full_like(norm, -1.0)
+
+
+def _touch(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether they stand in one storage, each right behind the one before."""
+    first = tensors[0]
+    ends = itertools.accumulate((len(tensor) for tensor in tensors), initial=first.storage_offset())
+    storage = first.untyped_storage().data_ptr()
+    return all(
+        tensor.dim() == 1
+        and tensor.is_contiguous()
+        and tensor.dtype is first.dtype
+        and tensor.untyped_storage().data_ptr() == storage
+        and tensor.storage_offset() == begin
+        for tensor, begin in zip(tensors, ends, strict=False)
+    )
+
+
+def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].as_strided([sum(len(tensor) for tensor in tensors)], [1])

@@ -12,10 +12,11 @@ from dstune.engine.construction import complete, stage_of
 from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import forget_copies
 from dstune.engine.partitions import FlatGroupPartitions, Partitions, Piece, Stage3Partitions, pieces
-from dstune.engine.reduction import reduce_directly
+from dstune.engine.reduction import reduce_directly, take_sums_as_they_are
 from dstune.engine.sliced import Sliced
 from dstune.engine.states import BY_ELEMENT, Part, State
 from dstune.engine.swapping import SwapFolder
+from dstune.engine.unvisited import Unvisited, unvisited_when_offloaded
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.planning.reachable import unswappable, uses_nvme
@@ -62,6 +63,8 @@ class ZeroEngine:
         if uses_nvme(config):
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config, more_states=int(ema is not None))
+        if problem := unvisited_when_offloaded(config, module):
+            raise ConfigError(problem)
         if stage_of(config) == 3:
             for name in leaves.routed_modules(module):
                 leaves.gather_whole(module.get_submodule(name))
@@ -76,8 +79,11 @@ class ZeroEngine:
         self._zero: Any = zero
         self._communication = communication.timed(world.device)
         communication.watch(zero, stage_of(config), self._communication)
-        if stage_of(config) == 3 and world.device.type == "cpu":
-            reduce_directly(zero)
+        self._unvisited = Unvisited(zero) if stage_of(config) == 3 else None
+        if stage_of(config) == 3:
+            take_sums_as_they_are(zero)
+            if world.device.type == "cpu":
+                reduce_directly(zero)
         self.leaf_modules: Sequence[str] = leaves.gathered_whole(module) if stage_of(config) == 3 else []
         """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
@@ -120,6 +126,8 @@ class ZeroEngine:
             group["lr"] = lr * group["lr_scale"]
         scaler = self._loss_scaler()
         had_room = scaler is not None and scaler.cur_scale > scaler.min_scale
+        if self._unvisited:
+            self._unvisited.complete()
         self._engine.step()
         skipped = not self._engine.was_step_applied()
         if skipped:

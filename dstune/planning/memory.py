@@ -229,14 +229,16 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
         gathered = _gathered(shape, place, work, process, size)
         forward = mapped + _mapped(logits) + int(gathered * _share_mapped(shape, size))
         sent = _reduced(shape, place, work, waiting, size)
+        heaped = 0
         if place.stage == 3:
             sent.append(_still_gathered(shape, gathered, waiting, size))
+            # Activations go as gradients come: into the room that those had.
+            heaped = int(size * waiting * (1 - _share_mapped(shape, size))) - (activations - mapped)
         return {
-            "gradient bucket": _FP32 * bucket if place.stage == 3 else 0,
             "activations": activations,
             "logits": sum(logits),
             "workspace": int(workspace * (1 - mapped / max(1, activations))),
-            "gradients on their way": max(0, _mapped(sent) - forward, _mapped([update]) - forward),
+            "gradients on their way": max(0, heaped) + max(0, _mapped(sent) - forward, _mapped([update]) - forward),
         }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)
     sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
@@ -275,13 +277,15 @@ def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size
     """Bytes of the tensors that there are on a CPU only while `waiting` gradients are reduced (and in the update no more than these).
 
     Stage 1 has a copy of them; stage 2 the bucket in the weights' own precision, a copy of it in fp32 and, with several workers, in
-    their order, and from then on the sums; stage 3 the pieces in the workers' order, which are sent from there (`engine.exchange`).
+    their order, and from then on the sums; stage 3 the gradients as the backward pass makes them, and what others send of theirs
+    (`engine.reduction`).
     """
     whole = _FP32 * waiting
     if place.stage == 1:
         return [whole]
     if place.stage == 3:
-        return [whole]
+        theirs = size * waiting * (work.world_size - 1) // work.world_size
+        return [int(size * waiting * _share_mapped(shape, size)), theirs]
     sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
     in_order = [size * waiting] if work.world_size > 1 else []
     return [size * waiting, whole if size < _FP32 else 0, *in_order, *sums]

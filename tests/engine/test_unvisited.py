@@ -1,0 +1,114 @@
+"""What no token of a step visits has a gradient of zero there, not the last one again: as in plain torch, step by step."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dstune.engine.construction import construction
+from dstune.engine.world import World
+from dstune.engine.zero import ZeroEngine
+from dstune.errors import ConfigError
+from tests.engine import tiny
+from tests.spawn import run_workers
+
+STEPS = [[True, True], [False, False], [False, True], [True, False], [False], [True]]
+"""Whether the micro-batches of each step visit the second part."""
+CASES: dict[str, dict[str, Any]] = {
+    "zero3": {"stage": 3},
+    "zero3-offload": {"stage": 3, "offload": True},
+    "zero3 in small buckets": {"stage": 3, "zero": {"reduce_bucket_size": 100}},
+    "zero2": {"stage": 2},
+}
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(15, 15, bias=False)
+        self.second = nn.Linear(15, 15, bias=False)
+
+    def forward(self, inputs: torch.Tensor, second: bool) -> torch.Tensor:
+        first = self.first(inputs)
+        return first + self.second(inputs) if second else first
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(15, 15, generator=generator) / 4 for name in ("first", "second")}
+
+
+def _inputs(step: int, number: int) -> torch.Tensor:
+    return torch.randn(4, 15, generator=torch.Generator().manual_seed(10 * step + number))
+
+
+def _norms_by_torch() -> list[float]:
+    module = Parts()
+    for name, part in module.named_children():
+        part.weight.data = _weights()[name]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    norms = []
+    for step, visits in enumerate(STEPS):
+        optimizer.zero_grad(set_to_none=False)
+        for number, second in enumerate(visits):
+            module(_inputs(step, number), second).square().sum().backward()
+        norms.append(float(torch.cat([each.grad.flatten() for each in module.parameters() if each.grad is not None]).norm()))
+        optimizer.step()
+    return norms
+
+
+def _norms(cases: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    world = World.from_environment()
+    world.init(60)
+    found = {}
+    for name, case in cases.items():
+        extra = {key: value for key, value in case.items() if key != "stage"}
+        config = tiny.ds_config(case["stage"], **extra) | {"gradient_clipping": 0.0}
+        with construction(config, torch.float32):
+            module = Parts()
+        engine = ZeroEngine(module, lr=0.1, ds_config=config, world=world, optimizer="sgd", momentum=0.9)
+        engine.load(_fill, 0)
+        found[name] = []
+        for step, visits in enumerate(STEPS):
+            for number, second in enumerate(visits):
+                loss = engine.module(_inputs(step, number), second).square().sum()
+                engine.backward(loss, last=number == len(visits) - 1)
+            found[name].append(engine.step(0.1).grad_norm)
+    world.close()
+    return found
+
+
+def _fill(piece: Any) -> None:
+    if piece.state == "fp32":
+        whole = _weights()[piece.name.removesuffix(".weight")].flatten()
+        piece.tensor.copy_(whole[piece.offset : piece.offset + len(piece.tensor)])
+    else:
+        piece.tensor.zero_()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_are_those_of_plain_torch(world_size: int) -> None:
+    expected = _norms_by_torch()
+    for found in run_workers(_norms, world_size, CASES):
+        for name, norms in found.items():
+            torch.testing.assert_close(norms, expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _experts() -> str:
+    world = World.from_environment()
+    world.init(60)
+    module = nn.Module()
+    module.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    try:
+        ZeroEngine(module, lr=0.1, ds_config=tiny.ds_config(2, offload=True), world=world)
+    except ConfigError as error:
+        return str(error)
+    return "taken"
+
+
+def test_experts_offloaded_below_stage_3_are_refused() -> None:
+    (said,) = run_workers(_experts, 1)
+    assert "experts (1 module)" in said or "experts" in said
+    assert "stage 3, or none" in said
