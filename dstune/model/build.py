@@ -15,13 +15,17 @@ from dstune.data.tokenizer_files import new_rows
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
+from dstune.loggers import get_logger
 from dstune.model import adapters, per_example
 from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
 from dstune.model.failures import FAILURES
+from dstune.model.layers import keep_every_layer
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
 from dstune.model.rotary import follow_examples
 from dstune.model.weights import load_weights
+
+log = get_logger(__name__)
 
 
 def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config: Mapping[str, Any]) -> PreTrainedModel:
@@ -57,6 +61,8 @@ def construct(
     with no_init_weights(), construction(ds_config, DTYPES[model.dtype]):
         module = _instance(config, model, attention)
     module.tie_weights()
+    if rate := keep_every_layer(module):
+        log.warning("no layer is left out at random (layerdrop %g): the workers gather each one together", rate)
     restart_positions(module)
     follow_examples(module)
     _restore_buffers(module, outline)

@@ -22,6 +22,19 @@ def repeated_layers(module: PreTrainedModel) -> list[GradientCheckpointingLayer]
     return found
 
 
+def keep_every_layer(module: PreTrainedModel) -> float:
+    """Have a pass leave no layer out at random, and say how often one would have been: the largest rate of its parts.
+
+    ZeRO-3 gathers a layer's weights on all workers together: one that leaves it out would let the others wait for ever. And a step's
+    loss would depend on which worker drew what.
+    """
+    dropping = [part for part in module.modules() if getattr(part, "layerdrop", 0)]
+    rate = max((float(part.layerdrop) for part in dropping), default=0.0)  # type: ignore[arg-type]
+    for part in dropping:
+        part.layerdrop = 0.0  # type: ignore[assignment]
+    return rate
+
+
 def beyond_matrices(module: PreTrainedModel) -> str | None:
     """What the repeated layers do that is neither attention nor a matrix for every token alike; None: nothing.
 

@@ -220,7 +220,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
     waiting = min(bucket, trained)
     in_steps = place.stage == 3 and place.offload_optimizer == "none"
-    update = _FP32 * min(share, place.sub_group) * (1 + _UPDATE_COPIES.get(work.optimizer, 0)) if in_steps else 0
+    update = _FP32 * min(share, place.sub_group) * _UPDATE_COPIES.get(work.optimizer, 0) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
     workspace = int(_workspace(shape, work, process) * 2 / size * work.own_tokens)

@@ -53,7 +53,9 @@ def _norms_by_torch() -> list[float]:
         optimizer.zero_grad(set_to_none=False)
         for number, second in enumerate(visits):
             module(_inputs(step, number), second).square().sum().backward()
-        norms.append(float(torch.cat([each.grad.flatten() for each in module.parameters() if each.grad is not None]).norm()))
+        norms.append(
+            float(torch.cat([each.grad.flatten() for each in module.parameters() if each.grad is not None]).norm())
+        )
         optimizer.step()
     return norms
 
@@ -93,7 +95,9 @@ def test_gradients_are_those_of_plain_torch(world_size: int) -> None:
     expected = _norms_by_torch()
     for found in run_workers(_norms, world_size, CASES):
         for name, norms in found.items():
-            torch.testing.assert_close(norms, expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                norms, expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def _experts() -> str:

@@ -321,3 +321,21 @@ def test_a_skeleton_has_names_and_no_storage():
     outline = skeleton(load_config(model, Path()), model)
     assert all(parameter.is_meta for parameter in outline.parameters())
     assert outline.lm_head.weight is outline.model.embed_tokens.weight
+
+
+def _rates(folder: str) -> tuple[list[float], float]:
+    World.from_environment().init()
+    section = ModelSection(path=folder, init="random")
+    module = build(section, Path(), "eager", SEED, {"zero_optimization": {"stage": 3}})
+    kept = [part.layerdrop for part in module.modules() if hasattr(part, "layerdrop")]
+    return kept, module.config.decoder_layerdrop
+
+
+@pytest.mark.dist
+def test_no_worker_leaves_a_layer_out_at_random(tmp_path: Path) -> None:
+    config = tiny_config("bart")
+    config.encoder_layerdrop = config.decoder_layerdrop = 0.5
+    config.save_pretrained(tmp_path)
+    ((rates, in_config),) = run_workers(_rates, 1, str(tmp_path))
+    assert rates == [0.0, 0.0]
+    assert in_config == 0.5
