@@ -1,7 +1,7 @@
 """ZeRO-3's gradients on their way from the backward pass to the update, without the copies that DeepSpeed makes of them.
 
 DeepSpeed 0.19 copies each gradient into a bucket in fp32, the bucket into the order of the workers, what it receives into the sums, the
-sums in fp64 for their norm, and once more end to end for the update: on CPUs, with 58 M parameters, a third of a step of 1,024 tokens.
+sums in fp64 for their norm, and once more end to end for the update: a quarter of a step of 58 M parameters and 1,024 tokens on two CPUs.
 Here gradients stay where the backward pass left them until their bucket is full, the means go where they are summed up
 (`exchange.DirectBackend.mean_of_pieces`), and from there they are measured and taken.
 """

@@ -30,10 +30,8 @@ _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""
 _HEAP = 32 << 20
 """Bytes of the largest tensor that glibc may take from its heap, which it does not give back; larger ones it maps and unmaps."""
-_SHARED_ROWS = 2.0
-_TWICE_RECOMPUTED = 1.8
-_RECOMPUTED_ADAPTER = 2.7
-"""How many times the pieces of such layers' heap are the usual ones; measured on one or two shapes each (`tools/bench memory`)."""
+_SHARED_ROWS = 4.0
+"""How many times the pieces of a heap are the usual ones where workers share a row; measured on one shape (`tools/bench memory`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +94,8 @@ class Process:
     """Bytes of the host's memory, whatever it trains, where that is another memory."""
     attends_apart: bool = False
     """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
+    workspace_beside_gradients: float = 0.0
+    """The same of stage 3 where `retains`: its gradients wait as the backward pass made them (`engine.reduction`), and are counted."""
     compiled_workspace: float = 1.0
     """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
     each_expert: int = 0
@@ -109,6 +109,7 @@ class Process:
 CPU_PROCESS = Process(
     fixed=590 << 20,
     workspace=5.5,
+    workspace_beside_gradients=2.2,
     compiled_workspace=2.0,
     each_expert=5 << 20,
     compiler=60 << 20,
@@ -206,10 +207,8 @@ def saved_bytes(shape: ModelShape, work: Work) -> int:
 
 def _states(shape: ModelShape, place: Placement, work: Work, process: Process) -> dict[str, int]:
     share = -(-shape.trained // work.world_size)
-    # DeepSpeed's stage 1 with fp32 sums keeps all of them; under its stage 3 weights in fp32 are their own masters.
-    sums = shape.trained if place.stage == 1 else share
-    own_masters = _FP32 * share if place.stage == 3 and work.dtype == "fp32" else 0
-    found = {"masters and moments": lasting_bytes(shape, work) - own_masters}
+    sums = shape.trained if place.stage == 1 else share  # DeepSpeed's stage 1 with fp32 sums keeps all of them
+    found = {"masters and moments": lasting_bytes(shape, work)}
     # Stage 2 frees them after each update, and a CPU's memory with them (`_reduced`).
     return found if place.stage == 2 and process.retains else found | {"gradient sums": _FP32 * sums}
 
@@ -223,7 +222,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     update = _FP32 * min(share, place.sub_group) * _UPDATE_COPIES.get(work.optimizer, 0) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
-    workspace = int(_workspace(shape, work, process) * 2 / size * work.own_tokens)
+    workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
         mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
         gathered = _gathered(shape, place, work, process, size)
@@ -232,13 +231,14 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
         heaped = 0
         if place.stage == 3:
             sent.append(_still_gathered(shape, gathered, waiting, size))
-            # Activations go as gradients come: into the room that those had.
-            heaped = int(size * waiting * (1 - _share_mapped(shape, size))) - (activations - mapped)
+            heaped = int(
+                size * waiting * (1 - _share_mapped(shape, size))
+            )  # the room that activations leave is in pieces
         return {
             "activations": activations,
             "logits": sum(logits),
             "workspace": int(workspace * (1 - mapped / max(1, activations))),
-            "gradients on their way": max(0, heaped) + max(0, _mapped(sent) - forward, _mapped([update]) - forward),
+            "gradients on their way": heaped + max(0, _mapped(sent) - forward, _mapped([update]) - forward),
         }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)
     sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
@@ -254,22 +254,22 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     }
 
 
-def _workspace(shape: ModelShape, work: Work, process: Process) -> float:
+def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process) -> float:
     """Bytes a token, in 16 bits.
 
     A heap is left in pieces, too short for what comes next, by all that lives for a moment between what stays: copies for the workers
-    that share a row, tiles that are computed again within a layer that is, an adapter's maps within such a layer.
+    that share a row, tiles that are computed again within a layer that is.
     """
     layer = _layer(shape, work)
     if not process.retains:
         return process.workspace * layer
-    layers = process.compiled_workspace if work.compiled else process.workspace
+    layers = process.workspace_beside_gradients if place.stage == 3 else process.workspace
+    if work.compiled:
+        layers = process.compiled_workspace
     if work.sequence_parallel > 1:
         layers *= _SHARED_ROWS
     if work.recompute and shape.tile_activations:
-        return layers * _TWICE_RECOMPUTED * (layer + shape.tile_activations)
-    if work.recompute and 2 * shape.trained < shape.parameters:
-        layers *= _RECOMPUTED_ADAPTER
+        return layers * (layer + shape.tile_activations)
     return layers * layer
 
 
