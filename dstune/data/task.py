@@ -54,7 +54,7 @@ UNPACKED_CAUSAL_TYPES = (
     "falcon_mamba", "gpt_oss", "granitemoehybrid", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
     "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "openai-gpt",
     "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text",
-    "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+    "recurrent_gemma", "rwkv", "xglm", "xlstm", "zamba", "zamba2", "zaya",
 )  # fmt: skip
 """Causal models that carry something over from one packed example to the next (a recurrent state, a convolution, positions of their
 own), or keep them apart only by kernels that are not on every machine (GPT-OSS's sinks). `data.packing: true` packs those where it is
