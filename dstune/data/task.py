@@ -19,6 +19,8 @@ _SEQ2SEQ_TYPES = (
         "bigbird_pegasus",
         "blenderbot",
         "blenderbot-small",
+        "encoder-decoder",
+        "fsmt",
         "led",
         "longt5",
         "m2m_100",
@@ -36,6 +38,7 @@ _SEQ2SEQ_TYPES = (
         "switch_transformers",
         "t5",
         "t5gemma",
+        "t5gemma2",
         "umt5",
     ),
 )
@@ -47,13 +50,15 @@ PACKED_SEQ2SEQ_TYPES = (
 
 
 UNPACKED_CAUSAL_TYPES = (
-    "bailing_hybrid", "bamba", "bloom", "deepseek_v4", "falcon", "falcon_h1", "falcon_mamba", "granitemoehybrid",
-    "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "mpt", "nemotron_h",
-    "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp",
-    "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+    "bailing_hybrid", "bamba", "big_bird", "bloom", "cpmant", "deepseek_v4", "falcon", "falcon_h1",
+    "falcon_mamba", "gpt_oss", "granitemoehybrid", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
+    "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "openai-gpt",
+    "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text",
+    "recurrent_gemma", "rwkv", "xglm", "xlstm", "zamba", "zamba2", "zaya",
 )  # fmt: skip
 """Causal models that carry something over from one packed example to the next (a recurrent state, a convolution, positions of their
-own), or keep them apart only by kernels that are not on every machine. `data.packing: true` packs those where it is shown to be right."""
+own), or keep them apart only by kernels that are not on every machine (GPT-OSS's sinks). `data.packing: true` packs those where it is
+shown to be right."""
 
 
 def is_seq2seq(model: ModelSection, base: Path) -> bool:

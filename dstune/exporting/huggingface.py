@@ -15,6 +15,7 @@ from dstune.config.schema import ModelSection, RunConfig
 from dstune.data.encoder import run_template
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
+from dstune.engine.construction import DTYPES
 from dstune.errors import CheckpointError, ConfigError, Problem, UsageError
 from dstune.exporting import adapter, files
 from dstune.exporting.card import CardFacts, model_card
@@ -23,7 +24,7 @@ from dstune.exporting.merged import whole_model
 from dstune.exporting.tensors import Masters, Weights
 from dstune.loggers import get_logger
 from dstune.model import freezing
-from dstune.model.build import skeleton
+from dstune.model.build import skeleton, take_types_of_files
 from dstune.model.config import auto_class, is_builtin, load_config, model_directory
 from dstune.model.weights import WeightFiles
 from dstune.protocols import WEIGHTS
@@ -52,7 +53,8 @@ def export(
 ) -> None:
     """Write `checkpoint` (a committed directory) to `out`, which must not exist; it appears whole or not at all.
 
-    `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it.
+    `base`: what the run file's relative paths are relative to. `dtype` (bf16, fp16, fp32): the fp32 masters are rounded to it, but for
+    what transformers keeps in fp32 in such a model.
     `threads` files are written at a time; each holds a piece of a tensor (of joined ones, a mixture's experts, all) in memory.
     A run with an adapter gives the adapter alone, in peft's layout; `merged`: the whole model with the adapter in it.
     `weights`: the state that they are read from (`ema`: the average).
@@ -82,10 +84,11 @@ def _write(
     section = config.model.model_copy(update={"dtype": dtype})
     model_config = load_config(section, base)
     outline = skeleton(model_config, section)
+    take_types_of_files(outline)
     weights = Weights(outline, masters, untrained(outline, masters, config, base))
     facts = {"total_parameters": weights.num_parameters}
     files.write(weights.as_saved(), directory, max_file_bytes, facts=facts, threads=threads)
-    _write_config(directory, model_config, type(outline).__name__, outline.dtype)
+    _write_config(directory, model_config, type(outline).__name__, DTYPES[dtype])
     source = model_directory(config.model, base, weights=False)
     _copy_code(source, directory, section, model_config)
     _copy_processors(source, directory)

@@ -191,18 +191,19 @@ class Converted:
 
 
 def _initial(outline: PreTrainedModel, name: str) -> torch.Tensor:
-    """A buffer that neither checkpoint nor files hold: as the architecture initialises it (a bias of zeros, mostly)."""
+    """What neither checkpoint nor files hold: as the architecture initialises it (a bias of zeros; a table of fixed positions)."""
     path, _, own = name.rpartition(".")
     owner: Any = outline.get_submodule(path)
     model: Any = outline
-    before = owner._buffers.get(own)
-    if before is None:
+    fixed = owner._buffers if own in owner._buffers else owner._parameters
+    before = fixed[own]
+    if before.requires_grad:
         raise CheckpointError(Problem(name, "is neither in the checkpoint nor in the model's own files"))
     value = torch.zeros(before.shape, dtype=before.dtype)
-    owner._buffers[own] = value
+    fixed[own] = value if fixed is owner._buffers else torch.nn.Parameter(value, requires_grad=False)
     try:
         with torch.no_grad():
             model._init_weights(owner)
     finally:
-        owner._buffers[own] = before
+        fixed[own] = before
     return value

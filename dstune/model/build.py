@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,25 @@ def skeleton(config: PretrainedConfig, model: ModelSection, attention: str = "ea
             )
         ) from error
     module.tie_weights()
-    _keep_precise(module)
+    _keep_precise(module, module.named_buffers())
     return module
 
 
-def _keep_precise(outline: PreTrainedModel) -> None:
-    """Give the buffers that the architecture wants in fp32 in any run (a router's corrections) that type, as `from_pretrained` does."""
+def take_types_of_files(outline: PreTrainedModel) -> None:
+    """Give the parameters of a skeleton the types that `from_pretrained` loads and `save_pretrained` writes: fp32 for some (routers).
+
+    Of files alone: while a model is trained, DeepSpeed has every parameter in `model.dtype`, and its fp32 master beside it.
+    """
+    _keep_precise(outline, outline.named_parameters())
+
+
+def _keep_precise(outline: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Those of `tensors` that the architecture wants in fp32 in any run (a router's corrections) get that type, as in `from_pretrained`."""
     internals: Any = outline
     patterns = [pattern.replace("*", ".*") for pattern in internals._get_dtype_plan(outline.dtype)]
-    for name, buffer in list(outline.named_buffers()):
-        if buffer.is_floating_point() and any(re.search(pattern, name) for pattern in patterns):
-            buffer.data = buffer.data.float()
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and any(re.search(pattern, name) for pattern in patterns):
+            tensor.data = tensor.data.float()
 
 
 def adapted_skeleton(model: ModelSection, base: Path) -> PreTrainedModel:

@@ -88,7 +88,7 @@ _PERIODS = (
 )
 _SHARED = "num_kv_shared_layers"
 _OFFSETS = ("first_k_dense_replace", "attn_layer_offset", "expert_layer_offset", "moe_layer_start_index")
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 
 
 def prove(config: PretrainedConfig, attention: str) -> None:
@@ -252,6 +252,8 @@ def _shrink(values: dict[str, Any], sizes: bool) -> None:
             values["max_position_embeddings"] = _LONG
     values.update({key: _SPREAD for key in _SPREADS if isinstance(values.get(key), float)})
     values["vocab_size"] = _VOCABULARY
+    if isinstance(values.get("decoder_vocab_size"), int):  # Marian's
+        values["decoder_vocab_size"] = _VOCABULARY
     # Their own ids lie beyond the small vocabulary.
     values.update({key: token for key, token in _SPECIAL.items() if values.get(key) is not None})
     if sizes:

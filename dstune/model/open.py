@@ -230,11 +230,22 @@ def _module(section: ModelSection, directory: Path, config: PretrainedConfig, dt
         raise RunFailed(Problem(str(directory), f"cannot be loaded: {text[:600]}")) from None
     # transformers only warns of these, and fills the holes with random numbers.
     for what in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report[what]):
+        names = sorted(str(name) for name in report[what])
+        if what == "missing_keys" and names:
+            names = _without_fixed(names, config, section)
+        if names:
             raise RunFailed(
                 Problem(str(directory), f"{len(names)} weights have {what.replace('_', ' ')}: {', '.join(names[:3])} …")
             )
     return module
+
+
+def _without_fixed(names: list[str], config: PretrainedConfig, section: ModelSection) -> list[str]:
+    """Those of `names` that are no fixed tables: sinusoidal positions, which the architecture makes and many files leave out."""
+    with torch.device("meta"), no_init_weights():
+        outline = auto_class(config).from_config(config, trust_remote_code=section.trust_remote_code)
+    fixed = {name for name, parameter in outline.named_parameters() if not parameter.requires_grad}
+    return [name for name in names if name not in fixed]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

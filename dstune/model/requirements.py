@@ -7,9 +7,10 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
-from dstune.model import attention, compiling, fp8, freezing, isolation, patterns, tiling
+from dstune.model import attention, causality, compiling, fp8, freezing, isolation, patterns, tiling
 from dstune.model.build import checkpoint_names, outline, require_recomputing
 from dstune.model.config import load_config
+from dstune.model.layers import require_every_layer
 from dstune.planning.hardware import Device
 
 
@@ -34,6 +35,7 @@ def _checks(
     model, scales = config.model, config.train.lr_scales
     module = outline(model, base)
     freezing.freeze(module, config.train.freeze)
+    yield partial(require_every_layer, load_config(model, base))
     yield partial(compiling.planned, model, base)
     yield partial(fp8.planned, model, base, device)
     if layout is not None:
@@ -51,4 +53,7 @@ def _attention(config: RunConfig, base: Path, layout: attention.Layout) -> None:
     model_config = load_config(config.model, base)
     kernel = attention.choose(config.model, model_config, layout)
     if layout in ("packed", "packed-seq2seq"):
-        isolation.prove(model_config, kernel)
+        isolation.prove(model_config, kernel)  # equal to plain attention, too
+        causality.require(model_config, "eager")
+    else:
+        causality.require(model_config, kernel)

@@ -103,6 +103,7 @@ def load_weights(module: PreTrainedModel, directory: Path, new: range = range(0)
     head: Any = module.get_output_embeddings()
     if head_seed is not None and head is not None and set(state.missing()) == state.names_of(head):
         _draw_head(module, head, state, head_seed, directory)
+    _make_fixed_tables(module, state)
     _finish(module, state, unused, directory)
     if new:
         new_rows.fill(module, new)
@@ -219,6 +220,18 @@ def _draw_head(module: PreTrainedModel, head: torch.nn.Module, state: _Destinati
         internals._init_weights(head)
     for name in names:
         state.mark(name)
+
+
+def _make_fixed_tables(module: PreTrainedModel, state: _Destination) -> None:
+    """What no file need have, for the architecture makes it and nobody trains it: sinusoidal positions (Marian's, Pegasus')."""
+    internals: Any = module
+    for name in state.missing():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if not any(parameter.requires_grad for parameter in owner.parameters()):
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), whole(owner.parameters()):
+                torch.manual_seed(0)
+                internals._init_weights(owner)
+            state.mark(name)
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], directory: Path) -> None:

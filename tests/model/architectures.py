@@ -32,6 +32,19 @@ _T5 = {
     "decoder_start_token_id": 0,
     "dropout_rate": 0.0,
 }
+_SINUSOIDAL = {
+    **_IDS,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 0,
+    "dropout": 0.0,
+}
 _GATED_DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -115,6 +128,8 @@ _SETTINGS = {
         "max_position_embeddings": 64,
         "dropout": 0.0,
     },
+    "marian": _SINUSOIDAL,
+    "pegasus": _SINUSOIDAL,
     "cohere": {**_COMMON, "num_hidden_layers": 1},
     "granite": {**_COMMON, "logits_scaling": 8.0},
     "phi": {**_COMMON, "num_key_value_heads": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0},

@@ -20,6 +20,7 @@ from dstune.model.build import build, checkpoint_activations, skeleton
 from dstune.model.config import load_config
 from dstune.model.freezing import frozen_digest
 from dstune.model.names import Conversion
+from dstune.model.open import open_module
 from dstune.model.weights import WeightFiles
 from tests.model.architectures import tiny, tiny_config, tiny_of
 from tests.spawn import run_workers
@@ -244,6 +245,21 @@ def test_what_the_files_lack_is_drawn_or_read_by_transformers_with_a_warning(
     found = whole_weights(loaded)
     assert all(torch.equal(found[name], wanted) for name, wanted in model.named_parameters())
     assert "every worker reads the whole model now" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["marian", "pegasus"])
+def test_positions_that_the_architecture_makes_itself_need_no_file(name, tmp_path, single_worker):
+    """`save_pretrained` leaves Marian's out, and Pegasus' files on the hub are older than the version that writes them."""
+    model = tiny(name)
+    model.save_pretrained(tmp_path)
+    weights = {key: value for key, value in load_file(tmp_path / "model.safetensors").items() if "positions" not in key}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for number in (1, 3):
+        found = whole_weights(build(section(tmp_path), Path(), "eager", SEED, stage(number)))
+        for key, wanted in model.named_parameters():
+            assert torch.equal(found[key], wanted), key
+    opened, _ = open_module(section(tmp_path), Path(), "cpu")
+    assert all(torch.equal(*pair) for pair in zip(opened.parameters(), model.parameters(), strict=True))
 
 
 def test_a_file_with_tied_names_and_one_of_a_bare_base_model(tmp_path, single_worker):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
 from dstune.batch import collate
@@ -13,6 +14,7 @@ from dstune.checkpoint.commit import save
 from dstune.config.schema import RunConfig
 from dstune.data.task import packs
 from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
+from dstune.engine.construction import DTYPES
 from dstune.engine.parameters import local_piece
 from dstune.engine.world import World
 from dstune.errors import ConfigError
@@ -81,6 +83,24 @@ def test_a_family_goes_all_the_way(family: str, tmp_path: Path, world: World) ->
     expected = dict(module.named_parameters())
     for name, parameter in opened.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("deepseek_v4", "bf16"), ("t5", "fp16"), ("zamba", "bf16")])
+def test_an_export_has_the_types_that_transformers_writes(
+    family: str, dtype: str, tmp_path: Path, world: World
+) -> None:
+    """Some parameters stay in fp32 beside 16 bits: routers, T5's outputs where they would overflow, Mamba's decays."""
+    tiny(family).save_pretrained(tmp_path / "model")
+    run = run_of(tmp_path / "model")
+    module = build(run.model, Path(), "eager", 0, stage(1))
+    export(_committed(module, run, tmp_path / "checkpoints", world), tmp_path / "ours", run, Path(), dtype=dtype)
+    opened = auto_class(module.config).from_pretrained(tmp_path / "model", dtype=DTYPES[dtype])
+    opened.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and {one.dtype for one in ours.values()} >= {DTYPES[dtype], torch.float32}
+    for name, wanted in theirs.items():
+        assert ours[name].dtype is wanted.dtype and torch.equal(ours[name], wanted), name
+    assert AutoConfig.from_pretrained(tmp_path / "ours").dtype is DTYPES[dtype]
 
 
 def _updated(run: RunConfig, family: str) -> tuple[PreTrainedModel, list[float]]:

@@ -96,7 +96,9 @@ def test_every_way_that_pairs_could_see_each_other_is_found_out(name, leak, monk
     isolation._disproof.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "bloom", "falcon", "lfm3"])
+@pytest.mark.parametrize(
+    "name", ["mamba", "jamba", "recurrent_gemma", "bloom", "falcon", "lfm3", "gpt_oss", "openai-gpt", "xglm"]
+)
 def test_what_carries_state_over_or_has_no_positions_to_restart_is_refused(name):
     assert name in UNPACKED_CAUSAL_TYPES
     config = AutoConfig.for_model(name)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig
 
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
@@ -144,6 +145,13 @@ def test_every_architecture_trains_with_a_fused_head_as_without(name):
     for a, b in zip(mine, wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
     assert "forward" not in module.get_output_embeddings().__dict__ and not module._forward_hooks
+
+
+def test_a_config_whose_decoder_has_a_vocabulary_and_a_start_of_its_own_is_made_small():
+    """Marian's, of which the last token is padding and the decoder's first."""
+    last = {"vocab_size": 1000, "decoder_vocab_size": 1000, "pad_token_id": 999, "decoder_start_token_id": 999}
+    found = proof.prove(AutoConfig.for_model("marian", **last), summed_linear_cross_entropy, "cpu")
+    assert isinstance(found, Logits), found
 
 
 def test_the_head_sees_supervised_tokens_and_the_model_no_logits():
