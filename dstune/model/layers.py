@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstune.engine import leaves
 from dstune.engine.parameters import full_shape
-from dstune.errors import ConfigError, Problem
 from dstune.model.config import is_multimodal
 
 
@@ -48,22 +47,3 @@ def beyond_matrices(module: PreTrainedModel) -> str | None:
     if deep or any(leaves.routed_modules(layer) for layer in layers):
         return f"the layers of {module.config.model_type} have experts, or a recurrent state"
     return None
-
-
-def require_every_layer(config: PretrainedConfig) -> None:
-    """Raises ConfigError where the architecture skips layers at random while it trains (LayerDrop: M2M100, at its defaults).
-
-    NOTE: each worker would skip others, and wait for ever for those that it passes by to gather their weights, or to sum gradients.
-    """
-    text = config.get_text_config().to_dict()
-    skipping = {key: value for key, value in text.items() if key.endswith("layerdrop") and value}
-    if skipping:
-        came = ", ".join(f"{key}: {value}" for key, value in skipping.items())
-        zeros = ", ".join(f"{key}: 0.0" for key in skipping)
-        raise ConfigError(
-            Problem(
-                "model.overrides",
-                f"{config.model_type} skips layers at random ({came}), and all workers must go through the same ones",
-                f"`overrides: {{{zeros}}}`",
-            )
-        )

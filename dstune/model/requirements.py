@@ -10,7 +10,6 @@ from dstune.errors import ConfigError, Problem
 from dstune.model import attention, causality, compiling, fp8, freezing, isolation, patterns, tiling
 from dstune.model.build import checkpoint_names, outline, require_recomputing
 from dstune.model.config import load_config
-from dstune.model.layers import require_every_layer
 from dstune.planning.hardware import Device
 
 
@@ -35,7 +34,6 @@ def _checks(
     model, scales = config.model, config.train.lr_scales
     module = outline(model, base)
     freezing.freeze(module, config.train.freeze)
-    yield partial(require_every_layer, load_config(model, base))
     yield partial(compiling.planned, model, base)
     yield partial(fp8.planned, model, base, device)
     if layout is not None:
