@@ -87,6 +87,26 @@ def test_compiling_by_deepspeed_is_refused_rather_than_ignored() -> None:
         planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
 
 
+def test_a_misspelled_key_of_zero_is_found_before_a_worker_meets_it() -> None:
+    section = config("zero3").deepspeed.model_copy(
+        update={"overrides": {"zero_optimization": {"reduce_bucket_sise": 5, "max_live_parameters": 9}}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"zero_optimization.reduce_bucket_sise'[\s\S]*'reduce_bucket_size'"
+    ) as caught:
+        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+    assert len(caught.value.problems) == 1
+
+
+def test_the_known_keys_of_zero_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {field.alias or name for name, field in fields.items()}
+    no_more = {"mics_shard_size"}  # of earlier versions, and refused with a reason
+    assert set(planning._ZERO_KEYS) - no_more == known - {"legacy_stage1"}, "which can only be off"
+
+
 def test_slices_of_autotp_are_refused() -> None:
     section = config("zero3").deepspeed.model_copy(update={"overrides": {"tensor_parallel": {"autotp_size": 2}}})
     with pytest.raises(ConfigError, match=r"tensor_parallel: AutoTP is on; expected off"):

@@ -6,8 +6,9 @@ once, and not those of each of its parts: DeepSpeed's hooks would cut the layer 
 What depends on values, as attention example by example on a CPU, runs between compiled pieces as ever.
 
 When to use it: on a run that lasts longer than some hundred times the first step, which waits for the compiler (50 s for a Llama on a
-CPU). A step then took 0.82 of the processor time (30 M parameters, packed rows of 2,048 tokens, bf16, one thread; median of 21 pairs,
-0.68 to 0.92), with losses apart by 3e-5 of themselves; what a step gives did not depend on which lengths came first.
+CPU, more for encoder and decoder); the first validation waits too, for passes without gradients are other functions. A step then took
+0.82 of the processor time (30 M parameters, packed rows of 2,048 tokens, bf16, one thread; median of 21 pairs, 0.68 to 0.92), with
+losses apart by 3e-5 of themselves; what a step gives did not depend on which lengths came first.
 """
 
 import os
@@ -83,7 +84,8 @@ def _to_compile(module: PreTrainedModel) -> Sequence[Any]:
 
 def _described(layers: Sequence[Any]) -> str:
     kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
-    return f"layers ({len(layers)} of {kinds}, by torch.compile; the first step takes a minute or more)"
+    slow = "the first step takes a minute or more, and so does the first validation"
+    return f"layers ({len(layers)} of {kinds}, by torch.compile; {slow})"
 
 
 def _compiled(layer: Any) -> Callable[..., Any]:

@@ -57,7 +57,31 @@ def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
             f"AutoTP cuts matrices along their own axes: {_NO_CHECKPOINT}. ZeRO-3 splits them over all workers as well."
         )
         problems.append(Problem("deepspeed: tensor_parallel", "AutoTP is on", "off", do))
-    return problems + _compiled(ds_config) + _parameters(zero) + _optimizer(zero)
+    return (
+        problems
+        + _prescaled(ds_config, zero)
+        + _coarse(zero)
+        + _compiled(ds_config)
+        + _parameters(zero)
+        + _optimizer(zero)
+    )
+
+
+def _prescaled(ds_config: Mapping[str, Any], zero: Mapping[str, Any]) -> list[Problem]:
+    """DeepSpeed stops with an assertion where gradients are cut up as they are summed. In fp32 there is nothing to gain from it."""
+    if not ds_config.get("prescale_gradients") or zero.get("stage") == 1:
+        return []
+    do = "Gradients are summed in fp32, and do not overflow there."
+    return [Problem("deepspeed: prescale_gradients", "is on", "off", do)]
+
+
+def _coarse(zero: Mapping[str, Any]) -> list[Problem]:
+    """DeepSpeed would gather modules whole whose inputs want no gradient, and reduce their gradients before they are there."""
+    key = "stage3_module_granularity_threshold"
+    if not (zero.get(key) or zero.get(key.removeprefix("stage3_"))):
+        return []
+    do = "What modules gathered so learn can be lost. dstune gathers whole what wants it (experts, compiled layers)."
+    return [Problem(_WHERE + key, "is set", "not set", do)]
 
 
 def _compiled(ds_config: Mapping[str, Any]) -> list[Problem]:

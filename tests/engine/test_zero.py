@@ -212,6 +212,11 @@ def test_dstunes_own_settings_are_filled_in() -> None:
         ({"optimizer": {"type": "Adam"}}, "deepspeed: optimizer"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4; expected 1"),
         ({"bf16": {"enabled": False}}, r"bf16\.enabled"),
+        ({"zero_optimization": {"stage": 3}, "prescale_gradients": True}, "prescale_gradients: is on; expected off"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 9}},
+            "granularity_threshold: is set",
+        ),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
         ({"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}}, "AutoTP is on"),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
