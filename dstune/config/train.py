@@ -40,7 +40,8 @@ class TrainSection(BaseModel):
     global_batch_size: int = Field(default=64, ge=1)
     """Rows per step over all workers."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Rows per forward pass and worker; does not change the loss. `auto`: as the planner finds, on CPUs about 8,192 tokens."""
+    """Rows per forward pass and worker; does not change the loss, but for noise drawn anew in each pass (dropout, NEFTune).
+    `auto`: as the planner finds, on CPUs about 8,192 tokens."""
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate. Of Adafactor (1e-3) relative to each parameter's root mean square, unless `scale_parameter: false`."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
