@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 
 _REDUCE = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
-_SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _RUN = 1 << 14
 """Elements of which fp32 sums up the squares to seven digits."""
+
+
+def sums_of(zero: Any) -> dict[int, torch.Tensor]:
+    """Where `zero`, DeepSpeed's optimizer of stage 3, sums up the gradients of each parameter, by `ds_id`: flat, with its padding."""
+    return zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
 
 
 def take_sums_as_they_are(zero: Any) -> None:
@@ -60,7 +64,7 @@ class _Reduction:
         """fp32 tensors of these lengths: where nothing is summed up yet, the sums themselves."""
         zero = self._zero
         if zero.micro_step_id == 0 and zero.gradient_accumulation_dtype is torch.float32:
-            sums = getattr(zero, _SUMS)
+            sums = sums_of(zero)
             return [
                 sums[parameter.ds_id].narrow(0, 0, length)
                 for parameter, length in zip(parameters, lengths, strict=True)

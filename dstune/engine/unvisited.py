@@ -13,9 +13,8 @@ import torch
 
 from dstune.engine import leaves
 from dstune.engine.construction import stage_of
+from dstune.engine.reduction import sums_of
 from dstune.errors import Problem
-
-_SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
 def unvisited_when_offloaded(ds_config: Mapping[str, Any], module: torch.nn.Module) -> Problem | None:
@@ -62,13 +61,13 @@ class Unvisited:
         return self._zero._offload_boundary_param_ids
 
     def _forget(self, parameters: Sequence[Any]) -> None:
-        sums = getattr(self._zero, _SUMS)
+        sums = sums_of(self._zero)
         for parameter in parameters:
             sums[parameter.ds_id].zero_()
 
     def _hand_over(self, parameters: Sequence[Any]) -> None:
         """Their sums to the offloaded optimizer, as DeepSpeed does with those of the last micro-batch."""
-        zero, sums = self._zero, getattr(self._zero, _SUMS)
+        zero, sums = self._zero, sums_of(self._zero)
         gradients: dict[int, list[torch.Tensor]] = {}
         offsets: dict[int, list[int]] = {}
         for parameter in parameters:

@@ -79,11 +79,7 @@ class ZeroEngine:
         self._zero: Any = zero
         self._communication = communication.timed(world.device)
         communication.watch(zero, stage_of(config), self._communication)
-        self._unvisited = Unvisited(zero) if stage_of(config) == 3 else None
-        if stage_of(config) == 3:
-            take_sums_as_they_are(zero)
-            if world.device.type == "cpu":
-                reduce_directly(zero)
+        self._unvisited = _with_right_gradients(zero, world.device) if stage_of(config) == 3 else None
         self.leaf_modules: Sequence[str] = leaves.gathered_whole(module) if stage_of(config) == 3 else []
         """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
@@ -221,3 +217,11 @@ class ZeroEngine:
             return None
         scaler = self._zero.loss_scaler
         return scaler if scaler.dynamic else None
+
+
+def _with_right_gradients(zero: Any, device: torch.device) -> Unvisited:
+    """DeepSpeed's optimizer of stage 3 with our way of its gradients; what is returned is to be completed before each update."""
+    take_sums_as_they_are(zero)
+    if device.type == "cpu":
+        reduce_directly(zero)
+    return Unvisited(zero)
