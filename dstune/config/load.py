@@ -219,12 +219,9 @@ def _problem(place: Path_, details: Sequence[Any], model: type[BaseModel], where
     first = details[0]
     if first["type"] == "extra_forbidden":
         fields = fields_at(model, place[:-1])
-        elsewhere = _ELSEWHERE.get(str(place[-1]))
-        near = (
-            [elsewhere]
-            if elsewhere in fields
-            else difflib.get_close_matches(str(place[-1]).lower(), fields, n=1, cutoff=0.5)
-        )
+        others = [other for other, ours in _ELSEWHERE.items() if ours in fields]
+        close = difflib.get_close_matches(str(place[-1]).lower(), [*fields, *others], n=1, cutoff=0.5)
+        near = [each if each in fields else _ELSEWHERE[each] for each in close]
         known = ", ".join(fields)
         return Problem(
             where, f"unknown key {name!r}", do=f"did you mean {near[0]!r}?" if near else f"known keys: {known}"

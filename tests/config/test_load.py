@@ -73,8 +73,9 @@ def test_overrides_go_over_the_file_and_are_named_in_errors(tmp_path: Path) -> N
     assert run.config.train.lr == 3e-4
     with pytest.raises(ConfigError, match=r"override 'train\.seed=abc'"):
         load_run(path, ["train.seed=abc"])
-    with pytest.raises(ConfigError, match="did you mean 'lr'"):
-        load_run(path, ["train.lrr=1"])
+    for near in ("lrr", "learning_rate", "lerning_rate"):
+        with pytest.raises(ConfigError, match="did you mean 'lr'"):
+            load_run(path, [f"train.{near}=1"])
     for nonsense in ("train.lr", "=3", "data.sources.7.path=x", "name.first=x"):
         with pytest.raises(UsageError, match="override"):
             load_run(path, [nonsense])
