@@ -40,6 +40,7 @@ from dstune.model import (
     freezing,
     isolation,
     neftune,
+    padding,
     patterns,
     rotary,
     sequence_parallel,
@@ -218,6 +219,8 @@ def _attention(config: RunConfig, plan: Plan, base: Path, world: World) -> str:
     kernel = attention.choose(config.model, model_config, plan.layout)
     if plan.layout in ("packed", "packed-seq2seq"):
         isolation.prove(model_config, kernel)
+    elif plan.micro_batch_size > 1:
+        padding.prove(model_config, kernel)
     if plan.sequence_parallel > 1:
         sequence_parallel.prove(config.model, model_config, plan.sequence_parallel)
         group = world.row_group(plan.sequence_parallel)
