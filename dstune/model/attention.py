@@ -46,8 +46,6 @@ def choose(model: ModelSection, config: PretrainedConfig, layout: Layout) -> str
     refused: ConfigError | None = None
     for kernel in _FASTEST_FIRST if layout == "packed" else (PER_EXAMPLE,):
         try:
-            if kernel == "eager":
-                _require_plain(config)
             prove(config, kernel)
         except ConfigError as error:
             log.info("attention %s is out: %s", kernel, error)
