@@ -46,7 +46,7 @@ from dstune.model import (
     sequence_parallel,
     tiling,
 )
-from dstune.model.build import build, checkpoint_names
+from dstune.model.build import build, checkpoint_names, exact_masters
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
 from dstune.model.kernels import choice as kernels
@@ -359,6 +359,8 @@ def _initial_state(
     if plan.resume_from is None:
         if config.model.start is not None:
             _start_from(Path(config.model.start), config, Path(plan.base), engine, control, reference)
+        elif exact := exact_masters(engine.module.module, config.model, Path(plan.base)):
+            engine.load(exact, 0)
         return state, True
     loading = Loading(home.bring(Path(plan.resume_from), control), control)
     reader = loading.reader
