@@ -37,6 +37,16 @@ def prove(config: PretrainedConfig, attention: str) -> None:
         raise ConfigError(Problem("train.micro_batch_size", told, "examples that are what they are alone", do))
 
 
+def safely_together(module: PreTrainedModel, batch_size: int) -> int:
+    """`batch_size`, or 1 where padding on its right would change what a model of `module`'s class gives for an example."""
+    if batch_size == 1:
+        return 1
+    config = module.config
+    written = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    different, _ = _found(type(config), written, config._attn_implementation or "eager")
+    return 1 if different else batch_size
+
+
 @lru_cache(maxsize=32)
 def _found(kind: type[PretrainedConfig], config: str, attention: str) -> tuple[bool, str]:
     """Whether something differs, and what; or why nothing is known; (False, "") where it is shown to be right."""

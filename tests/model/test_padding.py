@@ -77,3 +77,10 @@ def test_the_inputs_of_the_proof_are_those_of_training(layout):
     assert_same_inputs(
         padding.padded_inputs([*examples, nothing]), collate(Prepared(), [0, None], layout, pad_id=0).inputs
     )
+
+
+def test_a_model_that_sees_its_padding_is_asked_example_by_example():
+    """In an evaluation nobody has to set anything."""
+    small = isolation.smallest_that_builds(AutoConfig.for_model("prophetnet"))
+    assert padding.safely_together(isolation.instance(small, "eager"), 8) == 1
+    assert padding.safely_together(isolation.instance(tiny_config("t5"), "sdpa"), 8) == 8
