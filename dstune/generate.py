@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from dstune.errors import Problem, RunFailed
+from dstune.model import padding
 from dstune.model.open import OpenedModel
 
 _UNFINISHED = "\ufffd"
@@ -58,6 +59,8 @@ def generate(
 
     Prompts of like length go together, the longest first: what does not fit into memory fails at once.
     """
+    if model.seq2seq:  # padded on the right, as while training
+        batch_size = padding.safely_together(model.module, batch_size)
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):

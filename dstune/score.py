@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dstune.data.conversation import Example
+from dstune.model import padding
 
 _LOGITS_BYTES = 1 << 30
 
@@ -33,11 +34,12 @@ def score(
 ) -> list[np.ndarray]:
     """For each example the natural-log probabilities of its target tokens, float32 [targets], in the examples' order.
 
-    Examples of like length go together, padded on the right under a mask; logits are made for target positions only where
-    the model can do that, and taken through log-softmax in fp32. Raises ValueError for an example without targets.
+    Examples of like length go together, padded on the right under a mask where that changes nothing; logits are made for target
+    positions only where the model can do that, and taken through log-softmax in fp32. Raises ValueError for an example without targets.
     """
     if any(not example.loss_mask.any() for example in examples):
         raise ValueError("an example has no target token")
+    batch_size = padding.safely_together(model.module, batch_size)
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].input_ids), index))
     scored: dict[int, np.ndarray] = {}
     while order:

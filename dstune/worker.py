@@ -40,12 +40,13 @@ from dstune.model import (
     freezing,
     isolation,
     neftune,
+    padding,
     patterns,
     rotary,
     sequence_parallel,
     tiling,
 )
-from dstune.model.build import build, checkpoint_names
+from dstune.model.build import build, checkpoint_names, exact_masters
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
 from dstune.model.kernels import choice as kernels
@@ -218,6 +219,8 @@ def _attention(config: RunConfig, plan: Plan, base: Path, world: World) -> str:
     kernel = attention.choose(config.model, model_config, plan.layout)
     if plan.layout in ("packed", "packed-seq2seq"):
         isolation.prove(model_config, kernel)
+    elif plan.micro_batch_size > 1:
+        padding.prove(model_config, kernel)
     if plan.sequence_parallel > 1:
         sequence_parallel.prove(config.model, model_config, plan.sequence_parallel)
         group = world.row_group(plan.sequence_parallel)
@@ -356,6 +359,8 @@ def _initial_state(
     if plan.resume_from is None:
         if config.model.start is not None:
             _start_from(Path(config.model.start), config, Path(plan.base), engine, control, reference)
+        elif exact := exact_masters(engine.module.module, config.model, Path(plan.base)):
+            engine.load(exact, 0)
         return state, True
     loading = Loading(home.bring(Path(plan.resume_from), control), control)
     reader = loading.reader

@@ -3,18 +3,21 @@
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from dstune.config.schema import ModelSection
 from dstune.config.train import TrainSection
-from dstune.data.conversation import Conversation, Message
+from dstune.data.conversation import Conversation, Example, Message
 from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
 from dstune.engine.world import World
 from dstune.errors import RunFailed, UsageError
 from dstune.generate import Settings, generate, stream
+from dstune.model import isolation
 from dstune.model.build import build
 from dstune.model.open import OpenedModel, open_model
 from dstune.score import score
@@ -219,6 +222,18 @@ def test_scores_are_log_probabilities_whatever_the_batch(model):
         np.testing.assert_allclose(values, again, rtol=1e-5, atol=2e-5)
     for example, values in zip(examples, alone, strict=True):
         np.testing.assert_allclose(values, _reference(model, example), rtol=1e-5, atol=2e-5)
+
+
+def test_what_sees_its_padding_is_scored_alone():
+    small = isolation.smallest_that_builds(AutoConfig.for_model("prophetnet"))
+    assert small is not None
+    module = isolation.instance(small, "eager")
+    model = SimpleNamespace(module=module, seq2seq=True, device=torch.device("cpu"), pad_id=0)
+    examples = [
+        Example(np.arange(3, 3 + length, dtype=np.int32), np.arange(length) >= length // 2) for length in (24, 9, 15)
+    ]
+    for values, alone in zip(score(model, examples), score(model, examples, batch_size=1), strict=True):
+        np.testing.assert_array_equal(values, alone)
 
 
 def _reference(model: OpenedModel, example) -> np.ndarray:

@@ -3,19 +3,29 @@
 Those of which no checkpoint could be made are refused, with what to take instead; `tests/engine/test_preset_steps.py` trains the others.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
 from dstune.config.schema import RunConfig
-from dstune.errors import ConfigError
+from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
 from dstune.planning import deepspeed as planning
+from dstune.planning import zero_settings
 
 NAMES = planning.preset_names()
+SECTIONS: dict[str, Any] = {
+    "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "offload_param": DeepSpeedZeroOffloadParamConfig,
+    "leaf_module": DeepSpeedZeroLeafModuleConfig,
+}
 REFUSED = ["zero3-superoffload", "zero3-zenflow"]
 """DeepSpeed keeps their states where nobody else reaches them."""
 
@@ -87,24 +97,91 @@ def test_compiling_by_deepspeed_is_refused_rather_than_ignored() -> None:
         planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
 
 
+def refused(zero: dict[str, Any], preset: str = "zero3") -> tuple[Problem, ...]:
+    """What is said of these overrides of `zero_optimization`."""
+    made = config(preset)
+    section = made.deepspeed.model_copy(update={"overrides": {"zero_optimization": zero}})
+    with pytest.raises(ConfigError) as caught:
+        planning.make(made.model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+    return caught.value.problems
+
+
 def test_a_misspelled_key_of_zero_is_found_before_a_worker_meets_it() -> None:
-    section = config("zero3").deepspeed.model_copy(
-        update={"overrides": {"zero_optimization": {"reduce_bucket_sise": 5, "max_live_parameters": 9}}}
-    )
-    with pytest.raises(
-        ConfigError, match=r"zero_optimization.reduce_bucket_sise'[\s\S]*'reduce_bucket_size'"
-    ) as caught:
-        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
-    assert len(caught.value.problems) == 1
+    (problem,) = refused({"reduce_bucket_sise": 5, "max_live_parameters": 9})
+    assert problem.where == "deepspeed.overrides.zero_optimization.reduce_bucket_sise"
+    assert problem.do == "did you mean 'reduce_bucket_size'?"
+    (problem,) = refused({"offload_optimizer": {"device": "cpu", "pin_memry": True}})
+    assert problem.where.endswith("offload_optimizer.pin_memry") and "'pin_memory'" in problem.do
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("reduce_bucket_size", "many", "a whole number, 1 or more"),
+        ("reduce_bucket_size", 0, "a whole number, 1 or more"),
+        ("reduce_bucket_size", 5.5, "a whole number, 1 or more"),
+        ("reduce_bucket_size", float("inf"), "a whole number, 1 or more"),
+        ("stage3_param_persistence_threshold", -1, "a whole number, 0 or more"),
+        ("max_live_parameters", True, "a whole number, 0 or more"),
+        ("overlap_comm", "false", "true, false or null"),
+        ("stage", "3", "1, 2 or 3"),
+        ("offload_param", "cpu", "a section of keys, or null"),
+        ("cpu_offload", True, "`offload_optimizer: {device: cpu}` in its place"),
+        ("compute_grad_norm", False, "true: dstune logs the norm of every step"),
+    ],
+)
+def test_a_value_that_deepspeed_does_not_take_is_found_before_a_worker_meets_it(
+    key: str, value: Any, expected: str
+) -> None:
+    (problem,) = refused({key: value})
+    assert problem.where == f"deepspeed.overrides.zero_optimization.{key}"
+    assert (problem.came, problem.expected) == (f"is {value!r}", expected)
+
+
+def test_parameters_are_offloaded_where_they_are_partitioned() -> None:
+    (problem,) = refused({"offload_param": {"device": "cpu"}}, "zero2")
+    assert problem.came == "'cpu' below stage 3"
+
+
+def test_all_that_is_wrong_is_said_at_once_and_where_it_stands(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.json"
+    preset.write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}, "steps": 1}))
+    inner = {"device": "disk", "buffer_count": "4", "ratio": 2}
+    found = refused({"offload_optimizer": inner, "leaf_module": {"names": [1]}}, str(preset))
+    own = f"deepspeed ({preset})"
+    below = "deepspeed.overrides.zero_optimization."
+    offload = below + "offload_optimizer."
+    assert [one.where for one in found] == [
+        own, f"{own}: zero_optimization.reduce_bucket_size",
+        offload + "device", offload + "buffer_count", offload + "ratio", below + "leaf_module.names",
+    ]  # fmt: skip
 
 
 def test_the_known_keys_of_zero_are_deepspeeds() -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = DeepSpeedZeroConfig.model_fields
-    known = {field.alias or name for name, field in fields.items()}
     no_more = {"mics_shard_size"}  # of earlier versions, and refused with a reason
-    assert set(planning._ZERO_KEYS) - no_more == known - {"legacy_stage1"}, "which can only be off"
+    assert zero_settings.KEYS.keys() - no_more == aliases(DeepSpeedZeroConfig) - {"legacy_stage1"}, (
+        "which can only be off"
+    )
+    for name, model in SECTIONS.items():
+        assert zero_settings.INNER[name].keys() == aliases(model)
+
+
+def test_nothing_is_let_pass_that_deepspeed_refuses() -> None:
+    tried: list[Any] = [-1, 0, 1, 7, 0.5, 1.5, 5e8, "many", "cpu", True, False, None, ["a"], [1], {}, {"device": "cpu"}]
+    for path, model, known in [
+        ("", DeepSpeedZeroConfig, zero_settings.KEYS),
+        *((name, model, zero_settings.INNER[name]) for name, model in SECTIONS.items()),
+    ]:
+        for key, value in itertools.product(aliases(model) & known.keys(), tried):
+            section: dict[str, Any] = {key: value}
+            if list(zero_settings.wrong({path: section} if path else section)) or key == "zenflow":
+                continue
+            model(**section)
+
+
+def aliases(model: Any) -> set[str]:
+    """The keys of a section, as DeepSpeed's own description of it has them."""
+    return {field.alias or name for name, field in model.model_fields.items()}
 
 
 def test_slices_of_autotp_are_refused() -> None:

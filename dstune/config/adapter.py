@@ -22,7 +22,7 @@ class AdapterSection(BaseModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of A's inputs that are left out at random while training."""
     targets: Literal["auto"] | list[str] = "auto"
-    """Which linear layers: `auto` takes all but the output head; or names and patterns (`q_proj`, `layers.1?.mlp.*`)."""
+    """Which linear layers: `auto` takes all that learn but the output head; or names and patterns (`q_proj`, `layers.1?.mlp.*`)."""
     modules_to_save: list[str] = []
     """Modules that are trained in full and kept with the adapter, by the same patterns (`embed_tokens`, `lm_head`)."""
 

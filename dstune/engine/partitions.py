@@ -120,8 +120,7 @@ class FlatGroupPartitions:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        # DeepSpeed has a class of its own for ZeRO-1 in bf16 with fp32 accumulation.
-        self._is_bf16_class = type(optimizer).__name__ == "BF16_Optimizer"
+        self._is_bf16_class = is_bf16_class(optimizer)
         self._flats: list[torch.Tensor] = (
             optimizer.fp32_groups_flat_partition if self._is_bf16_class else optimizer.single_partition_of_fp32_groups
         )
@@ -155,6 +154,11 @@ class FlatGroupPartitions:
         # every later step would be skipped as well.
         if not self._is_bf16_class:
             self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
+
+
+def is_bf16_class(optimizer: Any) -> bool:
+    """DeepSpeed has a class of its own for ZeRO-1 in bf16 with fp32 accumulation."""
+    return type(optimizer).__name__ == "BF16_Optimizer"
 
 
 def _number(flat: torch.Tensor, flats: list[torch.Tensor]) -> int:

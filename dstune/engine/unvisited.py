@@ -6,28 +6,12 @@ offloaded, it takes only what the last micro-batch visited. Experts are safe in 
 something out is not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from dstune.engine import leaves
-from dstune.engine.construction import stage_of
 from dstune.engine.reduction import sums_of
-from dstune.errors import Problem
-
-
-def unvisited_when_offloaded(ds_config: Mapping[str, Any], module: torch.nn.Module) -> Problem | None:
-    """Why `module` cannot be trained with its optimizer offloaded below stage 3, where the same happens out of our reach."""
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    if stage_of(ds_config) == 3 or offload.get("device", "none") == "none":
-        return None
-    routed = leaves.routed_modules(module)
-    if not routed:
-        return None
-    came = f"{offload['device']!r} below stage 3 with experts that are modules of their own ({leaves.summary(routed)})"
-    do = "An expert that no token of a step visits would be updated by its last gradient again."
-    return Problem("deepspeed: zero_optimization.offload_optimizer.device", came, "stage 3, or none", do)
 
 
 class Unvisited:

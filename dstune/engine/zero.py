@@ -9,14 +9,15 @@ import torch
 from dstune.engine import communication, leaves
 from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
+from dstune.engine.one_order import InOneOrder
 from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import forget_copies
-from dstune.engine.partitions import FlatGroupPartitions, Partitions, Piece, Stage3Partitions, pieces
+from dstune.engine.partitions import FlatGroupPartitions, Partitions, Piece, Stage3Partitions, is_bf16_class, pieces
 from dstune.engine.reduction import reduce_directly, take_sums_as_they_are
 from dstune.engine.sliced import Sliced
 from dstune.engine.states import BY_ELEMENT, Part, State
 from dstune.engine.swapping import SwapFolder
-from dstune.engine.unvisited import Unvisited, unvisited_when_offloaded
+from dstune.engine.unvisited import Unvisited
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.planning.reachable import unswappable, uses_nvme
@@ -63,8 +64,6 @@ class ZeroEngine:
         if uses_nvme(config):
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config, more_states=int(ema is not None))
-        if problem := unvisited_when_offloaded(config, module):
-            raise ConfigError(problem)
         if stage_of(config) == 3:
             for name in leaves.routed_modules(module):
                 leaves.gather_whole(module.get_submodule(name))
@@ -79,7 +78,7 @@ class ZeroEngine:
         self._zero: Any = zero
         self._communication = communication.timed(world.device)
         communication.watch(zero, stage_of(config), self._communication)
-        self._unvisited = _with_right_gradients(zero, world.device) if stage_of(config) == 3 else None
+        self._unvisited = _with_right_gradients(zero, module, stage_of(config), world.device)
         self.leaf_modules: Sequence[str] = leaves.gathered_whole(module) if stage_of(config) == 3 else []
         """Names of the modules that are gathered whole, whichever of their parts a worker's tokens visit."""
         self._optimizer_name = optimizer
@@ -219,8 +218,13 @@ class ZeroEngine:
         return scaler if scaler.dynamic else None
 
 
-def _with_right_gradients(zero: Any, device: torch.device) -> Unvisited:
-    """DeepSpeed's optimizer of stage 3 with our way of its gradients; what is returned is to be completed before each update."""
+def _with_right_gradients(
+    zero: Any, module: torch.nn.Module, stage: int, device: torch.device
+) -> Unvisited | InOneOrder | None:
+    """DeepSpeed's optimizer with our way of its gradients; what is returned is to be completed before each update."""
+    if stage < 3:
+        # The class for ZeRO-1 in bf16 sums whole flat tensors, zeros where nothing was visited.
+        return None if is_bf16_class(zero) else InOneOrder(zero, module)
     take_sums_as_they_are(zero)
     if device.type == "cpu":
         reduce_directly(zero)

@@ -22,7 +22,7 @@ from dstune.config.adapter import AdapterSection
 from dstune.engine.parameters import full_shape, is_partitioned, share
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
-from dstune.model import text_side
+from dstune.model import text_side, unreached
 from dstune.model.names import canonical_names
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
         shared = {name.rpartition(".")[0] for name in _shared(model)}
         left_out = {name for name in linear if modules[name] is head or _is_read_past(name, modules)}
         targets = [name for name in linear if name not in left_out | shared and _last(name) not in experts]
+        still = _without_gradient(targets, model)
+        if still:
+            log.info("the adapter leaves out what no gradient reaches: %s", _summary(still))
+        targets = [name for name in targets if name not in still]
     else:
         targets = _matching(adapter.targets, linear, "targets", "linear layer", problems)
         for name in sorted({_last(name) for name in targets} & experts):
@@ -74,6 +78,8 @@ def choose(adapter: AdapterSection, model: PreTrainedModel) -> Chosen:
                 f"{name}: of {model.config.model_type} peft takes a layer of that name for the experts' fused weights"
             )
             problems.append(Problem("model.adapter.targets", came, "other layers, or `auto`, which leaves it out"))
+        if still := _without_gradient(targets, model):
+            log.warning("no gradient reaches these targets of the adapter, which stay as they are: %s", _summary(still))
     problems += _tied(model, targets, "targets") + _tied(model, saved, "modules_to_save")
     if not targets and not problems:
         problems.append(Problem("model.adapter.targets", f"{type(model).__name__} has no linear layers left to train"))
@@ -105,6 +111,15 @@ def _names_of_experts(model: PreTrainedModel, linear: Sequence[str]) -> set[str]
         else:
             found |= {name} - set(config.target_modules or ())
     return found
+
+
+def _without_gradient(names: Sequence[str], model: PreTrainedModel) -> set[str]:
+    found = unreached.unreached(model.config)
+    return {name for name in names if unreached.pattern(name) in found}
+
+
+def _summary(names: set[str]) -> str:
+    return ", ".join(sorted({unreached.pattern(name) for name in names}))
 
 
 def _last(name: str) -> str:

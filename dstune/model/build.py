@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
-from dstune.model import adapters, per_example
+from dstune.model import adapters, per_example, weights
 from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
 from dstune.model.failures import FAILURES
 from dstune.model.layers import keep_every_layer
 from dstune.model.names import saved_names
 from dstune.model.restarts import restart_positions
 from dstune.model.rotary import follow_examples
-from dstune.model.weights import load_weights
+from dstune.protocols import Slice
 
 log = get_logger(__name__)
 
@@ -44,7 +44,7 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
     else:
         # An adapter's own files hold nothing of a head that is in no other.
         head_seed = seed if model.adapter is None else None
-        load_weights(module, model_directory(model, base), new_rows(model, base), head_seed)
+        weights.load_weights(module, model_directory(model, base), new_rows(model, base), head_seed)
     if model.adapter is not None:
         adapters.attach(module, model.adapter, seed)
     if model.activation_checkpointing in (True, "offload"):  # whoever plans a run settles `auto`
@@ -121,6 +121,16 @@ def outline(model: ModelSection, base: Path) -> PreTrainedModel:
 def checkpoint_names(module: PreTrainedModel, model: ModelSection) -> dict[str, str]:
     """What `save_pretrained` calls the trained parameters that it calls otherwise: the model's own, or peft's with an adapter."""
     return saved_names(module) if model.adapter is None else adapters.saved_names(module)
+
+
+def exact_masters(module: PreTrainedModel, model: ModelSection, base: Path) -> Callable[[Slice], None] | None:
+    """What begins the engine's masters with the files' own fp32 values (`weights.exact_masters`); None where there are none.
+
+    `module`: as the engine has it.
+    """
+    if model.adapter is not None or model.init == "random" or is_builtin(model):
+        return None
+    return weights.exact_masters(module, model_directory(model, base), checkpoint_names(module, model))
 
 
 def _instance(config: PretrainedConfig, model: ModelSection, attention: str) -> PreTrainedModel:

@@ -121,7 +121,7 @@ def _disproof(kind: type[PretrainedConfig], config: str, attention: str) -> str 
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        examples = _examples(small)
+        examples = examples_for(small)
         model = instance(small, "eager")
         try:
             alone = torch.cat([model(**example, use_cache=False).logits for example in examples], 1)
@@ -138,7 +138,7 @@ def _disproof(kind: type[PretrainedConfig], config: str, attention: str) -> str 
     return _verdict(alone, packed, joined)
 
 
-def _examples(config: PretrainedConfig) -> list[dict[str, torch.Tensor]]:
+def examples_for(config: PretrainedConfig) -> list[dict[str, torch.Tensor]]:
     """The forward arguments of each example alone, its tokens drawn."""
     lengths = [("input_ids", _LENGTHS)]
     if config.is_encoder_decoder:

@@ -1,6 +1,7 @@
 """The loss that training and validation share: the sum of token losses over supervised tokens, in fp32."""
 
 import inspect
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -45,11 +46,16 @@ def summed_token_loss(module: Any, batch: TokenBatch) -> tuple[torch.Tensor, int
 
 def forward_arguments(model: Any, batch: TokenBatch) -> dict[str, Any]:
     """What `model`'s forward pass takes of `batch`'s inputs; its decoder begins each example with the model's own token."""
-    takes = _takes(type(model))
-    inputs = {key: value for key, value in batch.inputs.items() if takes.anything or key in takes.names}
+    inputs = taken(model, batch.inputs)
     if "decoder_input_ids" in inputs:
         inputs["decoder_input_ids"] = _started(inputs, model.config)
     return inputs
+
+
+def taken(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `inputs` that `model`'s forward pass has a name for, or all where it takes any."""
+    takes = _takes(type(model))
+    return {key: value for key, value in inputs.items() if takes.anything or key in takes.names}
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
-from dstune.model import attention, causality, compiling, fp8, freezing, isolation, patterns, tiling
+from dstune.model import attention, causality, compiling, fp8, freezing, isolation, padding, patterns, tiling
 from dstune.model.build import checkpoint_names, outline, require_recomputing
 from dstune.model.config import load_config
 from dstune.planning.hardware import Device
@@ -55,3 +55,5 @@ def _attention(config: RunConfig, base: Path, layout: attention.Layout) -> None:
         causality.require(model_config, "eager")
     else:
         causality.require(model_config, kernel)
+        if config.train.micro_batch_size != 1:
+            padding.prove(model_config, kernel)

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.model import new_rows
 from dstune.model.names import Conversion, all_tensors, canonical_names, loading_plan
+from dstune.protocols import MODEL_STATES, Slice
 
 log = get_logger(__name__)
 
@@ -107,6 +108,36 @@ def load_weights(module: PreTrainedModel, directory: Path, new: range = range(0)
     _finish(module, state, unused, directory)
     if new:
         new_rows.fill(module, new)
+
+
+def exact_masters(
+    module: PreTrainedModel, directory: Path, stored: Mapping[str, str]
+) -> Callable[[Slice], None] | None:
+    """Writes into a slice of the weights what the files have in fp32 and `module` in 16 bits; None where there is no such thing.
+
+    For `Engine.load`: masters are made of the rounded weights otherwise, routers' and state spaces' among them, which files keep in
+    fp32 beside 16 bits. `stored`: as `checkpoint_names`. Joined tensors stay rounded.
+    """
+    files = WeightFiles(directory)
+    canonical, parameters = canonical_names(module), dict(module.named_parameters())
+    sources: dict[str, str] = {}
+    for conversion in loading_plan(module, files.names()):
+        name = canonical.get(conversion.target)
+        if name not in parameters or not conversion.is_renaming:
+            continue
+        rounded = parameters[name].dtype is not torch.float32 and files.dtype(conversion.sources[0]) is torch.float32
+        if rounded and (stored.get(name, name) not in sources or name == conversion.target):
+            sources[stored.get(name, name)] = conversion.sources[0]
+
+    def fill(piece: Slice) -> None:
+        if piece.state in MODEL_STATES and piece.name in sources:
+            source = sources[piece.name]
+            # Rows of new tokens are in no file.
+            stop = min(piece.offset + len(piece.tensor), _product(files.shape(source)))
+            if stop > piece.offset:
+                piece.tensor[: stop - piece.offset].copy_(files.read_range(source, piece.offset, stop))
+
+    return fill if sources else None
 
 
 class _NotInPieces(Exception):

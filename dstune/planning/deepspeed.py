@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dstune.config.load import resolve
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
+from dstune.planning import zero_settings
 from dstune.planning.reachable import unreachable, unswappable
 
 AUTO_PRESET = "zero3"
@@ -35,21 +37,6 @@ _POLICY_KEYS = (
     "timers",
     "tensor_parallel",
 )
-_ZERO_KEYS = (
-    "allgather_bucket_size", "allgather_partitions", "compute_grad_norm", "contiguous_gradients", "cpu_offload", "cpu_offload_param",
-    "cpu_offload_use_pin_memory", "elastic_checkpoint", "enable_sanity_checks", "ignore_unused_parameters", "leaf_module",
-    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear",
-    "mics_shard_size", "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply", "parameter_alignment",
-    "pipeline_loading_checkpoint", "reduce_bucket_size", "reduce_scatter", "round_robin_gradients",
-    "save_muon_momentum_buffer_in_memory", "stage", "stage3_allgather_sequential",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_model_persistence_threshold", "stage3_module_granularity_threshold",
-    "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params",
-    "sub_group_size", "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
-)  # fmt: skip
-"""Of `zero_optimization`, as DeepSpeed 0.19.8 knows them; it takes those of stage 3 without that prefix too. A worker would be the first
-to find another one."""
 _OWN_KEYS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -114,9 +101,11 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
 
 
 def policy_of(preset: str, overrides: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """A preset with the run's overrides over it. Raises ConfigError for one that is not there, or for a foreign key."""
+    """A preset with the run's overrides over it. Raises ConfigError for one that is not there, for a foreign key, or for a value
+    that DeepSpeed would not take."""
     policy = merged(load_preset(preset, base), overrides)
-    _refuse_foreign_keys(policy, preset)
+    if problems := [*_foreign_keys(policy, preset), *_wrong_settings(policy, preset, overrides)]:
+        raise ConfigError(problems)
     return policy
 
 
@@ -129,25 +118,32 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _refuse_foreign_keys(policy: Mapping[str, Any], preset: str) -> None:
+def _foreign_keys(policy: Mapping[str, Any], preset: str) -> Iterator[Problem]:
     """DeepSpeed ignores unknown top-level keys, and takes `auto` inside a section for a default: both silently."""
     where = f"deepspeed ({preset})"
-    problems: list[Problem] = []
     for key in policy:
         if key in _OWN_KEYS:
-            problems.append(Problem(where, f"{key!r} belongs to the run file", do=f"set {_OWN_KEYS[key]}"))
+            yield Problem(where, f"{key!r} belongs to the run file", do=f"set {_OWN_KEYS[key]}")
         elif key not in _POLICY_KEYS:
             near = difflib.get_close_matches(key, _POLICY_KEYS, n=1)
-            problems.append(Problem(where, f"unknown key {key!r}", do=f"did you mean {near[0]!r}?" if near else ""))
-    zero = policy.get("zero_optimization")
-    for key in zero if isinstance(zero, Mapping) else ():
-        if not {key, f"stage3_{key}"} & set(_ZERO_KEYS):
-            near = difflib.get_close_matches(key, _ZERO_KEYS, n=1)
-            do = f"did you mean {near[0]!r}?" if near else ""
-            problems.append(Problem(where, f"unknown key 'zero_optimization.{key}'", do=do))
-    problems += [Problem(where, f"{path} is 'auto'", "a value") for path in _autos(policy)]
-    if problems:
-        raise ConfigError(problems)
+            yield Problem(where, f"unknown key {key!r}", do=f"did you mean {near[0]!r}?" if near else "")
+    for path in _autos(policy):
+        yield Problem(where, f"{path} is 'auto'", "a value")
+
+
+def _wrong_settings(policy: Mapping[str, Any], preset: str, overrides: Mapping[str, Any]) -> Iterator[Problem]:
+    """Each by where it is written: in the run's overrides, or in the preset's file."""
+    for problem in zero_settings.wrong(policy.get("zero_optimization", {})):
+        yield replace(problem, where=_place(problem.where, preset, overrides))
+
+
+def _place(path: str, preset: str, overrides: Mapping[str, Any]) -> str:
+    value: Any = overrides
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return f"deepspeed ({preset}): {path}"
+        value = value[key]
+    return f"deepspeed.overrides.{path}"
 
 
 def _autos(value: Mapping[str, Any], prefix: str = "") -> list[str]:

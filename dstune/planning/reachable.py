@@ -115,6 +115,8 @@ def unswappable(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
 
 def _parameters(zero: Mapping[str, Any]) -> list[Problem]:
     device = _device(zero.get("offload_param"))
+    if device == "cpu" and zero.get("stage") in (1, 2):  # where DeepSpeed does not look at it
+        return [Problem(f"{_WHERE}offload_param.device", "'cpu' below stage 3", "stage 3, or none")]
     if device in ("none", "cpu"):
         return []
     do = "In main memory they take 2 bytes a parameter over all workers; the optimizer's 12 may be on NVMe."

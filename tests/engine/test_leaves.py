@@ -74,6 +74,18 @@ def test_a_dictionary_of_experts_that_calls_them_is_gathered_itself():
     assert len(found) == 2 and all(name.endswith(".mlp.experts") for name in found)
 
 
+BELOW: dict[str, dict[str, Any]] = {
+    "zero2": {"stage": 2},
+    "zero2 in small buckets": {"stage": 2, "zero": {"reduce_bucket_size": 40}},
+    "zero2-bf16": {"stage": 2, "dtype": torch.bfloat16},
+    "zero2-offload": {"stage": 2, "offload": True},
+    "zero1": {"stage": 1},
+    "zero1 overlapped": {"stage": 1, "zero": {"overlap_comm": True}},
+    "zero1-bf16": {"stage": 1, "dtype": torch.bfloat16},
+}
+"""Stages that gather nothing, and sum gradients as the backward pass finishes them."""
+
+
 def _halves(step: int) -> list[torch.Tensor]:
     """Tokens that visit the second expert, and as many that visit the first."""
     x = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(step))
@@ -86,8 +98,20 @@ def _train() -> dict[str, Any]:
     world = World.from_environment()
     world.init(60)
     found: dict[str, Any] = {}
-    config = tiny.ds_config(3, zero=tiny.GATHERED)
-    with construction(config, torch.float32):
+    for stage, case in {"own": {"stage": 3, "zero": tiny.GATHERED}, **BELOW}.items():
+        found[stage] = _train_own(world, **case)
+    for kind in ("mixtral", "qwen3_moe", "switch_transformers"):
+        engine = tiny.engine(world, 3, kind=kind, dtype="fp32", zero=tiny.GATHERED)
+        found[kind] = tiny.train(engine, world, range(3)), list(engine.leaf_modules)
+    world.close()
+    return found
+
+
+def _train_own(
+    world: World, stage: int, dtype: torch.dtype = torch.float32, **extra: Any
+) -> tuple[list[float], list[str]]:
+    config = tiny.ds_config(stage, **extra)
+    with construction(config, dtype):
         torch.manual_seed(0)
         module = Model()
     settings = {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -96,18 +120,13 @@ def _train() -> dict[str, Any]:
     for step in range(4):
         halves = _halves(step)
         mine = halves[world.rank] if world.world_size == 2 else torch.cat(halves)
-        loss = (engine.module(mine) - 1).square().sum() / 24
+        loss = (engine.module(mine.to(dtype)).float() - 1).square().sum() / 24
         engine.backward(loss * world.world_size, last=True)
         engine.step(1e-2)
         losses[step] = loss.detach()
     if world.world_size == 2:
         torch.distributed.all_reduce(losses)
-    found["own"] = losses.tolist(), list(engine.leaf_modules)
-    for kind in ("mixtral", "qwen3_moe", "switch_transformers"):
-        engine = tiny.engine(world, 3, kind=kind, dtype="fp32", zero=tiny.GATHERED)
-        found[kind] = tiny.train(engine, world, range(3)), list(engine.leaf_modules)
-    world.close()
-    return found
+    return losses.tolist(), list(engine.leaf_modules)
 
 
 @pytest.mark.dist
@@ -115,7 +134,7 @@ def test_two_workers_whose_tokens_visit_different_experts_learn_what_one_learns(
     (alone,), (first, second) = run_workers(_train, 1), run_workers(_train, 2, seconds=120)
     assert first == second
     for kind, (losses, gathered) in first.items():
-        assert losses == pytest.approx(alone[kind][0], rel=2e-5), kind
+        assert losses == pytest.approx(alone[kind][0], rel=5e-3 if "bf16" in kind else 2e-5), kind
         assert losses[-1] < losses[0], kind
-        assert len(gathered) == 2, kind
+        assert len(gathered) == (0 if kind in BELOW else 2), kind
     assert first["own"][1] == ["layers.0.mlp", "layers.1.mlp"]

@@ -8,11 +8,12 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from dstune.config.adapter import AdapterSection
 from dstune.config.schema import ModelSection, RunConfig
 from dstune.errors import ConfigError
-from dstune.model import adapters
+from dstune.model import adapters, isolation, unreached
 from dstune.model.reference import base_reference, require_same
 from tests.model.architectures import tiny
 
@@ -47,6 +48,32 @@ def test_auto_leaves_out_what_no_adapter_could_train(name, left_out):
     model(input_ids=ids, labels=ids).loss.backward()
     for key, parameter in model.named_parameters():
         assert "lora_B" not in key or (parameter.grad is not None and parameter.grad.any()), key
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("deepseek_v32", {"wq_b", "wk", "weights_proj"}),  # choose what attention looks at
+        ("led", {"query_global", "key_global", "value_global"}),  # of global tokens, which nobody names
+        ("trocr", {"encoder_attn.q_proj", "encoder_attn.out_proj"}),  # of an encoder that is not there
+        ("switch_transformers", set[str]()),  # an expert that a short text does not visit is trained
+    ],
+)
+def test_auto_leaves_out_what_no_gradient_reaches(name, left_out):
+    model = isolation.instance(isolation.smallest_that_builds(AutoConfig.for_model(name)), "eager")
+    linear = [key for key, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    taken = set(chosen(model).targets)
+    meant = {key for key in linear if any(key.endswith(f".{one}") for one in left_out)}
+    assert bool(meant) == bool(left_out) and not meant & taken
+    assert {key for key in linear if ".experts." in key} <= taken
+
+
+def test_named_targets_that_no_gradient_reaches_are_told(caplog):
+    model = isolation.instance(isolation.smallest_that_builds(AutoConfig.for_model("led")), "eager")
+    assert len(chosen(model, targets=["query", "query_global"]).targets) == 4
+    assert "layers.*.self_attn.longformer_self_attn.query_global" in caplog.text
+    with torch.device("meta"):
+        assert unreached.unreached(AutoConfig.for_model("led", d_model=128))
 
 
 def test_what_peft_takes_for_experts_is_refused_by_name():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from dstune.config.schema import ModelSection
 from dstune.data.tokenizer_files import BUILTIN_DIRECTORY
 from dstune.engine.parameters import full_shape, local_piece
 from dstune.engine.world import World
+from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
-from dstune.model.build import build, checkpoint_activations, skeleton
+from dstune.model.build import build, checkpoint_activations, checkpoint_names, exact_masters, skeleton
 from dstune.model.config import load_config
 from dstune.model.freezing import frozen_digest
 from dstune.model.names import Conversion
@@ -355,3 +357,48 @@ def test_no_worker_leaves_a_layer_out_at_random(tmp_path: Path) -> None:
     ((rates, in_config),) = run_workers(_rates, 1, str(tmp_path))
     assert rates == [0.0, 0.0]
     assert in_config == 0.5
+
+
+def load_exactly(folder: Path, stages: list[int]) -> list[list[Any]]:
+    """Per stage: masters of this worker that are not the file's own value, before and after; whether the forward weights stay."""
+    world = World.from_environment()
+    world.init()
+    files, found = WeightFiles(folder), []
+    section = ModelSection(path=str(folder))
+    for stage in stages:
+        config = {"zero_optimization": {"stage": stage}}
+        module = build(section, Path(), "eager", SEED, config)
+        before = digest(whole_weights(module))
+        names = checkpoint_names(module, section)
+        engine = ZeroEngine(module, lr=1e-3, ds_config=config, world=world, optimizer="sgd", momentum=0.9, names=names)
+        exact = exact_masters(engine.module.module, section, Path())
+        assert exact is not None
+        rounded = [piece.name for piece in engine.slices() if piece.state == "fp32" and apart(piece, files)]
+        engine.load(exact, 0)
+        left = [piece.name for piece in engine.slices() if piece.state == "fp32" and apart(piece, files)]
+        found.append([rounded, left, digest(whole_weights(engine.module.module)) == before])
+    world.close()
+    return found
+
+
+def apart(piece: Any, files: WeightFiles) -> bool:
+    own = files.read_range(piece.name, piece.offset, piece.offset + len(piece.tensor)).float()
+    return not torch.equal(piece.tensor.cpu(), own)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_masters_begin_with_the_fp32_values_of_the_files(world_size, tmp_path):
+    model = tiny("llama").bfloat16()
+    model.model.layers[0].mlp.up_proj.weight.data = torch.randn(48, 32)
+    model.save_pretrained(tmp_path)
+    workers = run_workers(load_exactly, world_size, tmp_path, [1, 2, 3])
+    for found in zip(*workers, strict=True):
+        assert {name for rounded, *_ in found for name in rounded} == {"model.layers.0.mlp.up_proj.weight"}
+        assert all(not left and same for _, left, same in found)
+
+
+def test_nothing_is_read_twice_where_the_files_are_in_the_models_own_type(tmp_path):
+    tiny("llama").bfloat16().save_pretrained(tmp_path)
+    section = ModelSection(path=str(tmp_path))
+    assert exact_masters(skeleton(load_config(section, Path()), section), section, Path()) is None

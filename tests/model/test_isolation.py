@@ -160,6 +160,18 @@ def test_an_attention_that_cannot_keep_pairs_apart_is_refused_by_name():
         choose(ModelSection(path="x", attention="sdpa"), tiny_config("t5"), "packed-seq2seq")
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_an_eager_attention_that_is_not_the_models_is_refused(layout):
+    """transformers adds Falcon's ALiBi twice there."""
+    config = AutoConfig.for_model("falcon", alibi=True)
+    with pytest.raises(ConfigError, match=r"model\.attention: eager, which differs .* for falcon.*; expected auto"):
+        choose(ModelSection(path="x", attention="eager"), config, layout)
+    assert choose(ModelSection(path="x"), config, "padded") == "sdpa"
+    with pytest.raises(ConfigError):
+        choose(ModelSection(path="x"), config, "packed")
+    assert choose(ModelSection(path="x", attention="eager"), AutoConfig.for_model("falcon"), "padded") == "eager"
+
+
 @pytest.mark.parametrize("name", ["gemma3n_text", "mamba2", "longcat_flash", "t5gemma2"])
 def test_a_config_is_made_small_however_its_sizes_depend_on_each_other(name):
     """Layers that read the keys of others, heads times size as wide as the state, names of their own, a config in a config."""

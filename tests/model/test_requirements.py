@@ -51,3 +51,9 @@ def test_options_are_looked_at_beside_rows_and_model(
         return
     with pytest.raises(ConfigError, match=said):
         asking(tmp_path, name, layout, **model)
+
+
+def test_what_padding_changes_is_trained_without_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: prophetnet .*sees its padding"):
+        asking(tmp_path, "prophetnet", "seq2seq")
+    asking(tmp_path, "prophetnet", "seq2seq", {"micro_batch_size": 1})
