@@ -14,6 +14,7 @@ from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError
 from dstune.paths import shared_files
 from dstune.planning import deepspeed as planning
+from dstune.planning.reachable import STREAMED
 
 NAMES = planning.preset_names()
 REFUSED = ["zero3-superoffload", "zero3-zenflow"]
@@ -114,10 +115,27 @@ def test_slices_of_autotp_are_refused() -> None:
 
 
 def test_what_no_checkpoint_could_be_made_of_is_refused_before_anything_starts() -> None:
-    zero = {"offload_param": {"device": "nvme", "nvme_path": "/local_nvme"}, "zenflow": {"topk_ratio": 0.1}}
-    section = config("zero3").deepspeed.model_copy(update={"overrides": {"zero_optimization": zero}})
-    with pytest.raises(ConfigError, match=r"zenflow(.|\n)*offload_param\.device: 'nvme'; expected none or cpu"):
-        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+    zero = {"offload_param": {"device": "disk"}, "zenflow": {"topk_ratio": 0.1}}
+    with pytest.raises(ConfigError, match=r"zenflow(.|\n)*offload_param\.device: 'disk'; expected none, cpu or nvme"):
+        _made("zero3", zero)
+
+
+def _made(preset: str, zero: dict[str, Any]) -> dict[str, Any]:
+    section = config(preset).deepspeed.model_copy(update={"overrides": {"zero_optimization": zero}})
+    made = planning.make(config(preset).model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+    return made["zero_optimization"]
+
+
+def test_weights_on_nvme_are_let_go_of_at_once() -> None:
+    """DeepSpeed would gather ahead, and keep, more of them than it has buffers for."""
+    zero = _made("zero3", {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, "max_reuse_distance": 5})
+    assert {key: zero[key] for key in STREAMED} == dict.fromkeys(STREAMED, 0) and "max_reuse_distance" not in zero
+    assert DeepSpeedZeroConfig(**zero).max_reuse_distance == 0
+    for beside in ({"zero_hpz_partition_size": 8}, {"zero_quantized_weights": True}, {"stage": 2}):
+        with pytest.raises(ConfigError, match=r"on with weights on NVMe|'nvme' below stage 3"):
+            _made("zero3", {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, **beside})
+    with pytest.raises(ConfigError, match=r"offload_param\.nvme_path=/local_nvme: a directory"):
+        _made("zero3", {"offload_param": {"device": "nvme"}})
 
 
 def test_nvme_wants_to_be_told_which_disk() -> None:

@@ -10,7 +10,7 @@ from dstune.config.load import resolve
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
-from dstune.planning.reachable import unreachable, unswappable
+from dstune.planning.reachable import streamed, unreachable, unswappable
 
 AUTO_PRESET = "zero3"
 
@@ -115,7 +115,7 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
 
 def policy_of(preset: str, overrides: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """A preset with the run's overrides over it. Raises ConfigError for one that is not there, or for a foreign key."""
-    policy = merged(load_preset(preset, base), overrides)
+    policy = streamed(merged(load_preset(preset, base), overrides))
     _refuse_foreign_keys(policy, preset)
     return policy
 

@@ -19,6 +19,9 @@ HPZ = "zero_hpz_partition_size"
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 """ZeRO++: what travels in 8 bits or fewer, by kernels for GPUs. The states are as without it."""
 
+STREAMED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+"""What is zero where weights are on NVMe (`streamed`)."""
+
 _UNREACHABLE: Mapping[str, str] = {
     "zenflow": "keeps its states in another process, and lays the weights out in an order of its own",
     "mics_shard_size": "partitions parameters over a part of the workers",
@@ -105,6 +108,24 @@ def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
     return _device((ds_config.get("zero_optimization") or {}).get("offload_optimizer")) == "nvme"
 
 
+def weights_on_nvme(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the weights are to be kept on NVMe."""
+    return _device((ds_config.get("zero_optimization") or {}).get("offload_param")) == "nvme"
+
+
+def streamed(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`ds_config`; where weights are on NVMe, with each of them let go of as soon as its module has been computed.
+
+    DeepSpeed keeps a weight's buffer of the host's memory for as long as the weight is gathered, and stops with an assertion where
+    there is no more buffer: what it gathers ahead or keeps for later would take them all.
+    """
+    if not weights_on_nvme(ds_config):
+        return dict(ds_config)
+    nothing_kept = dict.fromkeys(STREAMED, 0)
+    zero = {key: value for key, value in ds_config["zero_optimization"].items() if f"stage3_{key}" not in STREAMED}
+    return {**ds_config, "zero_optimization": zero | nothing_kept}
+
+
 def unswappable(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
     """What is wrong with the states of `train.optimizer` on NVMe: DeepSpeed swaps those alone that are as long as the weights."""
     if not uses_nvme(ds_config) or optimizer not in _UNSWAPPABLE:
@@ -114,11 +135,16 @@ def unswappable(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
 
 
 def _parameters(zero: Mapping[str, Any]) -> list[Problem]:
-    device = _device(zero.get("offload_param"))
-    if device in ("none", "cpu"):
+    offload = zero.get("offload_param") or {}
+    where, device = f"{_WHERE}offload_param.", _device(offload)
+    if device not in ("none", "cpu", "nvme"):
+        return [Problem(where + "device", f"{device!r}", "none, cpu or nvme")]
+    if device != "nvme":
         return []
-    do = "In main memory they take 2 bytes a parameter over all workers; the optimizer's 12 may be on NVMe."
-    return [Problem(f"{_WHERE}offload_param.device", f"{device!r}", "none or cpu", do if device == "nvme" else "")]
+    # What else keeps or changes the pieces that are sent was made for pieces in memory.
+    beside = [key for key in QUANTIZED if zero.get(key)] + [HPZ] * (int(zero.get(HPZ) or 1) > 1)
+    problems = [Problem(_WHERE + key, "is on with weights on NVMe", "off") for key in beside]
+    return problems + _disk(zero, offload, "offload_param")
 
 
 def _optimizer(zero: Mapping[str, Any]) -> list[Problem]:
@@ -134,25 +160,28 @@ def _optimizer(zero: Mapping[str, Any]) -> list[Problem]:
     device = _device(offload)
     if device not in ("none", "cpu", "nvme"):
         problems.append(Problem(where + "device", f"{device!r}", "none, cpu or nvme"))
-    return problems + (_nvme(zero, offload, where) if device == "nvme" else [])
-
-
-def _nvme(zero: Mapping[str, Any], offload: Mapping[str, Any], where: str) -> list[Problem]:
-    problems: list[Problem] = []
-    if zero.get("stage") != 3:
-        problems.append(Problem(where + "device", "'nvme' below stage 3", "stage 3, or device: cpu"))
-    path = offload.get("nvme_path")
-    if not (isinstance(path, str) and path.startswith("/")):
-        # Only the user can name one: fast, on each node, and there under the same path.
-        came = "is not set" if path is None else f"{path!r}"
-        key = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path"
-        do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
-        problems.append(Problem(where + "nvme_path", came, "an absolute path", do))
+    if device != "nvme":
+        return problems
     problems += [
         Problem(where + key, "is on", "off", "States that are still being written could not be checkpointed.")
         for key in ("pipeline_read", "pipeline_write")
         if offload.get(key)
     ]
+    return problems + _disk(zero, offload, "offload_optimizer")
+
+
+def _disk(zero: Mapping[str, Any], offload: Mapping[str, Any], section: str) -> list[Problem]:
+    """What is wrong with a section that puts something on NVMe."""
+    problems: list[Problem] = []
+    if zero.get("stage") != 3:
+        problems.append(Problem(f"{_WHERE}{section}.device", "'nvme' below stage 3", "stage 3, or device: cpu"))
+    path = offload.get("nvme_path")
+    if not (isinstance(path, str) and path.startswith("/")):
+        # Only the user can name one: fast, on each node, and there under the same path.
+        came = "is not set" if path is None else f"{path!r}"
+        key = f"deepspeed.overrides.zero_optimization.{section}.nvme_path"
+        do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
+        problems.append(Problem(f"{_WHERE}{section}.nvme_path", came, "an absolute path", do))
     return problems
 
 
