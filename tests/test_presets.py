@@ -1,6 +1,7 @@
 """Every DeepSpeed preset: policy only, in keys that the installed DeepSpeed knows, and the stage that its name says.
 
-Those of which no checkpoint could be made are refused, with what to take instead; `tests/engine/test_preset_steps.py` trains the others.
+Those that cannot be trusted on any device, or shown to work on a CPU, are refused, with what to take instead;
+`tests/engine/test_preset_steps.py` trains the others.
 """
 
 import json
@@ -17,8 +18,11 @@ from dstune.planning import deepspeed as planning
 from dstune.planning.reachable import STREAMED
 
 NAMES = planning.preset_names()
-REFUSED = ["zero3-superoffload", "zero3-zenflow"]
-"""DeepSpeed keeps their states where nobody else reaches them."""
+REFUSED = {
+    "zero3-superoffload": r"super_offload: True; expected False\s+It wants CUDA, and .* process: no checkpoint could be made",
+    "zero3-zenflow": r"zenflow: .*; expected off\s+It updates 16-bit weights .*, with `checkpoint\.weights_only` neither",
+}
+"""And why."""
 
 _WITH_A_DISK = {"zero_optimization": {"offload_optimizer": {"nvme_path": "/local_nvme"}}}
 
@@ -75,9 +79,12 @@ def test_a_preset_makes_a_whole_config(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_checkpoint_could_be_made_of_names_what_to_take_instead(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"no checkpoint could be made\. The preset zero3-offload-optimizer"):
-        planning.make(config(name), shared_files("ds_configs"))
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_what_is_refused_says_why_and_names_what_to_take_instead(name: str, weights_only: bool) -> None:
+    run = config(name)
+    checkpoint = run.checkpoint.model_copy(update={"weights_only": weights_only})
+    with pytest.raises(ConfigError, match=rf"{REFUSED[name]}\. The preset zero3-offload-optimizer"):
+        planning.make(run.model_copy(update={"checkpoint": checkpoint}), shared_files("ds_configs"))
 
 
 def test_compiling_by_deepspeed_is_refused_rather_than_ignored() -> None:
