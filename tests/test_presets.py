@@ -1,6 +1,7 @@
 """Every DeepSpeed preset: policy only, in keys that the installed DeepSpeed knows, and the stage that its name says.
 
-Those of which no checkpoint could be made are refused, with what to take instead; `tests/engine/test_preset_steps.py` trains the others.
+Those that cannot be trusted on any device, or shown to work on a CPU, are refused, with what to take instead;
+`tests/engine/test_preset_steps.py` trains the others.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
 from dstune.planning import deepspeed as planning
 from dstune.planning import zero_settings
+from dstune.planning.reachable import STREAMED
 
 NAMES = planning.preset_names()
 SECTIONS: dict[str, Any] = {
@@ -26,8 +28,11 @@ SECTIONS: dict[str, Any] = {
     "offload_param": DeepSpeedZeroOffloadParamConfig,
     "leaf_module": DeepSpeedZeroLeafModuleConfig,
 }
-REFUSED = ["zero3-superoffload", "zero3-zenflow"]
-"""DeepSpeed keeps their states where nobody else reaches them."""
+REFUSED = {
+    "zero3-superoffload": r"super_offload: True; expected False\s+It wants CUDA, and .* process: no checkpoint could be made",
+    "zero3-zenflow": r"zenflow: .*; expected off\s+It updates 16-bit weights .*, with `checkpoint\.weights_only` neither",
+}
+"""And why."""
 
 _WITH_A_DISK = {"zero_optimization": {"offload_optimizer": {"nvme_path": "/local_nvme"}}}
 
@@ -84,9 +89,12 @@ def test_a_preset_makes_a_whole_config(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_checkpoint_could_be_made_of_names_what_to_take_instead(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"no checkpoint could be made\. The preset zero3-offload-optimizer"):
-        planning.make(config(name), shared_files("ds_configs"))
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_what_is_refused_says_why_and_names_what_to_take_instead(name: str, weights_only: bool) -> None:
+    run = config(name)
+    checkpoint = run.checkpoint.model_copy(update={"weights_only": weights_only})
+    with pytest.raises(ConfigError, match=rf"{REFUSED[name]}\. The preset zero3-offload-optimizer"):
+        planning.make(run.model_copy(update={"checkpoint": checkpoint}), shared_files("ds_configs"))
 
 
 def test_compiling_by_deepspeed_is_refused_rather_than_ignored() -> None:
@@ -191,10 +199,27 @@ def test_slices_of_autotp_are_refused() -> None:
 
 
 def test_what_no_checkpoint_could_be_made_of_is_refused_before_anything_starts() -> None:
-    zero = {"offload_param": {"device": "nvme", "nvme_path": "/local_nvme"}, "zenflow": {"topk_ratio": 0.1}}
-    section = config("zero3").deepspeed.model_copy(update={"overrides": {"zero_optimization": zero}})
-    with pytest.raises(ConfigError, match=r"zenflow(.|\n)*offload_param\.device: 'nvme'; expected none or cpu"):
-        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+    zero = {"mics_shard_size": 2, "zenflow": {"topk_ratio": 0.1}}
+    with pytest.raises(ConfigError, match=r"zenflow(.|\n)*mics_shard_size: 2; expected off"):
+        _made("zero3", zero)
+
+
+def _made(preset: str, zero: dict[str, Any]) -> dict[str, Any]:
+    section = config(preset).deepspeed.model_copy(update={"overrides": {"zero_optimization": zero}})
+    made = planning.make(config(preset).model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+    return made["zero_optimization"]
+
+
+def test_weights_on_nvme_are_let_go_of_at_once() -> None:
+    """DeepSpeed would gather ahead, and keep, more of them than it has buffers for."""
+    zero = _made("zero3", {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, "max_reuse_distance": 5})
+    assert {key: zero[key] for key in STREAMED} == dict.fromkeys(STREAMED, 0) and "max_reuse_distance" not in zero
+    assert DeepSpeedZeroConfig(**zero).max_reuse_distance == 0
+    for beside in ({"zero_hpz_partition_size": 8}, {"zero_quantized_weights": True}, {"stage": 2}):
+        with pytest.raises(ConfigError, match=r"on with weights on NVMe|'nvme' below stage 3"):
+            _made("zero3", {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, **beside})
+    with pytest.raises(ConfigError, match=r"offload_param\.nvme_path=/local_nvme: a directory"):
+        _made("zero3", {"offload_param": {"device": "nvme"}})
 
 
 def test_nvme_wants_to_be_told_which_disk() -> None:

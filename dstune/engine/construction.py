@@ -4,15 +4,17 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dstune.engine.swapping import load_async_io, require_async_io
+from dstune.engine.swapping import SwapFolder, load_async_io, require_async_io
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
-from dstune.planning.reachable import HPZ, unreachable, uses_nvme, without_gpus
+from dstune.planning.placement import WEIGHT_BUFFERS
+from dstune.planning.reachable import HPZ, streamed, unreachable, uses_nvme, weights_on_nvme, without_gpus
 
 log = get_logger(__name__)
 
@@ -50,7 +52,7 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
     Raises ConfigError where it contradicts them, or brings an optimizer or a scheduler (those are the run file's).
     """
-    config = copy.deepcopy(dict(ds_config))
+    config = copy.deepcopy(streamed(ds_config))
     required = {
         **REQUIRED,
         "bf16": {"enabled": dtype is torch.bfloat16},
@@ -99,17 +101,31 @@ def computes_fp16() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
+def _swap_weights(config: dict[str, Any], largest: int | None) -> SwapFolder:
+    """Have DeepSpeed keep weights in a folder of this process's own, with buffers for the `largest` one's piece where it says no size."""
+    offload = config["zero_optimization"]["offload_param"]
+    folder = SwapFolder(Path(offload["nvme_path"]), "offload_param")
+    folder.put_into(config)
+    offload.setdefault("buffer_count", WEIGHT_BUFFERS)
+    if largest is not None:
+        offload.setdefault("buffer_size", -(-largest // dist.get_world_size()))
+    return folder
+
+
 @contextlib.contextmanager
-def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
+def construction(ds_config: Mapping[str, Any], dtype: torch.dtype, largest: int | None = None) -> Iterator[None]:
     """Modules built inside have parameters of `dtype`; under ZeRO-3 each worker keeps only its piece of every parameter.
 
     `world.init` must have been called. Every worker builds the same modules in the same order, and the same values, or sets them
-    afterwards: nothing is sent.
+    afterwards: nothing is sent. `largest`: elements of the largest parameter, for the buffers of weights on NVMe.
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
     class Unsent(Init):
         """DeepSpeed sends worker 0's values of every parameter to all, the whole model. They are set later, piece by piece."""
+
+        folder: SwapFolder | None
+        """Of the weights on NVMe: it goes when the last of these parameters, which hold this object, has gone."""
 
         def _zero_init_param(self, param: torch.nn.Parameter) -> None:
             self._convert_to_deepspeed_param(param)
@@ -128,13 +144,17 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
         raise ConfigError(
             Problem("model.dtype", "'fp16', which the processor of this machine cannot compute", "bf16 or fp32")
         )
-    if uses_nvme(config):
-        require_async_io()
-        load_async_io()
+    for section, wanted in {"offload_optimizer": uses_nvme(config), "offload_param": weights_on_nvme(config)}.items():
+        if wanted:
+            require_async_io(section)
+            load_async_io()
+    folder = _swap_weights(config, largest) if weights_on_nvme(config) else None
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with Unsent(config_dict_or_path=config, dtype=dtype, enabled=stage_of(config) == 3):
+        made = Unsent(config_dict_or_path=config, dtype=dtype, enabled=stage_of(config) == 3)
+        made.folder = folder
+        with made:
             yield
     finally:
         torch.set_default_dtype(before)

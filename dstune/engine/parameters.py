@@ -8,8 +8,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from dstune.errors import ConfigError, Problem
-
 
 @dataclass(frozen=True)
 class LocalPiece:
@@ -26,18 +24,25 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(parameter.ds_shape) if is_partitioned(parameter) else tuple(parameter.shape)
 
 
-def local_piece(parameter: Any) -> LocalPiece:
-    """This worker's piece. Only before the engine is made: it takes its own copies of the weights.
+@contextlib.contextmanager
+def local_piece(parameter: Any) -> Iterator[LocalPiece]:
+    """This worker's piece, to be read and set inside. Only before the engine is made: it takes its own copies of the weights.
 
-    ZeRO-3 cuts a parameter of n elements into ceil(n / W) each; the last workers' pieces may be short or empty.
+    ZeRO-3 cuts a parameter of n elements into ceil(n / W) each; the last workers' pieces may be short or empty. One that waits on
+    NVMe is read, and written back afterwards.
     """
     if not is_partitioned(parameter):
-        return LocalPiece(0, parameter.numel(), parameter.detach().view(-1))
+        yield LocalPiece(0, parameter.numel(), parameter.detach().view(-1))
+    elif not on_nvme(parameter):
+        yield _piece(parameter)
+    else:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+        yield _piece(parameter)
+        parameter.nvme_swapper.swap_out_and_release([parameter])
+
+
+def _piece(parameter: Any) -> LocalPiece:
     piece = parameter.ds_tensor
-    if piece.numel() == 0 and parameter.ds_numel > 0:
-        raise ConfigError(
-            Problem("deepspeed: zero_optimization.offload_param", "weights start on NVMe", "device: cpu, or none")
-        )
     start = min(dist.get_rank(parameter.ds_process_group) * piece.numel(), parameter.ds_numel)
     stop = min(start + piece.numel(), parameter.ds_numel)
     return LocalPiece(start, stop, piece.detach().view(-1)[: stop - start])
@@ -56,8 +61,8 @@ def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
             parameter.data = torch.empty(full_shape(parameter), dtype=parameter.dtype, device="cpu")
         yield
         for parameter in partitioned:
-            piece = local_piece(parameter)
-            piece.tensor.copy_(parameter.data.view(-1)[piece.start : piece.stop])
+            with local_piece(parameter) as piece:
+                piece.tensor.copy_(parameter.data.view(-1)[piece.start : piece.stop])
     finally:
         for parameter, data in zip(partitioned, before, strict=True):
             parameter.data = data
@@ -92,6 +97,13 @@ def forget_copies(module: torch.nn.Module) -> None:
     for parameter in parameters:
         if is_partitioned(parameter):
             parameter.ds_secondary_tensor = None
+
+
+def on_nvme(parameter: Any) -> bool:
+    """Whether ZeRO-3 keeps its pieces on NVMe, and this worker's is not in memory now."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+    return is_partitioned(parameter) and parameter.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:

@@ -1,14 +1,16 @@
-"""Training states on NVMe: whether they can be kept there, and a folder for each worker that a dead one does not leave for ever."""
+"""States and weights on NVMe: whether they can be kept there, and a folder for each worker that a dead one does not leave for ever."""
 
 import fcntl
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dstune.errors import ConfigError, Problem
 
@@ -19,8 +21,8 @@ _BUFFERS = 4
 """DeepSpeed's own number, for the weights, Adam's moments and the gradient."""
 
 
-def require_async_io() -> None:
-    """Raises ConfigError where DeepSpeed's reader and writer of NVMe cannot be compiled on this machine."""
+def require_async_io(section: str = "offload_optimizer") -> None:
+    """Raises ConfigError where DeepSpeed's reader and writer of NVMe, which `section` wants, cannot be compiled on this machine."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from torch.utils.cpp_extension import is_ninja_available
 
@@ -31,7 +33,7 @@ def require_async_io() -> None:
     if missing:
         came = f"'nvme', but DeepSpeed's async_io cannot be built here: {' and '.join(missing)} is missing"
         do = "Install libaio-dev, g++ and ninja on every node, or offload to the CPU."
-        raise ConfigError(Problem("deepspeed: zero_optimization.offload_optimizer.device", came, "cpu", do))
+        raise ConfigError(Problem(f"deepspeed: zero_optimization.{section}.device", came, "cpu", do))
 
 
 def load_async_io() -> None:
@@ -60,8 +62,9 @@ def forget_compilations(root: Path) -> None:
 class SwapFolder:
     """A folder of this process's own below `parent`; gone with the process, or with the next one that makes one there."""
 
-    def __init__(self, parent: Path) -> None:
-        """Raises ConfigError where `parent` cannot be written."""
+    def __init__(self, parent: Path, section: str = "offload_optimizer") -> None:
+        """Raises ConfigError where `parent` cannot be written. `section`: of the DeepSpeed config, the one that names it."""
+        self._section = section
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with _alone(parent):
@@ -71,15 +74,57 @@ class SwapFolder:
                 self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
-            where = "deepspeed: zero_optimization.offload_optimizer.nvme_path"
+            where = f"deepspeed: zero_optimization.{section}.nvme_path"
             raise ConfigError(Problem(where, f"{parent}: {error.strerror or error}", "a writable directory")) from None
         self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def put_into(self, ds_config: dict[str, Any], more_states: int = 0) -> None:
         """Have DeepSpeed swap into this folder, with buffers for `more_states` than it was told of."""
-        offload = ds_config["zero_optimization"]["offload_optimizer"]
+        offload = ds_config["zero_optimization"][self._section]
         offload["nvme_path"] = str(self.path)
-        offload["buffer_count"] = offload.get("buffer_count", _BUFFERS) + more_states
+        if more_states:
+            offload["buffer_count"] = offload.get("buffer_count", _BUFFERS) + more_states
+
+
+def require_buffers(module: torch.nn.Module) -> None:
+    """Raises ConfigError where a pass would want more weights from NVMe at once than there are buffers. After the engine was made."""
+    swappers: list[Any] = [parameter.nvme_swapper for parameter in _swapped(module, whole=True)]
+    wanted = _gathered_at_once(module)
+    if swappers and wanted > swappers[0].param_buffer_count:
+        where = "deepspeed: zero_optimization.offload_param.buffer_count"
+        came = f"{swappers[0].param_buffer_count}, and a module of the model reads {wanted} weights at once"
+        raise ConfigError(Problem(where, came, f"at least {wanted}"))
+
+
+def _gathered_at_once(module: torch.nn.Module) -> int:
+    """A module's own weights are there while those of what it calls are; a leaf's are there together."""
+    from deepspeed.utils import z3_leaf_module
+
+    if z3_leaf_module(module):
+        return len(_swapped(module, whole=True))
+    inside = len(_swapped(module, whole=False)) + max(map(_gathered_at_once, module.children()), default=0)
+    return max(inside, _kept_for_recomputing(module))
+
+
+def _kept_for_recomputing(module: torch.nn.Module) -> int:
+    """DeepSpeed keeps the frozen weights of a layer that is computed again until a part of it has had its backward pass."""
+    recomputed = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
+    if recomputed != [module]:  # transformers marks the layers, and some of what is around them
+        return 0
+    swapped = _swapped(module, whole=True)
+    frozen = sum(not parameter.requires_grad for parameter in swapped)
+    return frozen + (frozen < len(swapped))
+
+
+def _swapped(module: torch.nn.Module, whole: bool) -> list[Any]:
+    """The parameters of `module`, or of the whole of it, that are on NVMe."""
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+
+    parameters: Iterable[Any] = module.parameters(recurse=whole)
+    pieces = [(parameter, getattr(parameter, "ds_tensor", None)) for parameter in parameters]
+    return [
+        parameter for parameter, piece in pieces if piece is not None and piece.final_location == OffloadDeviceEnum.nvme
+    ]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dstune.engine.partitions import FlatGroupPartitions, Partitions, Piece, Sta
 from dstune.engine.reduction import reduce_directly, take_sums_as_they_are
 from dstune.engine.sliced import Sliced
 from dstune.engine.states import BY_ELEMENT, Part, State
-from dstune.engine.swapping import SwapFolder
+from dstune.engine.swapping import SwapFolder, require_buffers
 from dstune.engine.unvisited import Unvisited
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
@@ -84,6 +84,7 @@ class ZeroEngine:
         self._optimizer_name = optimizer
         self._names = dict(names or {})
         forget_copies(module)
+        require_buffers(module)
         self._partitions: Partitions = (
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
         )

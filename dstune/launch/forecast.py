@@ -126,9 +126,7 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
         raise ConfigError(problems)
 
     def usable(preset: str) -> str:
-        zero = policies[preset].get("zero_optimization") or {}
-        offload = zero.get("offload_optimizer") or {}
-        if offload.get("device") != "nvme":
+        if not (reachable.uses_nvme(policies[preset]) or reachable.weights_on_nvme(policies[preset])):
             return ""
         if reachable.unswappable(policies[preset], config.train.optimizer):
             return f"{config.train.optimizer} cannot keep its states on NVMe"
@@ -209,9 +207,10 @@ def _policies(run: LoadedRun) -> dict[str, Mapping[str, Any]]:
 
 
 def nvme_path(config: RunConfig) -> Path | None:
-    """Where the run's overrides say that states may lie on NVMe."""
+    """Where the run's overrides say that states, or weights, may lie on NVMe."""
     zero = config.deepspeed.overrides.get("zero_optimization") or {}
-    path = (zero.get("offload_optimizer") or {}).get("nvme_path")
+    sections = (zero.get("offload_optimizer") or {}, zero.get("offload_param") or {})
+    path = next((section["nvme_path"] for section in sections if "nvme_path" in section), None)
     return Path(path) if isinstance(path, str) else None
 
 

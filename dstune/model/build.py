@@ -58,7 +58,8 @@ def construct(
     """The module tree with unset weights and right buffers. Raises ConfigError where there is no such architecture."""
     outline = skeleton(config, model, attention)
     # Filling weights that are overwritten next would take most of the time of building.
-    with no_init_weights(), construction(ds_config, DTYPES[model.dtype]):
+    largest = max(parameter.numel() for parameter in outline.parameters())
+    with no_init_weights(), construction(ds_config, DTYPES[model.dtype], largest):
         module = _instance(config, model, attention)
     module.tie_weights()
     if rate := keep_every_layer(module):

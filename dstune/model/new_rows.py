@@ -34,13 +34,13 @@ def fill(module: PreTrainedModel, new: range) -> None:
     """
     with torch.no_grad():
         for _, table in tables(module):
-            shape, piece = full_shape(table), local_piece(table)
-            columns = math.prod(shape[1:])
-            mean = _mean(table, piece, new.start, columns)
-            first, last = max(piece.start, new.start * columns), min(piece.stop, new.stop * columns)
-            if last > first:
-                places = torch.arange(first, last, device=mean.device) % columns
-                piece.tensor[first - piece.start : last - piece.start] = mean[places].to(piece.tensor.dtype)
+            columns = math.prod(full_shape(table)[1:])
+            with local_piece(table) as piece:
+                mean = _mean(table, piece, new.start, columns)
+                first, last = max(piece.start, new.start * columns), min(piece.stop, new.stop * columns)
+                if last > first:
+                    places = torch.arange(first, last, device=mean.device) % columns
+                    piece.tensor[first - piece.start : last - piece.start] = mean[places].to(piece.tensor.dtype)
 
 
 def require_trained(module: PreTrainedModel, new: range) -> None:

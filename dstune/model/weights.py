@@ -189,10 +189,10 @@ def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destinatio
         found, wanted = files.shape(source), full_shape(tensor)
         if not _lacks_rows(found, wanted, new):
             _check_shape(name, found, wanted, files.directory)
-        piece = local_piece(tensor)
-        stop = min(piece.stop, _product(found))
-        if stop > piece.start:
-            piece.tensor[: stop - piece.start].copy_(files.read_range(source, piece.start, stop))
+        with local_piece(tensor) as piece:
+            stop = min(piece.stop, _product(found))
+            if stop > piece.start:
+                piece.tensor[: stop - piece.start].copy_(files.read_range(source, piece.start, stop))
         state.mark(name)
     return True
 
@@ -213,8 +213,8 @@ def _load_converted(conversion: Conversion, files: WeightFiles, state: _Destinat
         tensor = state.find(name)
         if tensor is not None:
             _check_shape(name, tuple(value.shape), full_shape(tensor), files.directory)
-            piece = local_piece(tensor)
-            piece.tensor.copy_(value.reshape(-1)[piece.start : piece.stop])
+            with local_piece(tensor) as piece:
+                piece.tensor.copy_(value.reshape(-1)[piece.start : piece.stop])
             state.mark(name)
 
 
@@ -236,8 +236,8 @@ def _load_whole(module: PreTrainedModel, state: _Destination, directory: Path, r
     for name, value in all_tensors(loaded).items():
         tensor = state.find(name)
         if tensor is not None and name not in lacking:
-            piece = local_piece(tensor)
-            piece.tensor.copy_(value.detach().reshape(-1)[piece.start : piece.stop])
+            with local_piece(tensor) as piece:
+                piece.tensor.copy_(value.detach().reshape(-1)[piece.start : piece.stop])
             state.mark(name)
 
 

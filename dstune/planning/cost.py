@@ -94,6 +94,9 @@ def step_seconds(
     hidden_offload = max(0.0, offload - _HIDDEN * compute)
     if work.offload_inputs and not device.is_cpu:  # on the stream that computes: nothing of it hides
         hidden_offload += 2 * micro_batches * tokens * shape.layer_input * shape.layers / device.host_link
+    if place.offload_param == "nvme":  # read when they are wanted, for either pass
+        read = 2 * micro_batches * size * shape.parameters / cluster.workers * cluster.per_node
+        hidden_offload += (read + size * shape.trained / cluster.nodes) / cluster.nvme_rate
     return Seconds(compute=compute, communication=exposed, offload=hidden_offload, update=update)
 
 

@@ -12,7 +12,7 @@ from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
 from dstune.planning import zero_settings
-from dstune.planning.reachable import unreachable, unswappable
+from dstune.planning.reachable import streamed, unreachable, unswappable
 
 AUTO_PRESET = "zero3"
 
@@ -106,7 +106,7 @@ def policy_of(preset: str, overrides: Mapping[str, Any], base: Path) -> dict[str
     policy = merged(load_preset(preset, base), overrides)
     if problems := [*_foreign_keys(policy, preset), *_wrong_settings(policy, preset, overrides)]:
         raise ConfigError(problems)
-    return policy
+    return streamed(policy)
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,10 +178,11 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
     saved = saved_bytes(shape, work)
+    swapped = lasting_bytes(shape, work) + _FP32 * share if place.offload_optimizer == "nvme" else 0
     return Memory(
         device=device,
         host={name: count for name, count in _host(shape, place, work, process, weights).items() if count},
-        nvme=lasting_bytes(shape, work) + _FP32 * share if place.offload_optimizer == "nvme" else 0,
+        nvme=swapped + (weights if place.offload_param == "nvme" else 0),
         checkpoint_copy=-(-saved // work.world_size),
         checkpoint_bytes=saved,
     )
@@ -314,6 +315,11 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
     group = min(share, place.sub_group) if place.stage == 3 else share
     held = {"process": process.host, "weights": weights if place.offload_param == "cpu" else 0}
     pinned: list[int] = [weights] if place.offload_param == "cpu" else []
+    if place.offload_param == "nvme":
+        size = _DTYPE_BYTES[work.dtype]
+        kept = size * min(share, place.weights_in_host)
+        held |= {"weights": kept, "weights' buffers": _weight_buffers(shape, place, work.world_size, size)}
+        pinned.append(kept)
     if work.offload_inputs and process.pins:
         each = shape.layer_input * work.own_tokens
         held["layers' inputs"] = each * shape.layers
@@ -332,6 +338,14 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
     if process.pins:
         held["rounding of pinned memory"] = sum(_power_of_two(count) - count for count in pinned)
     return held
+
+
+def _weight_buffers(shape: ModelShape, place: Placement, world: int, size: int) -> int:
+    """Bytes of those that weights are read from NVMe into, and of the one that an update's group is written from."""
+    each = place.weight_buffer or -(-max(shape.sizes) // world)
+    share = -(-shape.trained // world)
+    written = min(share, place.sub_group) if share > place.weights_in_host else 0
+    return size * (place.weight_buffers * each + written)
 
 
 def _power_of_two(count: int) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 _SWAP_BUFFERS = 4
 """DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
+WEIGHT_BUFFERS = 8
+"""What the engine takes for weights on NVMe, a piece in each, where it is told no number: a layer's frozen matrices and one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,7 @@ class Placement:
     offload_optimizer: str = "none"
     """`none`, `cpu` or `nvme`: masters, moments and the gradients' sums."""
     offload_param: str = "none"
+    """The weights, trained or not."""
     reduce_bucket: int = 500_000_000
     """Elements of gradients that are reduced at once."""
     sub_group: int = 1_000_000_000
@@ -31,12 +34,18 @@ class Placement:
     quantized_gradients: bool = False
     """Gradients travel in 4 bits (ZeRO++)."""
     swap_buffers: int = _SWAP_BUFFERS
+    weight_buffers: int = WEIGHT_BUFFERS
+    """Of weights on NVMe."""
+    weight_buffer: int = 0
+    """Elements of each; 0: as many as the largest piece has."""
+    weights_in_host: int = 1_000_000_000
+    """Elements of trained weights that each worker keeps in the host's memory beside those on NVMe."""
 
     @classmethod
     def of(cls, ds_config: Mapping[str, Any]) -> "Placement":
         """The placement that a DeepSpeed config describes; its silence means DeepSpeed's own defaults."""
         zero = ds_config.get("zero_optimization", {})
-        optimizer = zero.get("offload_optimizer") or {}
+        optimizer, weights = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
         found = {
             "reduce_bucket": zero.get("reduce_bucket_size"),
             "sub_group": zero.get("sub_group_size"),
@@ -44,11 +53,14 @@ class Placement:
             "persistence": zero.get("stage3_param_persistence_threshold"),
             "copies": zero.get("zero_hpz_partition_size"),
             "swap_buffers": optimizer.get("buffer_count"),
+            "weight_buffers": weights.get("buffer_count"),
+            "weight_buffer": weights.get("buffer_size"),
+            "weights_in_host": weights.get("max_in_cpu"),
         }
         return cls(
             stage=int(zero.get("stage", 0)),
             offload_optimizer=optimizer.get("device", "none"),
-            offload_param=(zero.get("offload_param") or {}).get("device", "none"),
+            offload_param=weights.get("device", "none"),
             quantized_weights=bool(zero.get("zero_quantized_weights")),
             quantized_gradients=bool(zero.get("zero_quantized_gradients")),
             **{key: int(value) for key, value in found.items() if isinstance(value, int | float)},

@@ -1,7 +1,11 @@
 """DeepSpeed settings under which a worker could not reach all of the training state, or not cut it, or that would do nothing: refused
 before anything starts.
 
-`checkpoint.weights_only` helps none of them: DeepSpeed runs them with optimizers of its own alone, or lays weights out differently.
+`checkpoint.weights_only` helps none of them. ZenFlow, measured in DeepSpeed 0.19.8 on CPU tensors: what it selects has bf16 moments and
+no fp32 master, so that after a step about 9% of the weights were not their masters' (95% with `overlap_step`); a step skipped for a NaN
+left 21,910 of 123,712 weights NaN; on two workers its second selection stopped it (moments of another shape); models of `zero.Init` are
+read transposed; at stage 2 it is a wrong model from the first pass on; its process outlives a worker that is killed. SuperOffload
+asserts that there is CUDA; its masters stay in the worker, and nobody has shown on such a machine that they are whole after each step.
 """
 
 from collections.abc import Mapping
@@ -12,16 +16,24 @@ from dstune.errors import Problem
 
 _WHERE = "deepspeed: zero_optimization."
 _NO_CHECKPOINT = "no checkpoint could be made"
-_ELSEWHERE = "keeps states in another optimizer, of its own"
+_ELSEWHERE: Mapping[str, tuple[Any, str]] = {
+    "ratio": (1.0, "keeps states in another optimizer, of its own"),
+    "super_offload": (False, "wants CUDA, and keeps its moments in another process"),
+}
+"""Of `offload_optimizer`: the value that leaves it off, and what it does."""
 
 HPZ = "zero_hpz_partition_size"
 """ZeRO++: workers of a machine that keep a copy of the weights between them. The states are cut as without it."""
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 """ZeRO++: what travels in 8 bits or fewer, by kernels for GPUs. The states are as without it."""
 
+STREAMED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+"""What is zero where weights are on NVMe (`streamed`)."""
+
 _UNREACHABLE: Mapping[str, str] = {
-    "zenflow": "keeps its states in another process, and lays the weights out in an order of its own",
-    "mics_shard_size": "partitions parameters over a part of the workers",
+    "zenflow": "updates 16-bit weights that have no master, by gradients that are not clipped, in skipped steps too, and stops on several "
+    "workers when it selects again (DeepSpeed 0.19.8): no run of it could be trusted, with `checkpoint.weights_only` neither",
+    "mics_shard_size": f"partitions parameters over a part of the workers: {_NO_CHECKPOINT}",
 }
 _OFF: Mapping[str, Any] = {"mics_shard_size": -1}
 _INSTEAD: Mapping[str, str] = {
@@ -48,7 +60,7 @@ def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the offloads and partitions of a DeepSpeed config, as far as the config itself says."""
     zero = ds_config.get("zero_optimization") or {}
     problems = [
-        Problem(_WHERE + key, f"{zero[key]!r}", "off", f"It {why}: {_NO_CHECKPOINT}.{_INSTEAD[key]}")
+        Problem(_WHERE + key, f"{zero[key]!r}", "off", f"It {why}.{_INSTEAD[key]}")
         for key, why in _UNREACHABLE.items()
         if zero.get(key) and zero[key] != _OFF.get(key)
     ]
@@ -105,6 +117,24 @@ def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
     return _device((ds_config.get("zero_optimization") or {}).get("offload_optimizer")) == "nvme"
 
 
+def weights_on_nvme(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the weights are to be kept on NVMe."""
+    return _device((ds_config.get("zero_optimization") or {}).get("offload_param")) == "nvme"
+
+
+def streamed(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`ds_config`; where weights are on NVMe, with each of them let go of as soon as its module has been computed.
+
+    DeepSpeed keeps a weight's buffer of the host's memory for as long as the weight is gathered, and stops with an assertion where
+    there is no more buffer: what it gathers ahead or keeps for later would take them all.
+    """
+    if not weights_on_nvme(ds_config):
+        return dict(ds_config)
+    nothing_kept = dict.fromkeys(STREAMED, 0)
+    zero = {key: value for key, value in ds_config["zero_optimization"].items() if f"stage3_{key}" not in STREAMED}
+    return {**ds_config, "zero_optimization": zero | nothing_kept}
+
+
 def unswappable(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
     """What is wrong with the states of `train.optimizer` on NVMe: DeepSpeed swaps those alone that are as long as the weights."""
     if not uses_nvme(ds_config) or optimizer not in _UNSWAPPABLE:
@@ -114,47 +144,53 @@ def unswappable(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
 
 
 def _parameters(zero: Mapping[str, Any]) -> list[Problem]:
-    device = _device(zero.get("offload_param"))
+    offload = zero.get("offload_param") or {}
+    where, device = f"{_WHERE}offload_param.", _device(offload)
     if device == "cpu" and zero.get("stage") in (1, 2):  # where DeepSpeed does not look at it
-        return [Problem(f"{_WHERE}offload_param.device", "'cpu' below stage 3", "stage 3, or none")]
-    if device in ("none", "cpu"):
+        return [Problem(where + "device", "'cpu' below stage 3", "stage 3, or none")]
+    if device not in ("none", "cpu", "nvme"):
+        return [Problem(where + "device", f"{device!r}", "none, cpu or nvme")]
+    if device != "nvme":
         return []
-    do = "In main memory they take 2 bytes a parameter over all workers; the optimizer's 12 may be on NVMe."
-    return [Problem(f"{_WHERE}offload_param.device", f"{device!r}", "none or cpu", do if device == "nvme" else "")]
+    # What else keeps or changes the pieces that are sent was made for pieces in memory.
+    beside = [key for key in QUANTIZED if zero.get(key)] + [HPZ] * (int(zero.get(HPZ) or 1) > 1)
+    problems = [Problem(_WHERE + key, "is on with weights on NVMe", "off") for key in beside]
+    return problems + _disk(zero, offload, "offload_param")
 
 
 def _optimizer(zero: Mapping[str, Any]) -> list[Problem]:
     offload = zero.get("offload_optimizer") or {}
     where = f"{_WHERE}offload_optimizer."
     problems = [
-        Problem(
-            where + key, f"{offload[key]!r}", f"{plain!r}", f"It {_ELSEWHERE}: {_NO_CHECKPOINT}.{_INSTEAD.get(key, '')}"
-        )
-        for key, plain in {"ratio": 1.0, "super_offload": False}.items()
+        Problem(where + key, f"{offload[key]!r}", f"{plain!r}", f"It {why}: {_NO_CHECKPOINT}.{_INSTEAD.get(key, '')}")
+        for key, (plain, why) in _ELSEWHERE.items()
         if offload.get(key, plain) != plain
     ]
     device = _device(offload)
     if device not in ("none", "cpu", "nvme"):
         problems.append(Problem(where + "device", f"{device!r}", "none, cpu or nvme"))
-    return problems + (_nvme(zero, offload, where) if device == "nvme" else [])
-
-
-def _nvme(zero: Mapping[str, Any], offload: Mapping[str, Any], where: str) -> list[Problem]:
-    problems: list[Problem] = []
-    if zero.get("stage") != 3:
-        problems.append(Problem(where + "device", "'nvme' below stage 3", "stage 3, or device: cpu"))
-    path = offload.get("nvme_path")
-    if not (isinstance(path, str) and path.startswith("/")):
-        # Only the user can name one: fast, on each node, and there under the same path.
-        came = "is not set" if path is None else f"{path!r}"
-        key = "deepspeed.overrides.zero_optimization.offload_optimizer.nvme_path"
-        do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
-        problems.append(Problem(where + "nvme_path", came, "an absolute path", do))
+    if device != "nvme":
+        return problems
     problems += [
         Problem(where + key, "is on", "off", "States that are still being written could not be checkpointed.")
         for key in ("pipeline_read", "pipeline_write")
         if offload.get(key)
     ]
+    return problems + _disk(zero, offload, "offload_optimizer")
+
+
+def _disk(zero: Mapping[str, Any], offload: Mapping[str, Any], section: str) -> list[Problem]:
+    """What is wrong with a section that puts something on NVMe."""
+    problems: list[Problem] = []
+    if zero.get("stage") != 3:
+        problems.append(Problem(f"{_WHERE}{section}.device", "'nvme' below stage 3", "stage 3, or device: cpu"))
+    path = offload.get("nvme_path")
+    if not (isinstance(path, str) and path.startswith("/")):
+        # Only the user can name one: fast, on each node, and there under the same path.
+        came = "is not set" if path is None else f"{path!r}"
+        key = f"deepspeed.overrides.zero_optimization.{section}.nvme_path"
+        do = f"{key}=/local_nvme: a directory of a fast disk that every node has"
+        problems.append(Problem(f"{_WHERE}{section}.nvme_path", came, "an absolute path", do))
     return problems
 
 

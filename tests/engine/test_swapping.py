@@ -1,17 +1,15 @@
 """States on NVMe: resumed to the last digit there and elsewhere, read group by group; what a dead worker left is removed."""
 
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.cpp_extension import _get_build_directory
 
 from dstune.checkpoint.commit import Intent, commit
 from dstune.checkpoint.reader import Reader
 from dstune.checkpoint.shard_writer import ShardWriter
-from dstune.engine.swapping import SwapFolder, forget_compilations, require_async_io
+from dstune.engine.swapping import SwapFolder, forget_compilations
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
@@ -23,21 +21,6 @@ STEP = 3
 LATER = range(STEP, STEP + 3)
 WIDE = {"hidden_size": 256, "intermediate_size": 640}
 """Groups below 1 MiB stay in memory: these matrices are several, and each worker has two groups."""
-
-
-@pytest.fixture
-def async_io() -> None:
-    """Skips where states cannot be on NVMe. Building DeepSpeed's async_io takes minutes: `tools/check` does it behind other tests."""
-    lock = os.environ.get("DSTUNE_ASYNC_IO_LOCK")
-    if lock and subprocess.run(["flock", "--shared", "--timeout", "400", lock, "true"]).returncode:
-        pytest.skip("async_io is still being built")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        require_async_io()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    if not (Path(_get_build_directory("async_io", verbose=False)) / "async_io.so").is_file():
-        pytest.skip("async_io is not built: tools/compile_async_io builds it")
 
 
 def _engine(world: World, where: str, disk: Path, optimizer: str) -> ZeroEngine:

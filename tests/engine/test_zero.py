@@ -221,7 +221,7 @@ def test_dstunes_own_settings_are_filled_in() -> None:
         ({"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}}, "AutoTP is on"),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, r"offload_optimizer\.device"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param\.device"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param\.nvme_path"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "below stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "an absolute path"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": NVME | {"pipeline_write": True}}}, "pipeline_write"),

@@ -34,9 +34,9 @@ def whole_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter in full, from all workers' pieces."""
     result: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
-        piece = local_piece(parameter)
         parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (piece.start, piece.tensor.clone()))
+        with local_piece(parameter) as piece:
+            dist.all_gather_object(parts, (piece.start, piece.tensor.clone()))
         flat = torch.zeros(torch.Size(full_shape(parameter)).numel(), dtype=parameter.dtype)
         for start, tensor in parts:
             flat[start : start + len(tensor)] = tensor

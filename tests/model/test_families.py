@@ -117,7 +117,8 @@ def _updated(run: RunConfig, family: str) -> tuple[PreTrainedModel, list[float]]
     partitioned = build(model, Path(), attention, 0, stage(3))
     module = build(model, Path(), attention, 0, stage(1))
     for one, piece in zip(module.parameters(), partitioned.parameters(), strict=True):
-        assert torch.equal(one.flatten(), local_piece(piece).tensor)
+        with local_piece(piece) as loaded:
+            assert torch.equal(one.flatten(), loaded.tensor)
     freezing.freeze(module, [])
     loss = kernels.put_in(kernels.chosen(model, module, "cpu"), module, "cpu")
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

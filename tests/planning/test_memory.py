@@ -105,6 +105,19 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_device():
     assert plain.peak - on_gpu.peak > 16 * share and set(plain.host) == {"process"}
 
 
+def test_weights_on_nvme_leave_their_buffers_in_memory():
+    place = Placement(stage=3, offload_param="nvme", offload_optimizer="nvme", sub_group=10**7, weights_in_host=0)
+    one, share = estimate(BILLION, place, work(), CPU_PROCESS), BILLION.trained / 4
+    assert one.nvme == 16 * share + 2 * BILLION.parameters / 4 and "weights" not in one.device | one.host
+    assert one.host["weights' buffers"] == 2 * (8 * max(BILLION.sizes) / 4 + 10**7)
+    sized = replace(place, weight_buffers=2, weight_buffer=10**6, weights_in_host=10**9)
+    kept = estimate(BILLION, sized, work(), CPU_PROCESS).host
+    assert (kept["weights"], kept["weights' buffers"]) == (2 * share, 4 * 10**6)
+    assert Placement.of({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "max_in_cpu": 0}}}) == (
+        Placement(stage=3, offload_param="nvme", weights_in_host=0)
+    )
+
+
 def test_pinned_memory_is_rounded_to_powers_of_two():
     one = estimate(BILLION, Placement(stage=3, offload_optimizer="cpu", sub_group=10**8), work(), GPU_PROCESS).host
     # 250 million gradients a worker: their sums in one tensor of 2^30 bytes, and three groups of at most 100 million, 2^29 bytes each.

@@ -93,10 +93,10 @@ def fill(module: torch.nn.Module, device: torch.device) -> None:
     """Drawn matrices, norms of one: the same for each precision and partition, drawn on the device in bf16."""
     generator = torch.Generator(device).manual_seed(_SEED)
     for parameter in module.parameters():
-        piece = local_piece(parameter).tensor
-        values = torch.empty(piece.shape, dtype=torch.bfloat16, device=device)
         vector = len(full_shape(parameter)) < 2
-        piece.copy_(values.fill_(1.0) if vector else values.normal_(std=0.02, generator=generator))
+        with local_piece(parameter) as piece:
+            values = torch.empty(piece.tensor.shape, dtype=torch.bfloat16, device=device)
+            piece.tensor.copy_(values.fill_(1.0) if vector else values.normal_(std=0.02, generator=generator))
 
 
 class Dstune:

@@ -80,7 +80,8 @@ def _digest(module: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(name.encode())
-        digest.update(local_piece(parameter).tensor.contiguous().view(torch.uint8).numpy())
+        with local_piece(parameter) as piece:
+            digest.update(piece.tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -116,7 +116,7 @@ class _Bench:
         self.threads = 2 if args.workers == 1 else 1
         chats, tokenizer, origin = data_inputs.make(args.directory, _CHATS, _VOCABULARY)
         self.data, self.origin = (args.data.absolute(), str(args.data)) if args.data else (chats, f"{_CHATS} {origin}")
-        self.model = _write_model(args.directory, args.model, tokenizer)
+        self.model = _write_model(args.directory, args.model, tokenizer, args.dtype)
 
     def run(self) -> dict[str, Any]:
         rounds: list[dict[str, dict[str, Any]]] = []
@@ -307,9 +307,12 @@ def _losses(sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _write_model(directory: Path, name: str, tokenizer: Path) -> Path:
-    """The directory of such a Llama with random fp32 weights and the tokenizer's files; written there if it is not there yet."""
-    place = directory / f"llama-{name}-{tokenizer.name}"
+def _write_model(directory: Path, name: str, tokenizer: Path, dtype: str) -> Path:
+    """The directory of such a Llama with random weights and the tokenizer's files; written there if it is not there yet.
+
+    In the precision that is trained: of fp32 weights dstune's masters would keep what TRL's have rounded.
+    """
+    place = directory / f"llama-{name}-{dtype}-{tokenizer.name}"
     if (place / "config.json").exists():
         return place
     import shutil
@@ -323,7 +326,8 @@ def _write_model(directory: Path, name: str, tokenizer: Path) -> Path:
     torch.manual_seed(SEED)
     # Room for the special tokens, and for products of even size.
     sizes = {"vocab_size": _VOCABULARY + 64, "max_position_embeddings": _POSITIONS, "tie_word_embeddings": False}
-    LlamaForCausalLM(LlamaConfig(**planned.llama(*_MODELS[name]), **sizes)).save_pretrained(place)
+    model = LlamaForCausalLM(LlamaConfig(**planned.llama(*_MODELS[name]), **sizes))
+    model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]).save_pretrained(place)
     return place
 
 
