@@ -26,7 +26,7 @@ from dstune.config.load import load_run
 from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
-from dstune.engine import communication, leaves
+from dstune.engine import communication, leaves, swapping
 from dstune.engine.construction import DTYPES
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
@@ -120,6 +120,7 @@ def _accounted(paths: RunPaths, attempt: int, world: World) -> Iterator[None]:
         leave_failure(paths, attempt, world.rank, error)
         raise
     finally:
+        swapping.remove_folders()
         world.close()
 
 

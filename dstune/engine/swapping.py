@@ -59,6 +59,15 @@ def forget_compilations(root: Path) -> None:
             lock.unlink(missing_ok=True)
 
 
+_living: "weakref.WeakSet[SwapFolder]" = weakref.WeakSet()
+
+
+def remove_folders() -> None:
+    """Remove this process's folders now: whoever started it may end it before it can do so itself. Nothing is trained afterwards."""
+    for folder in list(_living):
+        folder.remove()
+
+
 class SwapFolder:
     """A folder of this process's own below `parent`; gone with the process, or with the next one that makes one there."""
 
@@ -77,6 +86,11 @@ class SwapFolder:
             where = f"deepspeed: zero_optimization.{section}.nvme_path"
             raise ConfigError(Problem(where, f"{parent}: {error.strerror or error}", "a writable directory")) from None
         self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        _living.add(self)
+
+    def remove(self) -> None:
+        """Remove it now."""
+        self._end()
 
     def put_into(self, ds_config: dict[str, Any], more_states: int = 0) -> None:
         """Have DeepSpeed swap into this folder, with buffers for `more_states` than it was told of."""

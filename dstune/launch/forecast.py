@@ -126,9 +126,12 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
         raise ConfigError(problems)
 
     def usable(preset: str) -> str:
-        if not (reachable.uses_nvme(policies[preset]) or reachable.weights_on_nvme(policies[preset])):
+        policy = policies[preset]
+        if not (reachable.uses_nvme(policy) or reachable.weights_on_nvme(policy)):
             return ""
-        if reachable.unswappable(policies[preset], config.train.optimizer):
+        if policy["zero_optimization"].get("stage") != 3:
+            return "only stage 3 keeps anything on NVMe"
+        if reachable.unswappable(policy, config.train.optimizer):
             return f"{config.train.optimizer} cannot keep its states on NVMe"
         return "" if cluster.nvme else "no NVMe is named (--nvme SIZE)"
 

@@ -9,7 +9,7 @@ import pytest
 from dstune.checkpoint.commit import Intent, commit
 from dstune.checkpoint.reader import Reader
 from dstune.checkpoint.shard_writer import ShardWriter
-from dstune.engine.swapping import SwapFolder, forget_compilations
+from dstune.engine.swapping import SwapFolder, forget_compilations, remove_folders
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
@@ -85,6 +85,8 @@ def test_a_dead_workers_folder_goes_and_a_living_ones_stays(tmp_path: Path) -> N
     path = other.path
     del other
     assert not path.exists()
+    remove_folders()
+    assert not living.path.exists()
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -53,6 +53,17 @@ def test_an_optimizer_that_keeps_little_needs_little_and_no_nvme(run_file, capsy
     assert not swapped["fits"] and swapped["why"] == f"{optimizer} cannot keep its states on NVMe"
 
 
+def test_weights_on_nvme_are_on_the_disk_with_their_buffers_in_memory(run_file, capsys):
+    disk = "deepspeed.overrides.zero_optimization={offload_param: {device: nvme, nvme_path: /disk, max_in_cpu: 0}}"
+    found = planned(capsys, run_file, *EIGHT, "--nvme", "4TB", disk)
+    this, piece = found["this_run"], 128_256 * 4096 // 8
+    assert this["preset"].startswith("zero3") and "weights" not in this["device_parts"]
+    assert this["nvme_bytes"] == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+    assert this["host_parts"]["weights' buffers"] == 2 * (8 * piece + 1_000_000_000)
+    (below,) = {way["why"] for way in found["ways"] if way["preset"] in ("zero1", "zero2")}
+    assert below == "only stage 3 keeps anything on NVMe"
+
+
 SMALL = ["--gpus-per-node", "1", "--gpu", "rtx-4090"]
 
 
