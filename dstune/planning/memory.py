@@ -8,7 +8,7 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
@@ -63,6 +63,9 @@ class Work:
     """Whether the layers multiply in 8 bits."""
     sequence_parallel: int = 1
     """Workers that share the tokens of a micro-batch between them; the states are cut over all workers all the same."""
+
+    tensor_parallel: int = 1
+    """Workers that hold the layers between them, and see the same tokens."""
 
     @property
     def own_tokens(self) -> int:
@@ -164,6 +167,8 @@ class Memory:
 def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) -> Memory:
     """The memory of one worker."""
     size = _DTYPE_BYTES[work.dtype]
+    saved, workers, loaded = saved_bytes(shape, work), work.world_size, size * shape.parameters
+    shape, work = of_a_member(shape, work)
     weights = _weights(shape, place, work.world_size, size)
     share = -(-shape.trained // work.world_size)
     device = {
@@ -177,14 +182,23 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
-    saved = saved_bytes(shape, work)
+    host = _host(shape, place, work, process, weights)
+    if work.world_size < workers:  # each builds the whole model in the host's memory before it is cut
+        first = device if process.retains else host
+        first["whole model, at first"] = max(0, loaded + first["process"] - sum(first.values()))
     return Memory(
         device=device,
-        host={name: count for name, count in _host(shape, place, work, process, weights).items() if count},
+        host={name: count for name, count in host.items() if count},
         nvme=lasting_bytes(shape, work) + _FP32 * share if place.offload_optimizer == "nvme" else 0,
-        checkpoint_copy=-(-saved // work.world_size),
+        checkpoint_copy=-(-saved // workers),
         checkpoint_bytes=saved,
     )
+
+
+def of_a_member(shape: ModelShape, work: Work) -> tuple[ModelShape, Work]:
+    """The model and the world as a worker sees them that holds a part of each layer: its part, and the workers that have the same one."""
+    mine = replace(work, world_size=work.world_size // work.tensor_parallel, tensor_parallel=1)
+    return shape.part(work.tensor_parallel, _DTYPE_BYTES[work.dtype]), mine
 
 
 def lasting_bytes(shape: ModelShape, work: Work) -> int:
