@@ -15,7 +15,7 @@ from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
 from tests.engine import test_resume as resume
-from tests.engine import tiny
+from tests.engine import test_zero, tiny
 from tests.spawn import run_workers
 
 pytestmark = pytest.mark.dist
@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lion": {"stage": 1, "dtype": "fp32", "optimizer": "lion"},
     "sgd": {"stage": 2, "dtype": "fp32", "optimizer": "sgd"},
 }
+if resume.HAS_FP16:
+    CASES["fp16"] = {"stage": 1, "dtype": "fp16", "fp16": resume.SCALE}
 STEPS = range(6)
 
 
@@ -94,6 +96,15 @@ def test_what_is_learnt_does_not_depend_on_the_cut(tmp_path: Path, world_size: i
                 mine, theirs = one.read(state, parameter), other.read(state, parameter)
                 allowed = 1e-4 if case.get("dtype") == "fp32" else 0.05
                 assert (mine - theirs).norm() <= allowed * theirs.norm(), (name, state, parameter)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_one_workers_nan_skips_the_update_everywhere(world_size: int) -> None:
+    cases = {name: CASES[name] | HALVES for name in ("zero1", "zero2", "zero1-fp32", "offloaded")}
+    for worker in run_workers(test_zero._poisoned, world_size, cases):
+        for name, facts in worker.items():
+            assert facts["result"].skipped and facts["unchanged"] and facts["optimizer_steps"] == 2, name
+            assert facts["later"] == facts["undisturbed"], name
 
 
 EXACT: dict[str, dict[str, Any]] = {
