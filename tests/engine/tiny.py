@@ -128,7 +128,7 @@ def train(engine: ZeroEngine, world: World, steps: range, micro_batch: int = 2, 
     rows of weight zero.
     """
     losses: list[float] = []
-    members = max(1, engine._engine.autotp_size())
+    members = max(1, engine.module.autotp_size())
     groups = world.world_size // members
     control_sum = torch.zeros(())
     for step in steps:
