@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dstune.data import order
+from dstune.planning.plan import Plan
 
 IGNORED = -100
 """A target that is no target (`model.loss` agrees)."""
@@ -98,16 +99,34 @@ def collate(
 
 @dataclass(frozen=True)
 class Share:
-    """What one of `world_size` workers does of a step: `members` workers in a row take the same rows, each a piece of every one."""
+    """What one of `world_size` workers does of a step: `members` workers in a row take the same rows, each a piece of every one, or
+    (`whole`) each all of them, with a part of the model.
+    """
 
     rank: int
     world_size: int
     members: int = 1
+    whole: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, rank: int) -> "Share":
+        """What the worker `rank` of `plan` does."""
+        return cls(rank, plan.world_size, plan.group, whole=plan.tensor_parallel > 1)
 
     @property
     def place(self) -> int:
         """Which of the pieces is this worker's, from 0."""
-        return self.rank % self.members
+        return 0 if self.whole else self.rank % self.members
+
+    @property
+    def counts(self) -> bool:
+        """Whether the losses of this worker are to be counted: of those that have the same ones, the first's."""
+        return not self.whole or self.rank % self.members == 0
+
+    @property
+    def counted(self) -> int:
+        """Workers whose losses are: gradients are means over so many."""
+        return self.world_size // self.members if self.whole else self.world_size
 
     def micro_batches(self, rows: Sequence[int] | order.IntArray, size: int) -> list[list[int | None]]:
         """`order.share` between the groups of workers."""
@@ -119,7 +138,7 @@ class Share:
         `cu_seq_lens_*` stay the whole row's, with the padding as an example at the end; a target stays where it was, so that the last
         token of a piece predicts the first of the next. `examples` and `lengths` are the whole row's.
         """
-        if self.members == 1:
+        if self.members == 1 or self.whole:
             return batch
         tokens = batch.targets.shape[1]
         length = -(-tokens // self.members)

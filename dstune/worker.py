@@ -44,6 +44,7 @@ from dstune.model import (
     patterns,
     rotary,
     sequence_parallel,
+    tensor_parallel,
     tiling,
 )
 from dstune.model.build import build, checkpoint_names, exact_masters
@@ -177,7 +178,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     prepared = Prepared.open(plan.prepared)
     require_targets(prepared)
     module = build(config.model, base, _attention(config, plan, base, world), config.train.seed, ds_config)
-    rotary.take_piece(module, Share(world.rank, world.world_size, plan.sequence_parallel).place)
+    rotary.take_piece(module, Share.of(plan, world.rank).place)
     freezing.freeze(module, config.train.freeze)
     loss = _put_in(config, module, world.device)
     frozen = ""
@@ -226,6 +227,8 @@ def _attention(config: RunConfig, plan: Plan, base: Path, world: World) -> str:
         sequence_parallel.prove(config.model, model_config, plan.sequence_parallel)
         group = world.row_group(plan.sequence_parallel)
         kernel = sequence_parallel.register(sequence_parallel.Workers(group, communication.collectives()))
+    if plan.tensor_parallel > 1:
+        tensor_parallel.prove(config.model, model_config, plan.tensor_parallel)
     log.info("attention %s, layout %s", kernel, plan.layout)
     return kernel
 
@@ -306,7 +309,7 @@ def _validator(
         pad_id=pad_id,
         control=control,
         device=world.device,
-        sequence_parallel=plan.sequence_parallel,
+        share=Share.of(plan, world.rank),
     )
 
 

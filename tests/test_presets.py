@@ -192,10 +192,20 @@ def aliases(model: Any) -> set[str]:
     return {field.alias or name for name, field in model.model_fields.items()}
 
 
-def test_slices_of_autotp_are_refused() -> None:
-    section = config("zero3").deepspeed.model_copy(update={"overrides": {"tensor_parallel": {"autotp_size": 2}}})
-    with pytest.raises(ConfigError, match=r"tensor_parallel: AutoTP is on; expected off"):
-        planning.make(config("zero3").model_copy(update={"deepspeed": section}), shared_files("ds_configs"))
+@pytest.mark.parametrize("preset", ["auto", "zero1", "zero2", "zero3", "zero3-offload-all", "zero++"])
+def test_autotp_goes_with_the_stages_that_leave_layers_whole(preset: str) -> None:
+    section = config("zero3").deepspeed
+    section = section.model_copy(update={"preset": preset, "overrides": {"tensor_parallel": {"autotp_size": 2}}})
+    run = config("zero3").model_copy(update={"deepspeed": section})
+    with pytest.raises(ConfigError, match=r"tensor_parallel.autotp_size: 2, with cluster\.tensor_parallel: 1"):
+        planning.make(run, shared_files("ds_configs"))  # the rows would be shared out to each worker
+    run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"tensor_parallel": 2})})
+    if preset in ("auto", "zero1", "zero2"):
+        made = planning.make(run, shared_files("ds_configs"))
+        assert made["tensor_parallel"] == {"autotp_size": 2} and made["zero_optimization"]["stage"] in (1, 2)
+    else:
+        with pytest.raises(ConfigError, match=r"stage: 3, with cluster\.tensor_parallel: 2; expected 1 or 2"):
+            planning.make(run, shared_files("ds_configs"))
 
 
 def test_what_no_checkpoint_could_be_made_of_is_refused_before_anything_starts() -> None:

@@ -1,6 +1,8 @@
 """Writing one worker's shard, again and again over a run: from a copy in host memory, or piece by piece from the engine itself."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,9 +44,10 @@ class ShardWriter:
         self.reserve()
         assert self._copy is not None
         begin = self._layout.data_start
-        for piece, end in zip(self._slices(), self._layout.ends, strict=True):
-            self._copy.tensor[begin:end].copy_(_as_bytes(piece.tensor), non_blocking=self._pinned)
-            begin = end
+        with _to_the_end(self._slices()) as slices:
+            for piece, end in zip(slices, self._layout.ends, strict=True):
+                self._copy.tensor[begin:end].copy_(_as_bytes(piece.tensor), non_blocking=self._pinned)
+                begin = end
         if self._pinned:
             torch.cuda.synchronize()
 
@@ -62,9 +65,13 @@ class ShardWriter:
 
     def stream(self, path: Path, step: int) -> FileRecord:
         """The slices as they are now as the shard of `step`, flushed: takes no memory to speak of, and the training waits."""
-        with HashedFile(path, self.num_bytes) as file, Staging(file) as staging:
+        with (
+            _to_the_end(self._slices()) as slices,
+            HashedFile(path, self.num_bytes) as file,
+            Staging(file) as staging,
+        ):
             staging.put(torch.frombuffer(bytearray(self._layout.head(step)), dtype=torch.uint8))
-            for key, piece in zip(self._layout.keys, self._slices(), strict=True):
+            for key, piece in zip(self._layout.keys, slices, strict=True):
                 _require_finite(key, piece.tensor.detach())
                 for part in _as_bytes(piece.tensor).split(BLOCK_BYTES):
                     staging.put(part)
@@ -76,6 +83,16 @@ def write_shard(path: Path, slices: Iterable[Slice], step: int) -> FileRecord:
     """Write and flush one shard, once. Raises as `ShardWriter` does."""
     kept = list(slices)
     return ShardWriter(lambda: kept).stream(path, step)
+
+
+@contextlib.contextmanager
+def _to_the_end(slices: Iterable[Slice]) -> Iterator[Iterator[Slice]]:
+    """NOTE: what a worker gives others for their slices it gives as it comes to its own: they would wait for one that stops before."""
+    left = iter(slices)
+    try:
+        yield left
+    finally:
+        deque(left, maxlen=0)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

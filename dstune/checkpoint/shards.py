@@ -56,6 +56,8 @@ class ShardLayout:
         end = 0
         for piece in slices:
             key = f"{piece.state}/{piece.name}"
+            if key in self._tensors:  # a second run of the same one
+                key += f"@{piece.offset}"
             assert key not in self._tensors, f"two slices of {key} in one worker"
             begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
             dtype = _DTYPE_NAMES[piece.tensor.dtype]
@@ -78,7 +80,7 @@ class ShardLayout:
 
     @property
     def keys(self) -> list[str]:
-        """`state/parameter` of each slice, in order."""
+        """`state/parameter` of each slice, in order; of a worker's further runs of the same one `state/parameter@first`."""
         return list(self._tensors)
 
     def head(self, step: int) -> bytes:

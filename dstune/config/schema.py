@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstune.config.adapter import AdapterSection
+from dstune.config.autotp import with_autotp
 from dstune.config.declined import no_deepcompile, no_fp8_weights
 from dstune.config.new_tokens import NewTokens, NewTokensSection
 from dstune.config.section import SECTION
@@ -219,6 +220,9 @@ class ClusterSection(Section):
     sequence_parallel: int = Field(default=1, ge=1)
     """Workers that share each row (Ulysses), each with the activations of a piece of it: for rows too long for one GPU. Divides the
     workers and the model's attention heads; wants packing, and a causal model that looks at other tokens in its attention alone."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Workers that hold each of the model's layers between them and see the same rows (DeepSpeed's AutoTP, with ZeRO 1 or 2): for
+    models too large for one GPU's ZeRO-2. Divides the workers and the model's heads; neighbours, so best on one machine."""
     gpu: str | None = None
     """What they are (h100-80gb, a100-40gb, …), for the planner where it cannot look at them: on a laptop, or a head without GPUs."""
     host_memory: Annotated[int, BeforeValidator(size_bytes)] | None = None
@@ -245,9 +249,15 @@ class ClusterSection(Section):
         counts = self.workers if isinstance(self.workers, tuple) else (self.workers,)
         if self.nodes is not None:
             counts = (self.nodes * (self.gpus_per_node or 1),)
-        if any(isinstance(count, int) and count % self.sequence_parallel for count in counts):
-            raise ValueError(f"`sequence_parallel: {self.sequence_parallel}` wants a multiple of so many workers")
+        for key in ("sequence_parallel", "tensor_parallel"):
+            if any(isinstance(count, int) and count % getattr(self, key) for count in counts):
+                raise ValueError(f"`{key}: {getattr(self, key)}` wants a multiple of so many workers")
         return self
+
+    @property
+    def group(self) -> int:
+        """Workers in a row that take the same rows."""
+        return self.sequence_parallel * self.tensor_parallel
 
 
 Every = Annotated[int | str, BeforeValidator(parse_every)]
@@ -341,6 +351,12 @@ class RunConfig(Section):
     """Where run directories go; relative to the run file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _autotp_is_said_of_the_workers(cls, values: Any) -> Any:
+        """`deepspeed.overrides.tensor_parallel.autotp_size` is `cluster.tensor_parallel`, where that is not given."""
+        return values | {"cluster": cluster} if (cluster := with_autotp(values)) else values
 
     @model_validator(mode="after")
     def _noise_knows_whole_examples(self) -> "RunConfig":

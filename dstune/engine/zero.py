@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dstune.engine import communication, leaves
+from dstune.engine import communication, leaves, tensor_parallel
 from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
 from dstune.engine.one_order import InOneOrder
@@ -21,6 +21,7 @@ from dstune.engine.unvisited import Unvisited
 from dstune.engine.world import World
 from dstune.errors import CheckpointError, ConfigError, Problem
 from dstune.planning.reachable import unswappable, uses_nvme
+from dstune.planning.tensor_parallel import uncuttable
 from dstune.protocols import AVERAGE, WEIGHTS, Slice, StepResult
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -59,11 +60,12 @@ class ZeroEngine:
         if not trainable:
             raise ConfigError(Problem("model", "has no trainable parameter"))
         config = complete(ds_config, trainable[0].dtype)
-        if problems := unswappable(config, optimizer):
+        if problems := unswappable(config, optimizer) + uncuttable(config, optimizer):
             raise ConfigError(problems)
         if uses_nvme(config):
             self._swap = SwapFolder(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
             self._swap.put_into(config, more_states=int(ema is not None))
+        tensor_parallel.prepare(config, module)
         if stage_of(config) == 3:
             for name in leaves.routed_modules(module):
                 leaves.gather_whole(module.get_submodule(name))
@@ -85,6 +87,7 @@ class ZeroEngine:
         self._names = dict(names or {})
         forget_copies(module)
         require_buffers(module)
+        self._cuts = tensor_parallel.cuts_of(module, config, world.device)
         self._partitions: Partitions = (
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
         )
@@ -151,7 +154,7 @@ class ZeroEngine:
                 for name, state, kept in self._states_of(flat):
                     for piece in its_pieces:
                         if part := state.saved(kept, piece):
-                            yield self._slice(name, piece, part)
+                            yield from (self._slice(name, piece, each) for each in self._cuts.saved(piece.name, part))
 
     def load(self, fill: Callable[[Slice], None], optimizer_steps: int) -> None:
         """Have `fill` write every slice, then refresh the forward weights. Only before the first forward pass.
@@ -171,8 +174,8 @@ class ZeroEngine:
         for name, state, kept in self._states_of(flat):
             for piece in self._pieces[flat]:
                 with state.loaded(kept, piece) as part:
-                    if part:
-                        fill(self._slice(name, piece, part))
+                    for each in self._cuts.loaded(piece.name, part) if part else ():
+                        fill(self._slice(name, piece, each))
 
     def _states_of(self, flat: torch.Tensor) -> Iterator[tuple[str, State, Any]]:
         """Name and kind of each state, and what is kept of it for `flat`."""

@@ -119,6 +119,7 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
         recompute=None if again == "auto" else again,
         usual_micro_batch=plan.micro_batch_size(config, cluster.workers),
         sequence_parallel=(config.cluster.sequence_parallel,),
+        tensor_parallel=config.cluster.tensor_parallel,
     )
     policies = _policies(run)
     named = policies.get(config.deepspeed.preset, {})
@@ -127,6 +128,8 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
 
     def usable(preset: str) -> str:
         policy = policies[preset]
+        if (policy.get("zero_optimization") or {}).get("stage") == 3 and config.cluster.tensor_parallel > 1:
+            return "ZeRO-3 does not go with cluster.tensor_parallel"
         if not (reachable.uses_nvme(policy) or reachable.weights_on_nvme(policy)):
             return ""
         if policy["zero_optimization"].get("stage") != 3:
@@ -156,7 +159,7 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
 def enough_machines(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Forecast | None:
     """How the run would go on two, four, … times as many of these machines, the first number that it fits; None: on none of them."""
     nodes = cluster.nodes * 2
-    shared = run.config.cluster.sequence_parallel
+    shared = run.config.cluster.group
     while nodes * cluster.per_node <= run.config.train.global_batch_size * shared:
         seen = forecast(run, sizes, rows, replace(cluster, nodes=nodes))
         if seen.this.fits:
@@ -169,6 +172,8 @@ def enough_sharing(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -
     """How the run would go with two, four, … workers that share each row, the first number that it fits; None: with none of them."""
     section = run.config.cluster
     split = section.sequence_parallel * 2
+    if section.tensor_parallel > 1:
+        return None
     while cluster.workers % split == 0:
         # As that section would not take another number of workers, only this value is put into it.
         shared = run.config.model_copy(update={"cluster": section.model_copy(update={"sequence_parallel": split})})

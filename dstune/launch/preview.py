@@ -89,6 +89,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "fits": seen.this.fits,
         "workers": made.world_size,
         "sequence_parallel": made.sequence_parallel,
+        "tensor_parallel": made.tensor_parallel,
         "micro_batch_size": made.micro_batch_size,
         "micro_batches": made.micro_batches,
         "global_batch_size": made.global_batch_size,

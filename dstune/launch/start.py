@@ -157,6 +157,12 @@ def check(run: LoadedRun) -> None:
         sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
         if layout is not None:
             plan.require_shareable(run.config, layout)
+    if run.config.cluster.tensor_parallel > 1:
+        from dstune.model import tensor_parallel
+        from dstune.model.config import load_config
+
+        model = run.config.model
+        tensor_parallel.prove(model, load_config(model, run.base), run.config.cluster.tensor_parallel)
     if run.config.checkpoint.best and not run.config.data.validation and run.config.data.prepared is None:
         came = "no rows are held out: no checkpoint would ever be the best"
         raise ConfigError(Problem("checkpoint.best", came, "a share for data.validation, such as 0.01"))
@@ -267,12 +273,12 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
     )
     with executor:
         if address is not None and cluster.workers == "auto" and cluster.nodes is None:
-            least, most = cluster.sequence_parallel, workers_range(cluster, executor.available_workers())[1]
+            least, most = cluster.group, workers_range(cluster, executor.available_workers())[1]
         limits = DriveLimits(
             workers_wanted=most,
             workers_min=least,
             max_failures=cluster.max_failures,
-            group=cluster.sequence_parallel,
+            group=cluster.group,
         )
         return drive_with(run, paths, prepared, executor, limits, observe, elsewhere=address is not None)
 
@@ -318,7 +324,7 @@ def workers_range(cluster: ClusterSection, auto: int) -> tuple[int, int]:
         fixed = cluster.nodes * (cluster.gpus_per_node or 1)
         return fixed, fixed
     if cluster.workers == "auto":
-        whole = max(1, auto // cluster.sequence_parallel) * cluster.sequence_parallel
+        whole = max(1, auto // cluster.group) * cluster.group
         return whole, whole
     if isinstance(cluster.workers, int):
         return cluster.workers, cluster.workers

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from dstune.planning.cost import Seconds, step_seconds
 from dstune.planning.deepspeed import AUTO_PRESET
 from dstune.planning.hardware import Cluster
-from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Memory, Work, estimate
+from dstune.planning.memory import Memory, Work, estimate
 from dstune.planning.placement import Placement
+from dstune.planning.process import CPU_PROCESS, GPU_PROCESS
 from dstune.planning.shapes import ModelShape
 
 PRESETS = ("zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all", "zero3-nvme")
@@ -103,6 +104,7 @@ class Settled:
     usual_micro_batch: int = 1
     """What a CPU is given at most: it gains nothing from more."""
     sequence_parallel: Sequence[int] = (1,)
+    tensor_parallel: int = 1
 
 
 def candidates(
@@ -119,9 +121,9 @@ def candidates(
     does not know), or nothing.
     """
     found = [
-        _candidate(shape, cluster, load, preset, Placement.of(policy), size, again, split, usable(preset))
+        _candidate(shape, cluster, load, preset, Placement.of(policy), size, again, split, settled, usable(preset))
         for split in settled.sequence_parallel
-        if cluster.workers % split == 0
+        if cluster.workers % (split * settled.tensor_parallel) == 0
         for preset, policy in policies.items()
         for size in _micro_batches(load, cluster, split, settled)
         for again in _recomputations(shape, cluster, settled)
@@ -161,7 +163,7 @@ def nearest(found: Sequence[Candidate]) -> Candidate:
 
 
 def _micro_batches(load: Load, cluster: Cluster, split: int, settled: Settled) -> Iterator[int]:
-    share = _share(load, cluster, split)
+    share = _share(load, cluster, split * settled.tensor_parallel)
     if settled.micro_batch_size is not None:
         yield min(settled.micro_batch_size, share)
         return
@@ -195,6 +197,7 @@ def _candidate(
     size: int,
     recompute: Recompute,
     split: int,
+    settled: Settled,
     unusable: str,
 ) -> Candidate:
     tokens = size * load.row_tokens
@@ -213,9 +216,10 @@ def _candidate(
         compiled=load.compiled,
         fp8=load.fp8,
         sequence_parallel=split,
+        tensor_parallel=settled.tensor_parallel,
     )
     memory = estimate(shape, place, work, CPU_PROCESS if cluster.device.is_cpu else GPU_PROCESS)
-    micro_batches = math.ceil(_share(load, cluster, split) / size)
+    micro_batches = math.ceil(_share(load, cluster, split * settled.tensor_parallel) / size)
     return Candidate(
         preset=preset,
         micro_batch_size=size,

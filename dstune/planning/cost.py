@@ -8,7 +8,7 @@ parameters: 50 to 58%), not measured by dstune.
 from dataclasses import dataclass
 
 from dstune.planning.hardware import Cluster
-from dstune.planning.memory import Work, lasting_bytes
+from dstune.planning.memory import Work, lasting_bytes, of_a_member
 from dstune.planning.placement import Placement
 from dstune.planning.shapes import ModelShape
 
@@ -77,6 +77,8 @@ def step_seconds(
     shape: ModelShape, place: Placement, work: Work, cluster: Cluster, micro_batches: int, squares_per_token: float
 ) -> Seconds:
     """The time of a step of `micro_batches` micro-batches on every worker; `squares_per_token`: mean of the squared lengths over them."""
+    cut = _tensor_traffic(shape, work, cluster, micro_batches)
+    shape, work = of_a_member(shape, work)
     device = cluster.device
     reached = _REACHED_CPU if device.is_cpu else _REACHED
     tokens = work.own_tokens
@@ -90,7 +92,7 @@ def step_seconds(
     communication = _communication(shape, place, work, cluster, size, micro_batches) if cluster.workers > 1 else 0.0
     offload, update = _offload(shape, place, work, cluster, size, micro_batches)
     exposed = max(0.0, communication - _HIDDEN * compute) if place.stage == 3 else communication
-    exposed += _sequence_traffic(shape, work, cluster, size, micro_batches)
+    exposed += _sequence_traffic(shape, work, cluster, size, micro_batches) + cut
     hidden_offload = max(0.0, offload - _HIDDEN * compute)
     if work.offload_inputs and not device.is_cpu:  # on the stream that computes: nothing of it hides
         hidden_offload += 2 * micro_batches * tokens * shape.layer_input * shape.layers / device.host_link
@@ -142,6 +144,17 @@ def _sequence_traffic(shape: ModelShape, work: Work, cluster: Cluster, size: int
     away = (work.sequence_parallel - 1) / work.sequence_parallel
     moved = 4 * size * shape.attention_width * shape.layers * work.own_tokens * passes
     return micro_batches * moved * away / link
+
+
+def _tensor_traffic(shape: ModelShape, work: Work, cluster: Cluster, micro_batches: int) -> float:
+    """Sums over those that hold a layer between them: two of its input's size forward, two backward (Shoeybi et al. 2019, section 3)."""
+    members = work.tensor_parallel
+    if members == 1:
+        return 0.0
+    link = cluster.network if members > cluster.per_node else cluster.device.node_link
+    sums = 6 if work.recompute else 4
+    moved = 2 * (members - 1) / members * shape.layer_input * shape.layers * work.tokens * sums
+    return micro_batches * moved / link
 
 
 def _offload(

@@ -11,10 +11,12 @@ from dstune.config.load import resolve
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
-from dstune.planning import zero_settings
+from dstune.planning import tensor_parallel, zero_settings
 from dstune.planning.reachable import streamed, unreachable, unswappable
 
 AUTO_PRESET = "zero3"
+CUT_PRESET = "zero2"
+"""The usual one where workers hold the layers between them, which ZeRO-3 would cut once more."""
 
 _POLICY_KEYS = (
     "zero_optimization",
@@ -83,8 +85,13 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
     Accumulation is 1 in DeepSpeed's own terms: dstune's loop scales its losses by the global batch's supervised tokens
     and marks the last micro-batch itself. Gradients accumulate in fp32, or the loss would depend on the split.
     """
-    policy = policy_of(config.deepspeed.preset, config.deepspeed.overrides, base)
-    if problems := unreachable(policy) + unswappable(policy, config.train.optimizer):
+    policy = policy_of(usual_preset(config), config.deepspeed.overrides, base)
+    problems = tensor_parallel.beside(config, policy)
+    if (members := config.cluster.tensor_parallel) > 1 and not problems:
+        policy = merged(policy, {"tensor_parallel": tensor_parallel.settings(members)})
+    optimizer = config.train.optimizer
+    problems += unreachable(policy) + unswappable(policy, optimizer) + tensor_parallel.uncuttable(policy, optimizer)
+    if problems:
         raise ConfigError(problems)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     policy.setdefault("communication_data_type", "fp32")
@@ -98,6 +105,13 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": policy.get("zero_force_ds_cpu_optimizer", False),
         "steps_per_print": policy.get("steps_per_print", 2**31 - 1),
     }  # fmt: skip
+
+
+def usual_preset(config: RunConfig) -> str:
+    """The preset that the run file names; in place of `auto`, where no planner was asked, the usual one."""
+    if config.deepspeed.preset != "auto":
+        return config.deepspeed.preset
+    return AUTO_PRESET if config.cluster.tensor_parallel == 1 else CUT_PRESET
 
 
 def policy_of(preset: str, overrides: Mapping[str, Any], base: Path) -> dict[str, Any]:

@@ -8,9 +8,10 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dstune.planning.placement import Placement
+from dstune.planning.process import NOT_ALLOCATED, Process
 from dstune.planning.shapes import ModelShape
 
 _FP32 = 4
@@ -63,6 +64,8 @@ class Work:
     """Whether the layers multiply in 8 bits."""
     sequence_parallel: int = 1
     """Workers that share the tokens of a micro-batch between them; the states are cut over all workers all the same."""
+    tensor_parallel: int = 1
+    """Workers that hold the layers between them, and see the same tokens."""
 
     @property
     def own_tokens(self) -> int:
@@ -72,64 +75,6 @@ class Work:
     @property
     def own_supervised(self) -> int:
         return -(-self.supervised // self.sequence_parallel)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """What a worker takes beside the tensors that can be counted."""
-
-    fixed: int
-    """Bytes, whatever it trains."""
-    workspace: float
-    """Of the backward pass, in the 16-bit activations of one layer: gradients on their way, and heap between large tensors. As many
-    bytes in fp32: norms and attention make fp32 of 16 bits for a moment anyway."""
-    fragments: float
-    """Share of everything that lies idle in the allocator."""
-    whole_buckets: bool
-    """Whether a bucket takes its room before it is filled."""
-    retains: bool = False
-    """Whether what was freed stays resident: a C library's heap, of all but the largest tensors. (To have glibc map all from 2 MiB on
-    took a quarter of the peak and 18 to 42% of a step's processor time, in huge pages too: workers leave it as it is.)"""
-    host: int = 0
-    """Bytes of the host's memory, whatever it trains, where that is another memory."""
-    attends_apart: bool = False
-    """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
-    workspace_beside_gradients: float = 0.0
-    """The same of stage 3 where `retains`: its gradients wait as the backward pass made them (`engine.reduction`), and are counted."""
-    compiled_workspace: float = 1.0
-    """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
-    each_expert: int = 0
-    """Bytes that the library of matrix products keeps of an expert's: it compiles and keeps them for each number of rows that it meets."""
-    compiler: int = 0
-    """Bytes that the compiler takes, once loaded."""
-    pins: bool = False
-    """Whether offloaded tensors are pinned: torch rounds each one's room up to a power of two."""
-
-
-CPU_PROCESS = Process(
-    fixed=590 << 20,
-    workspace=5.5,
-    workspace_beside_gradients=2.2,
-    compiled_workspace=2.0,
-    each_expert=5 << 20,
-    compiler=60 << 20,
-    fragments=0.0,
-    whole_buckets=False,
-    retains=True,
-    attends_apart=True,
-)
-"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
-GPU_PROCESS = Process(
-    fixed=1200 << 20,
-    workspace=2.0,
-    fragments=0.05,
-    whole_buckets=True,
-    host=3 << 30,
-    pins=True,
-)
-"""The CUDA context, NCCL's and cuBLAS's buffers, the caching allocator's fragments, and on the host CUDA's libraries: not measured."""
-NOT_ALLOCATED = ("process", "fragments")
-"""Parts of a GPU's memory that torch's allocator does not count as allocated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +109,8 @@ class Memory:
 def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) -> Memory:
     """The memory of one worker."""
     size = _DTYPE_BYTES[work.dtype]
+    saved, workers, loaded = saved_bytes(shape, work), work.world_size, size * shape.parameters
+    shape, work = of_a_member(shape, work)
     weights = _weights(shape, place, work.world_size, size)
     share = -(-shape.trained // work.world_size)
     device = {
@@ -177,15 +124,24 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
-    saved = saved_bytes(shape, work)
     swapped = lasting_bytes(shape, work) + _FP32 * share if place.offload_optimizer == "nvme" else 0
+    host = _host(shape, place, work, process, weights)
+    if work.world_size < workers:  # each builds the whole model in the host's memory before it is cut
+        first = device if process.retains else host
+        first["whole model, at first"] = max(0, loaded + first["process"] - sum(first.values()))
     return Memory(
         device=device,
-        host={name: count for name, count in _host(shape, place, work, process, weights).items() if count},
+        host={name: count for name, count in host.items() if count},
         nvme=swapped + (weights if place.offload_param == "nvme" else 0),
-        checkpoint_copy=-(-saved // work.world_size),
+        checkpoint_copy=-(-saved // workers),
         checkpoint_bytes=saved,
     )
+
+
+def of_a_member(shape: ModelShape, work: Work) -> tuple[ModelShape, Work]:
+    """The model and the world as a worker sees them that holds a part of each layer: its part, and the workers that have the same one."""
+    mine = replace(work, world_size=work.world_size // work.tensor_parallel, tensor_parallel=1)
+    return shape.part(work.tensor_parallel, _DTYPE_BYTES[work.dtype]), mine
 
 
 def lasting_bytes(shape: ModelShape, work: Work) -> int:

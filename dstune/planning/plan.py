@@ -11,7 +11,7 @@ from dstune.atomic import write_json
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, FitError, Problem
 from dstune.paths import RunPaths
-from dstune.planning.deepspeed import AUTO_PRESET
+from dstune.planning.deepspeed import AUTO_PRESET, usual_preset
 
 Layout = Literal["packed", "padded", "packed-seq2seq", "seq2seq"]
 _AUTO_MICRO_BATCH_TOKENS = 8192
@@ -38,6 +38,8 @@ class Plan:
     world_size: int
     sequence_parallel: int = 1
     """Workers in a row that take the same rows, each a piece of every one."""
+    tensor_parallel: int = 1
+    """Workers in a row that take the same rows, each with a part of the model."""
     micro_batch_size: int
     """Rows per forward pass and worker (or group of workers that share rows)."""
     micro_batches: int
@@ -71,6 +73,11 @@ class Plan:
     """`peak_memory_bytes`, `step_seconds` and `tokens_per_second` as the planner expects them in metrics.jsonl; None where the
     machines are not known."""
 
+    @property
+    def group(self) -> int:
+        """Workers in a row that take the same rows."""
+        return self.sequence_parallel * self.tensor_parallel
+
     @classmethod
     def read(cls, path: Path) -> "Plan":
         """A plan that an earlier version wrote lacks what has a default."""
@@ -103,13 +110,14 @@ def make(
     """
     batch = config.train.global_batch_size
     require_rows(config, world_size)
-    shared = config.cluster.sequence_parallel
+    shared = config.cluster.group
     require_shareable(config, data.layout)
     micro = micro_batch_size(config, world_size)
     return Plan(
         attempt=attempt,
         world_size=world_size,
-        sequence_parallel=shared,
+        sequence_parallel=config.cluster.sequence_parallel,
+        tensor_parallel=config.cluster.tensor_parallel,
         micro_batch_size=micro,
         micro_batches=math.ceil(math.ceil(batch * shared / world_size) / micro),
         global_batch_size=batch,
@@ -127,7 +135,7 @@ def make(
         resume_from=str(resume_from) if resume_from else None,
         start_step=start_step,
         cpus_per_worker=config.cluster.cpus_per_worker,
-        preset=AUTO_PRESET if config.deepspeed.preset == "auto" else config.deepspeed.preset,
+        preset=usual_preset(config),
         activation_checkpointing=again if (again := config.model.activation_checkpointing) != "auto" else False,
         why=why,
         predicted=predicted,
@@ -147,11 +155,12 @@ def settled(config: RunConfig, preset: str, micro_batch: int, activation_checkpo
 
 def require_rows(config: RunConfig, world_size: int) -> None:
     """Raises FitError where the workers are no whole number of groups that share rows, or the global batch has no row for each group."""
-    batch, shared = config.train.global_batch_size, config.cluster.sequence_parallel
+    batch, shared = config.train.global_batch_size, config.cluster.group
     if world_size % shared:
+        key = "cluster.sequence_parallel" if config.cluster.tensor_parallel == 1 else "cluster.tensor_parallel"
         came = f"{world_size} workers, of which {shared} share each row"
-        do = "set cluster.workers (or nodes and gpus_per_node), or lower cluster.sequence_parallel"
-        raise FitError(Problem("cluster.sequence_parallel", came, f"a multiple of {shared} workers", do))
+        do = f"set cluster.workers (or nodes and gpus_per_node), or lower {key}"
+        raise FitError(Problem(key, came, f"a multiple of {shared} workers", do))
     if world_size // shared > batch:
         problem = Problem(
             "train.global_batch_size",
@@ -172,11 +181,10 @@ def require_shareable(config: RunConfig, layout: Layout) -> None:
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
     """The rows of a forward pass: as asked, else what keeps one near 8,192 tokens a worker; never more than a worker's share."""
-    shared = config.cluster.sequence_parallel
-    share = math.ceil(config.train.global_batch_size * shared / world_size)
+    share = math.ceil(config.train.global_batch_size * config.cluster.group / world_size)
     asked = config.train.micro_batch_size
     if asked == "auto":
-        asked = max(1, _AUTO_MICRO_BATCH_TOKENS * shared // config.data.max_length)
+        asked = max(1, _AUTO_MICRO_BATCH_TOKENS * config.cluster.sequence_parallel // config.data.max_length)
     return min(asked, share)
 
 

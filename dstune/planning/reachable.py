@@ -13,6 +13,7 @@ from typing import Any
 
 from dstune.config.declined import WHY_NO_DEEPCOMPILE
 from dstune.errors import Problem
+from dstune.planning import tensor_parallel
 
 _WHERE = "deepspeed: zero_optimization."
 _NO_CHECKPOINT = "no checkpoint could be made"
@@ -64,13 +65,9 @@ def unreachable(ds_config: Mapping[str, Any]) -> list[Problem]:
         for key, why in _UNREACHABLE.items()
         if zero.get(key) and zero[key] != _OFF.get(key)
     ]
-    if _tensor_parallel(ds_config):
-        do = (
-            f"AutoTP cuts matrices along their own axes: {_NO_CHECKPOINT}. ZeRO-3 splits them over all workers as well."
-        )
-        problems.append(Problem("deepspeed: tensor_parallel", "AutoTP is on", "off", do))
     return (
         problems
+        + tensor_parallel.unsupported(ds_config)
         + _prescaled(ds_config, zero)
         + _coarse(zero)
         + _compiled(ds_config)
@@ -106,10 +103,6 @@ def _compiled(ds_config: Mapping[str, Any]) -> list[Problem]:
     why = f" {WHY_NO_DEEPCOMPILE}." if deep else ""
     do = f"`model.compile: layers` compiles the model's layers.{why}"
     return [Problem("deepspeed: compile", "is set", "not set", do)]
-
-
-def _tensor_parallel(ds_config: Mapping[str, Any]) -> bool:
-    return int((ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1
 
 
 def uses_nvme(ds_config: Mapping[str, Any]) -> bool:

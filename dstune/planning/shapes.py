@@ -1,11 +1,13 @@
 """What planning knows of a model: how many numbers of which kind, counted without any weights (`model.footprint`)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 _MAPPINGS = ("sizes", "layer_tensors")
 """Fields whose keys are numbers, which JSON does not have."""
+_WHOLE_INPUTS = 6
+"""Tensors as wide as a layer's input that it keeps whole, where its matrices are cut: before and behind its norms, and behind its sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,34 @@ class ModelShape:
         whole = sum(self.layer_tensors.values())
         return sum(kept for each, kept in self.layer_tensors.items() if each * tokens > limit) / max(1, whole)
 
+    def part(self, members: int, element_bytes: int) -> "ModelShape":
+        """What each of `members` workers holds of it that cut its layers (not its embeddings, nor its head), roughly: of what a layer
+        keeps for the backward pass its input and what the norms make of it are whole.
+        """
+        if members == 1:
+            return self
+        table = self.vocabulary * self.layer_input // element_bytes
+        sizes: dict[int, int] = {}
+        for size, count in self.sizes.items():
+            own = size if size == table else -(-size // members)
+            sizes[own] = sizes.get(own, 0) + count
+        smaller = replace(self, sizes=sizes)
+        whole = _WHOLE_INPUTS * self.layer_input
+        return replace(
+            smaller,
+            trained=self.trained * smaller.parameters // max(1, self.parameters),
+            hidden=self.hidden // members,
+            active=table + max(0, self.active - table) // members,
+            attention_width=self.attention_width // members,
+            largest_layer=self.largest_layer // members,
+            layer_activations=_cut(self.layer_activations, whole, members),
+            compiled_activations=_cut(self.compiled_activations, whole, members),
+            attention_activations=self.attention_activations // members,
+            attention_result=self.attention_result // members,
+            tile_activations=self.tile_activations // members,
+            tiled=self.tiled // members,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-like; `from_dict` gives an equal one back."""
         return asdict(self) | {name: sorted(map(list, getattr(self, name).items())) for name in _MAPPINGS}
@@ -89,3 +119,8 @@ class ModelShape:
     def from_dict(cls, value: Mapping[str, Any]) -> "ModelShape":
         values: dict[str, Any] = {**value, **{name: dict(value[name]) for name in _MAPPINGS}}
         return cls(**values)
+
+
+def _cut(kept: int, whole: int, members: int) -> int:
+    """Of `kept` bytes, `whole` of which nobody shares."""
+    return min(kept, whole) + max(0, kept - whole) // members

@@ -98,7 +98,7 @@ class Loop:
         self.state, self.saver, self.books = state, saver, books
         self.device, self.pad_id, self.utilisation = device, pad_id, utilisation
         self.trace = trace
-        self._share = Share(control.rank, control.world_size, plan.sequence_parallel)
+        self._share = Share.of(plan, control.rank)
         self._cadence = SaveCadence(config.checkpoint.every)
         self._saved_step = state.step
         self._checkpoint_seconds = 0.0
@@ -142,7 +142,7 @@ class Loop:
             plan.num_rows, self.config.train.seed, plan.global_batch_size, plan.total_positions, step
         )
         supervised = int(self.prepared.rows_supervised[rows].sum())
-        scale = self.control.world_size / supervised
+        scale = self._share.counted / supervised
         total, squares, nonfinite, clock = 0.0, 0, list[int](), PhaseClock(self.device)
         micro_batches = self._share.micro_batches(rows, plan.micro_batch_size)
         for number, micro in enumerate(micro_batches):
@@ -162,7 +162,7 @@ class Loop:
         with clock.phase("optimizer"):
             result = self.engine.step(learning_rate(self.config.train, step, plan.total_steps))
         mine = {
-            "loss": total if math.isfinite(total) else None,
+            "loss": total * self._share.counts if math.isfinite(total) else None,
             "nonfinite": nonfinite,
             "seconds": clock.seconds(),
             "communication": self.engine.communication_seconds() - communicated,
@@ -220,7 +220,7 @@ class Loop:
             checkpoint_seconds=round(checkpoint_seconds, 6),
             tokens_per_second=round(tokens / seconds, 3),
             supervised_tokens_per_second=round(supervised / seconds, 3),
-            mfu=self._mfu(tokens, sum(one["squares"] for one in everyone) // self.plan.sequence_parallel, seconds),
+            mfu=self._mfu(tokens, sum(one["squares"] for one in everyone) // self.plan.group, seconds),
             peak_memory_bytes=max(one["memory"] for one in everyone),
             world=self.control.world_size,
             attempt=self.plan.attempt,

@@ -47,13 +47,14 @@ class Validator:
         pad_id: int,
         control: Control,
         device: torch.device,
-        sequence_parallel: int = 1,
+        share: Share | None = None,
     ) -> None:
+        """`share`: what this worker does of them; None: its part of as many as there are workers."""
         self.module, self.loss, self.prepared = module, loss, prepared
         self.rows = np.arange(min(prepared.num_rows, max_rows or prepared.num_rows))
         self.micro_batch_size, self.layout, self.pad_id = micro_batch_size, layout, pad_id
         self.control, self.device = control, device
-        self.share = Share(control.rank, control.world_size, sequence_parallel)
+        self.share = share or Share(control.rank, control.world_size)
 
     def run(self, step: int) -> ValidationRecord:
         """The loss behind `step`."""
@@ -66,7 +67,7 @@ class Validator:
                 total += float(self.loss(self.module, batch.to(self.device)))
         self.module.train()
         supervised = int(self.prepared.rows_supervised[self.rows].sum())
-        parts = self.control.gather(total if math.isfinite(total) else None)
+        parts = self.control.gather(total * self.share.counts if math.isfinite(total) else None)
         loss = math.nan if None in parts else math.fsum(part for part in parts if part is not None) / supervised
         return ValidationRecord(
             step=step,

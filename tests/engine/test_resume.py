@@ -179,7 +179,7 @@ def test_worlds_and_stages_change_on_the_way(tmp_path: Path) -> None:
         for name in common:
             # Blocks of 8 bits are cut anew, and so rounded, three times in all.
             rounding = 3 * 0.011 if name == "eight-bits" else 0.0
-            _assert_same_states(original[name], Reader(_only(tmp_path / target / name)), rounding)
+            assert_same_states(original[name], Reader(_only(tmp_path / target / name)), rounding)
             (losses, state), (losses_before, state_before) = later[name], expected[name]
             assert state == state_before, name
             ratios = torch.tensor([float(x) for x in losses]) / torch.tensor([float(x) for x in losses_before])
@@ -201,7 +201,7 @@ def _only(checkpoints: Path) -> Path:
     return directory
 
 
-def _assert_same_states(one: Reader, other: Reader, rounding: float) -> None:
+def assert_same_states(one: Reader, other: Reader, rounding: float) -> None:
     """`rounding`: by how much a moment may differ, as a share of the largest."""
     assert one.state == other.state
     assert {state: dict(shapes) for state, shapes in one.manifest.tensors.items()} == other.manifest.tensors

@@ -33,8 +33,8 @@ def build(tied: bool = False, dtype: str = "bf16", **sizes: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **{"hidden_size": 64, "intermediate_size": 172} | sizes, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=128, tie_word_embeddings=tied,
+        **{"hidden_size": 64, "intermediate_size": 172, "num_key_value_heads": 2} | sizes, num_hidden_layers=2,
+        num_attention_heads=4, vocab_size=VOCABULARY, max_position_embeddings=128, tie_word_embeddings=tied,
         initializer_range=0.05,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -124,14 +124,18 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(engine: ZeroEngine, world: World, steps: range, micro_batch: int = 2, lr: float = 1e-3) -> list[float]:
-    """The global loss of each step; rows go round-robin over the workers, short ones get rows of weight zero."""
+    """The global loss of each step; rows go round-robin over the workers (or groups that hold the model between them), short ones get
+    rows of weight zero.
+    """
     losses: list[float] = []
+    members = max(1, engine.module.autotp_size())
+    groups = world.world_size // members
     control_sum = torch.zeros(())
     for step in steps:
         ids, mask = batch(step)
         count = mask.sum()
-        mine = list(range(world.rank, ROWS, world.world_size))
-        num_micro_batches = -(-ROWS // (world.world_size * micro_batch))
+        mine = list(range(world.rank // members, ROWS, groups))
+        num_micro_batches = -(-ROWS // (groups * micro_batch))
         control_sum = torch.zeros(())
         for number in range(num_micro_batches):
             rows = mine[number * micro_batch : (number + 1) * micro_batch]
@@ -143,10 +147,11 @@ def train(engine: ZeroEngine, world: World, steps: range, micro_batch: int = 2, 
             logits = engine.module(**inputs, use_cache=False).logits[:, :-1].float()
             each = nn.functional.cross_entropy(logits.flatten(0, 1), ids[rows, 1:].flatten(), reduction="none")
             loss = (each.view(len(rows), -1) * mask[rows] * weight[:, None]).sum()
-            engine.backward(loss * world.world_size / count, last=number == num_micro_batches - 1)
+            engine.backward(loss * groups / count, last=number == num_micro_batches - 1)
             control_sum += loss.detach() / count
         if world.world_size > 1:
             torch.distributed.all_reduce(control_sum)
+        control_sum /= members
         engine.step(lr)
         losses.append(control_sum.item())
     return losses

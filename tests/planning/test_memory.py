@@ -7,8 +7,9 @@ import pytest
 
 from dstune.errors import UsageError
 from dstune.planning import choose, cost, hardware, reasons, saving
-from dstune.planning.memory import CPU_PROCESS, GPU_PROCESS, Process, Work, estimate
+from dstune.planning.memory import Work, estimate
 from dstune.planning.placement import Placement
+from dstune.planning.process import CPU_PROCESS, GPU_PROCESS, Process
 from dstune.planning.shapes import ModelShape
 
 GB = 10**9
@@ -430,3 +431,30 @@ def test_sharing_a_sequence_is_tried_where_it_divides_the_workers():
     found = choose.candidates(BILLION, cluster(80), LOAD, POLICIES, choose.Settled(sequence_parallel=(1, 2, 3)))
     assert {one.sequence_parallel for one in found} == {1, 2}
     assert all(one.micro_batches == math.ceil(32 / one.micro_batch_size) for one in found if one.sequence_parallel == 2)
+
+
+def test_what_members_hold_between_them_they_hold_in_parts() -> None:
+    whole = estimate(BILLION, Placement(stage=2), work(), GPU_PROCESS)
+    halves = estimate(BILLION, Placement(stage=2), work(tensor_parallel=2), GPU_PROCESS)
+    assert halves.device["weights"] == whole.device["weights"] / 2
+    # ZeRO cuts half as much over half as many.
+    for name in ("masters and moments", "gradient sums"):
+        assert halves.device[name] == whole.device[name]
+    assert whole.device["activations"] / 2 < halves.device["activations"] < whole.device["activations"]
+    assert (halves.checkpoint_bytes, halves.checkpoint_copy) == (whole.checkpoint_bytes, whole.checkpoint_copy)
+    # Each worker has the whole model for a moment, before it is cut.
+    assert sum(halves.host.values()) == max(2 * BILLION.parameters + GPU_PROCESS.host, whole.host_peak)
+    table = replace(BILLION, sizes={10_000_000: 90, 32_000 * 2048: 1}, active=90 * 10_000_000 + 32_000 * 2048)
+    part = table.part(2, 2)
+    assert part.parameters == 90 * 5_000_000 + 32_000 * 2048 == part.active, "the head stays whole"
+
+
+def test_a_cut_model_is_planned_for_whole_groups_of_workers() -> None:
+    policies = {"zero2": {"zero_optimization": {"stage": 2}}}
+    for members, groups in ((2, 2), (4, 1)):
+        found = choose.candidates(BILLION, cluster(80), LOAD, policies, choose.Settled(tensor_parallel=members))
+        assert {one.micro_batches * one.micro_batch_size for one in found if one.micro_batch_size in (1, 2)} == {
+            64 // groups
+        }
+        assert found[0].fits and found[0].seconds.communication > 0
+    assert choose.candidates(BILLION, cluster(80), LOAD, policies, choose.Settled(tensor_parallel=3)) == []

@@ -75,6 +75,18 @@ def test_workers_that_share_rows_count_as_one() -> None:
     assert plan.micro_batch_size(config(**long, cluster={"workers": 4, "sequence_parallel": 4}), 4) == 8
 
 
+def test_workers_that_hold_the_model_between_them_count_as_one() -> None:
+    run = config(train={"global_batch_size": 8, "micro_batch_size": 2}, cluster={"workers": 4, "tensor_parallel": 2})
+    alone = config(train={"global_batch_size": 8, "micro_batch_size": 2})
+    one, two = made(run, 4), made(alone, 2)
+    assert (one.tensor_parallel, one.group, one.micro_batch_size, one.micro_batches) == (2, 2, 2, two.micro_batches)
+    assert (one.preset, two.preset) == ("zero2", "zero3")
+    with pytest.raises(FitError, match=r"tensor_parallel: 3 workers, of which 2 share each row"):
+        made(run, 3)
+    long = {"data": {"sources": [{"path": "a"}], "max_length": 4096}, "train": {"global_batch_size": 64}}
+    assert plan.micro_batch_size(config(**long, cluster={"workers": 4, "tensor_parallel": 4}), 4) == 2  # all of each
+
+
 @pytest.mark.parametrize("layout", ["padded", "seq2seq", "packed-seq2seq"])
 def test_rows_that_are_not_packed_are_not_shared(layout: plan.Layout) -> None:
     run = config(train={"global_batch_size": 8}, cluster={"workers": 2, "sequence_parallel": 2})

@@ -108,7 +108,8 @@ def drive(
         paths = rundir.find(run)
         loaded = rundir.load(paths)
     prepared = start.open_prepared(loaded, paths)
-    limits = DriveLimits(workers_wanted=workers, workers_min=1, max_failures=max_failures)
+    group = loaded.config.cluster.group
+    limits = DriveLimits(workers_wanted=workers, workers_min=1, max_failures=max_failures, group=group)
     return start.drive_with(loaded, paths, prepared, ProcessExecutor(workers, entry), limits, observe or Observer())
 
 

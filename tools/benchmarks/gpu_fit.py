@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dstune.planning import memory
+from dstune.planning.process import GPU_PROCESS
 from dstune.planning.shapes import ModelShape
 
 _USED = 0.95
@@ -43,11 +44,11 @@ def needed(
         recompute=recompute,
         fused_loss=True,
     )
-    parts = dict(memory.estimate(shape, memory.Placement.of(ds_config), work, memory.GPU_PROCESS).device)
+    parts = dict(memory.estimate(shape, memory.Placement.of(ds_config), work, GPU_PROCESS).device)
     parts["masters and moments"] = int(states.masters_and_moments * shape.trained)
     parts["gradient sums"] = int(states.sums * shape.trained)
     parts["staged moments"] = states.staged
-    parts["fragments"] = int(memory.GPU_PROCESS.fragments * sum(parts[name] for name in parts if name != "fragments"))
+    parts["fragments"] = int(GPU_PROCESS.fragments * sum(parts[name] for name in parts if name != "fragments"))
     return parts
 
 

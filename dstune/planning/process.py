@@ -1,0 +1,61 @@
+"""What a worker's process takes of its machine beside the tensors that can be counted: measured, on each kind of device."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """What a worker takes beside the tensors that can be counted."""
+
+    fixed: int
+    """Bytes, whatever it trains."""
+    workspace: float
+    """Of the backward pass, in the 16-bit activations of one layer: gradients on their way, and heap between large tensors. As many
+    bytes in fp32: norms and attention make fp32 of 16 bits for a moment anyway."""
+    fragments: float
+    """Share of everything that lies idle in the allocator."""
+    whole_buckets: bool
+    """Whether a bucket takes its room before it is filled."""
+    retains: bool = False
+    """Whether what was freed stays resident: a C library's heap, of all but the largest tensors. (To have glibc map all from 2 MiB on
+    took a quarter of the peak and 18 to 42% of a step's processor time, in huge pages too: workers leave it as it is.)"""
+    host: int = 0
+    """Bytes of the host's memory, whatever it trains, where that is another memory."""
+    attends_apart: bool = False
+    """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
+    workspace_beside_gradients: float = 0.0
+    """The same of stage 3 where `retains`: its gradients wait as the backward pass made them (`engine.reduction`), and are counted."""
+    compiled_workspace: float = 1.0
+    """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
+    each_expert: int = 0
+    """Bytes that the library of matrix products keeps of an expert's: it compiles and keeps them for each number of rows that it meets."""
+    compiler: int = 0
+    """Bytes that the compiler takes, once loaded."""
+    pins: bool = False
+    """Whether offloaded tensors are pinned: torch rounds each one's room up to a power of two."""
+
+
+CPU_PROCESS = Process(
+    fixed=590 << 20,
+    workspace=5.5,
+    workspace_beside_gradients=2.2,
+    compiled_workspace=2.0,
+    each_expert=5 << 20,
+    compiler=60 << 20,
+    fragments=0.0,
+    whole_buckets=False,
+    retains=True,
+    attends_apart=True,
+)
+"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
+GPU_PROCESS = Process(
+    fixed=1200 << 20,
+    workspace=2.0,
+    fragments=0.05,
+    whole_buckets=True,
+    host=3 << 30,
+    pins=True,
+)
+"""The CUDA context, NCCL's and cuBLAS's buffers, the caching allocator's fragments, and on the host CUDA's libraries: not measured."""
+NOT_ALLOCATED = ("process", "fragments")
+"""Parts of a GPU's memory that torch's allocator does not count as allocated."""
