@@ -77,6 +77,8 @@ class Workers:
         for end in [end for pair in star for end in pair] + [pair[1] for pair in self._lines]:
             end.close()
         self._readers = [pair[0].makefile("r", encoding="utf-8") for pair in self._lines]
+        for reader in self._readers:  # until each is held: what a worker calls on its way there is not looked at, and gets no fault
+            reader.readline()
 
     def __enter__(self) -> "Workers":
         return self
@@ -143,6 +145,7 @@ def _worker(
     output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    line.sendall(b"held\n")
     if not line.recv(8):
         os._exit(0)  # released by nobody: the rung is over
     try:
