@@ -15,17 +15,25 @@ from xdist.scheduler import LoadScopeScheduling
 BUCKET = "bucket"
 SHARED = Path(os.environ.get("DSTUNE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
+# NOTE: before torch is imported. A process forked off one whose torch has threads waits for them for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WITH_WORKERS = tuple(f"tests/{room}/" for room in ("engine", "launch", "runs"))
 """Rooms most of whose tests start workers or a Ray of their own: one at a time, on a machine that may have two cores."""
-LATER = "test_swapping"
-"""Wants what `tools/check` builds meanwhile: not among the first."""
+LATER = ("test_swapping", "test_weights_on_nvme")
+"""They want what `tools/check` builds meanwhile: not among the first."""
 
 
 def stream(nodeid: str) -> str:
     """For tools/check: what goes one after the other. Slurm's tests often wait for its daemons."""
     file = nodeid.partition("::")[0]
-    return "slurm" if "slurm" in nodeid else "workers" if file.startswith(WITH_WORKERS) and LATER not in file else file
+    return (
+        "slurm"
+        if "slurm" in nodeid
+        else "workers"
+        if file.startswith(WITH_WORKERS) and Path(file).stem not in LATER
+        else file
+    )
 
 
 class Streams(LoadScopeScheduling):

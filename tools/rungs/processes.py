@@ -77,7 +77,9 @@ class Workers:
         for end in [end for pair in star for end in pair] + [pair[1] for pair in self._lines]:
             end.close()
         self._readers = [pair[0].makefile("r", encoding="utf-8") for pair in self._lines]
-        for reader in self._readers:  # until each is held: what a worker calls on its way there is not looked at, and gets no fault
+        for reader in (
+            self._readers
+        ):  # until each is held: what a worker calls on its way there is not looked at, and gets no fault
             reader.readline()
 
     def __enter__(self) -> "Workers":
