@@ -192,6 +192,12 @@ def aliases(model: Any) -> set[str]:
     return {field.alias or name for name, field in model.model_fields.items()}
 
 
+@pytest.mark.parametrize("section", [2, [2], {"autotp_size": "two"}, {"autotp_size": True}])
+def test_a_size_of_autotp_that_is_none_is_refused(section: Any) -> None:
+    with pytest.raises(ConfigError, match=r"tensor_parallel\.autotp_size: is .*; expected a whole number"):
+        planning.policy_of("zero2", {"tensor_parallel": section}, shared_files("ds_configs"))
+
+
 @pytest.mark.parametrize("preset", ["auto", "zero1", "zero2", "zero3", "zero3-offload-all", "zero++"])
 def test_autotp_goes_with_the_stages_that_leave_layers_whole(preset: str) -> None:
     section = config("zero3").deepspeed

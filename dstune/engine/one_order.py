@@ -38,7 +38,9 @@ class InOneOrder:
 
     def _when_ready(self, parameter: Any, group: int) -> None:
         if id(parameter) not in self._waiting:
-            self._summed.add(id(parameter))
+            # Stage 1 that overlaps is told of each micro-batch, and sums in the last one.
+            if self._zero.partition_gradients or self._zero.is_gradient_accumulation_boundary():
+                self._summed.add(id(parameter))
             self._reduce(parameter, group)
 
     def _at_the_end(self) -> None:

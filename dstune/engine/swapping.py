@@ -103,8 +103,10 @@ class SwapFolder:
 def require_buffers(module: torch.nn.Module) -> None:
     """Raises ConfigError where a pass would want more weights from NVMe at once than there are buffers. After the engine was made."""
     swappers: list[Any] = [parameter.nvme_swapper for parameter in _swapped(module, whole=True)]
+    if not swappers:
+        return
     wanted = _gathered_at_once(module)
-    if swappers and wanted > swappers[0].param_buffer_count:
+    if wanted > swappers[0].param_buffer_count:
         where = "deepspeed: zero_optimization.offload_param.buffer_count"
         came = f"{swappers[0].param_buffer_count}, and a module of the model reads {wanted} weights at once"
         raise ConfigError(Problem(where, came, f"at least {wanted}"))

@@ -98,7 +98,7 @@ def prepare(ds_config: dict[str, Any], module: Any) -> None:
     members = members_of(ds_config)
     if members == 1:
         return
-    split_of(module, module.config, members)
+    _require_learning(module, split_of(module, module.config, members))
     ds_config["tensor_parallel"] = {
         "autotp_size": members,
         "partition_config": {
@@ -106,10 +106,30 @@ def prepare(ds_config: dict[str, Any], module: Any) -> None:
             "layer_specs": [_spec(pattern, style) for pattern, style in _plan(module.config).items()],
         },
     }
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            # NOTE: DeepSpeed puts a hook on each that is marked to be summed up, which a frozen one does not take.
+            parameter._ds_grad_allreduce_registered = True
     for part in module.modules():
         if list(part.children()):
             # NOTE: DeepSpeed divides attributes of what holds a cut layer by their names (`hidden_size`), whatever they are read for.
             part.replaced = True
+
+
+def _require_learning(module: nn.Module, split: Split) -> None:
+    """NOTE: of what is whole DeepSpeed's ZeRO-1 in bf16 counts the first member's in its norm; another one would have nothing to count."""
+    parts = [module.get_submodule(name) for name in (*split.columns, *split.rows)]
+    if not any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        raise ConfigError(Problem(WHERE, "all matrices that the members share are frozen", "1"))
+
+
+def trust_rows(engine: Any, ds_config: Mapping[str, Any]) -> None:
+    """Take off DeepSpeed's comparison of the members' first micro-batches, which are the same by `batch.Share`.
+
+    NOTE: it sends them pickled, and what is unpickled of another's GPU opens that GPU for the whole run.
+    """
+    if members_of(ds_config) > 1:
+        engine.first_dataloader_check.remove()
 
 
 def _spec(pattern: str, style: str) -> dict[str, Any]:

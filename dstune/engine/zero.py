@@ -76,6 +76,7 @@ class ZeroEngine:
         engine, zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=config, dist_init_required=False
         )
+        tensor_parallel.trust_rows(engine, config)
         self._engine: Any = engine
         self._zero: Any = zero
         self._communication = communication.timed(world.device)

@@ -126,14 +126,17 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
     if cluster.device.is_cpu and (problems := without_gpus(named)):
         raise ConfigError(problems)
 
+    path = nvme_path(config)
+
     def usable(preset: str) -> str:
         policy = policies[preset]
+        problems = [one for one in reachable.unreachable(policy) if path or not one.where.endswith(".nvme_path")]
+        if problems:
+            return str(problems[0]).splitlines()[0]
         if (policy.get("zero_optimization") or {}).get("stage") == 3 and config.cluster.tensor_parallel > 1:
             return "ZeRO-3 does not go with cluster.tensor_parallel"
         if not (reachable.uses_nvme(policy) or reachable.weights_on_nvme(policy)):
             return ""
-        if policy["zero_optimization"].get("stage") != 3:
-            return "only stage 3 keeps anything on NVMe"
         if reachable.unswappable(policy, config.train.optimizer):
             return f"{config.train.optimizer} cannot keep its states on NVMe"
         return "" if cluster.nvme else "no NVMe is named (--nvme SIZE)"

@@ -58,6 +58,8 @@ def _found(kind: type[PretrainedConfig], config: str, attention: str) -> tuple[b
         examples = isolation.examples_for(small)
         try:
             model = isolation.instance(small, attention)
+            if not all(bool(_logits(model, [example]).isfinite().all()) for example in examples):
+                return False, "its small model gives values that are not finite"
             reason = _difference(model, examples)
             if reason is None:
                 return False, ""

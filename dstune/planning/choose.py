@@ -123,7 +123,8 @@ def candidates(
     found = [
         _candidate(shape, cluster, load, preset, Placement.of(policy), size, again, split, settled, usable(preset))
         for split in settled.sequence_parallel
-        if cluster.workers % (split * settled.tensor_parallel) == 0
+        # One that the run file says is not a choice; machines that are not full count as full ones here.
+        if len(settled.sequence_parallel) == 1 or cluster.workers % (split * settled.tensor_parallel) == 0
         for preset, policy in policies.items()
         for size in _micro_batches(load, cluster, split, settled)
         for again in _recomputations(shape, cluster, settled)

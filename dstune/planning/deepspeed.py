@@ -118,7 +118,8 @@ def policy_of(preset: str, overrides: Mapping[str, Any], base: Path) -> dict[str
     """A preset with the run's overrides over it. Raises ConfigError for one that is not there, for a foreign key, or for a value
     that DeepSpeed would not take."""
     policy = merged(load_preset(preset, base), overrides)
-    if problems := [*_foreign_keys(policy, preset), *_wrong_settings(policy, preset, overrides)]:
+    problems = [*_foreign_keys(policy, preset), *_wrong_settings(policy, preset, overrides)]
+    if problems := problems + tensor_parallel.malformed(policy.get("tensor_parallel")):
         raise ConfigError(problems)
     return streamed(policy)
 

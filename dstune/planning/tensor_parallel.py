@@ -17,6 +17,20 @@ def members_of(ds_config: Mapping[str, Any]) -> int:
     return max(1, int((ds_config.get("tensor_parallel") or {}).get(_SIZE) or 1))
 
 
+def malformed(section: Any) -> list[Problem]:
+    """What no size can be read of."""
+    if section is None or (isinstance(section, Mapping) and _is_size(section.get(_SIZE, 1))):
+        return []
+    came = f"is {section.get(_SIZE) if isinstance(section, Mapping) else section!r}"
+    return [
+        Problem(f"deepspeed: tensor_parallel.{_SIZE}", came, "a whole number, 1 or more", f"{_WHERE}: N says the same.")
+    ]
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def settings(members: int) -> dict[str, Any]:
     """The section `tensor_parallel` of a DeepSpeed config."""
     return {_SIZE: members}

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-fp32": {"stage": 2, "dtype": "fp32", "ema": 0.9},
     "tied": {"stage": 2, "dtype": "fp32", "tied": True},
     "frozen": {"stage": 1, "dtype": "fp32", "frozen": "model.layers.0"},
+    "heads' norms frozen": {"stage": 1, "dtype": "fp32", "kind": "qwen3", "frozen": "model.layers.0"},
     "embeddings frozen": {"stage": 2, "dtype": "fp32", "frozen": "model.embed_tokens"},
     "offloaded": {"stage": 2, "dtype": "fp32", "offload": True},
     "offloaded-zero1": {"stage": 1, "dtype": "fp32", "offload": True},
@@ -214,6 +215,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fused": ({"stage": 1, "kind": "phi3"}, "nothing of phi3 is cut"),
     "heads": ({"stage": 1, "tensor_parallel": {"autotp_size": 4}}, r"2 heads \(num_key_value_heads\)"),
     "odd width": ({"stage": 1, "sizes": {"intermediate_size": 171}}, "for the 171 outputs of"),
+    "frozen": ({"stage": 1, "frozen": "model.layers"}, "all matrices that the members share are frozen"),
     "settings": ({"stage": 1, "tensor_parallel": HALVES["tensor_parallel"] | {"tp_overlap_comm": True}}, "overlap"),
 }
 
