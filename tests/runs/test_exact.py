@@ -1,5 +1,6 @@
 """What dstune promises of losses: exact after a kill, the same curve on any split of the batch, the same data on any world."""
 
+import json
 import os
 import shutil
 import signal
@@ -100,7 +101,8 @@ def test_a_resume_is_exact_from_an_object_store_with_the_disk_lost_and_with_the_
     assert weights_hash(paths, 12) == weights_hash(reference, 12)
     shown = api.checkpoints(paths.root)["checkpoints"]
     assert [one["step"] for one in shown] == [9, 9, 12, 12] and not any(one["problems"] for one in shown)
-    assert paths.verified.read_text() == "{}\n"  # what the resume read went with its checkpoint
+    # What the resume read went with its checkpoint; on a slow machine the stop came at step 9, which stays.
+    assert set(json.loads(paths.verified.read_text())) <= {one["directory"] for one in shown}
 
 
 def relative_difference(one: list[float], other: list[float]) -> float:
