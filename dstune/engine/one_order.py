@@ -58,7 +58,10 @@ class InOneOrder:
         self._end()
 
     def complete(self) -> None:
-        """Right before each update. Raises ConfigError, on every worker, where some alone visited what does not wait."""
+        """Right before each update. Raises ConfigError, on every worker, where some alone visited what does not wait.
+
+        Where that has moved the bounds of DeepSpeed's buckets as well, their sums have other sizes and fail, or wait, before this.
+        """
         told, self._left_out = self._left_out, []
         if dist.get_world_size() > 1 and _differ(told, self._zero.dp_process_group):
             names = sorted({one.partition(" ")[2] for one in told})
