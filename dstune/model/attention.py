@@ -1,7 +1,5 @@
 """Which attention a run uses: as its file says, or the fastest that is shown to keep packed examples apart."""
 
-import json
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -20,6 +18,7 @@ from dstune.model.isolation import (
     smallest_that_builds,
 )
 from dstune.model.per_example import PER_EXAMPLE
+from dstune.model.remembered import Remembered
 
 log = get_logger(__name__)
 
@@ -70,7 +69,7 @@ def _of_padded_rows(model: ModelSection, config: PretrainedConfig) -> str:
 
 def _require_plain(config: PretrainedConfig) -> None:
     """Raises ConfigError where transformers' eager attention is not what its sdpa is: Falcon's adds ALiBi's biases twice."""
-    found = _apart(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+    found = _apart(config)
     if found > TOLERANCE:
         came = (
             f"eager, which differs from transformers' own sdpa by {found:.1e} for {config.model_type} with this config"
@@ -78,11 +77,11 @@ def _require_plain(config: PretrainedConfig) -> None:
         raise ConfigError(Problem("model.attention", came, "auto"))
 
 
-@lru_cache(maxsize=32)
-def _apart(kind: type[PretrainedConfig], config: str) -> float:
+@Remembered
+def _apart(config: PretrainedConfig) -> float:
     """By how much the two differ on an example alone, relative to the largest logit; 0 where they cannot be compared."""
-    found = find_model_class(kind())
-    small = smallest_that_builds(kind.from_dict(json.loads(config))) if found is None or found._supports_sdpa else None
+    found = find_model_class(type(config)())
+    small = smallest_that_builds(config) if found is None or found._supports_sdpa else None
     if small is None:
         return 0.0
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -4,15 +4,13 @@ BERT and its kin open as causal models too, and see all of a row unless their co
 nothing is learnt.
 """
 
-import json
-from functools import lru_cache
-
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.errors import ConfigError, Problem
 from dstune.model import isolation
 from dstune.model.failures import FAILURES
+from dstune.model.remembered import Remembered
 
 _LENGTH, _KEPT = 12, 8
 """Tokens of a row, and how many of them stay as they are."""
@@ -20,7 +18,7 @@ _LENGTH, _KEPT = 12, 8
 
 def require(config: PretrainedConfig, attention: str) -> None:
     """Raises ConfigError where a position's logits change with the tokens behind it. What cannot be tried here is let pass."""
-    if not _looks_ahead(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), attention):
+    if not _looks_ahead(config, attention):
         return
     settable = not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False
     raise ConfigError(
@@ -33,9 +31,9 @@ def require(config: PretrainedConfig, attention: str) -> None:
     )
 
 
-@lru_cache(maxsize=32)
-def _looks_ahead(kind: type[PretrainedConfig], config: str, attention: str) -> bool:
-    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+@Remembered
+def _looks_ahead(config: PretrainedConfig, attention: str) -> bool:
+    small = isolation.smallest_that_builds(config)
     if small is None:
         return False
     last = "decoder_input_ids" if small.is_encoder_decoder else "input_ids"

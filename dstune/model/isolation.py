@@ -2,9 +2,7 @@
 
 import copy
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from dstune.errors import ConfigError, Problem, first_line
 from dstune.model import per_example
 from dstune.model.config import auto_class
 from dstune.model.failures import FAILURES
+from dstune.model.remembered import Remembered
 from dstune.model.restarts import restart_positions
 from dstune.model.rotary import follow_examples
 
@@ -98,7 +97,7 @@ def prove(config: PretrainedConfig, attention: str) -> None:
     example alone gives with transformers' plain attention; one long example of the same tokens gives something else. Examples of
     sequence-to-sequence models have a source and a target.
     """
-    reason = _disproof(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), attention)
+    reason = _disproof(config, attention)
     if reason is not None:
         raise ConfigError(
             Problem(
@@ -110,13 +109,13 @@ def prove(config: PretrainedConfig, attention: str) -> None:
         )
 
 
-@lru_cache(maxsize=32)
-def _disproof(kind: type[PretrainedConfig], config: str, attention: str) -> str | None:
+@Remembered
+def _disproof(config: PretrainedConfig, attention: str) -> str | None:
     """Why packing is refused; None where it is shown to be right."""
+    kind = type(config)
     if find_model_class(kind()) is None and kind.__module__.startswith("transformers."):
         return "transformers has no model of this kind that learns to write"
-    plain = kind.from_dict(json.loads(config))
-    small = smallest_that_builds(plain)
+    small = smallest_that_builds(config)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -3,9 +3,7 @@
 Masks are the model's own affair: ProphetNet adds 1 to what it should hide, and CPM-Ant takes no mask and wants its padding on the left.
 """
 
-import json
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,6 +13,7 @@ from dstune.loggers import get_logger
 from dstune.model import isolation
 from dstune.model.failures import FAILURES
 from dstune.model.loss import taken
+from dstune.model.remembered import Remembered
 
 log = get_logger(__name__)
 
@@ -28,7 +27,7 @@ def prove(config: PretrainedConfig, attention: str) -> None:
 
     In evaluation, in fp32, as `isolation` does it for packed rows. What cannot be tried here is let pass, and said.
     """
-    different, reason = _found(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), attention)
+    different, reason = _found(config, attention)
     told = f"{config.model_type} with {attention} attention: {reason}"
     if not different and reason:
         log.warning("whether padding changes anything is not known: %s", told)
@@ -41,16 +40,14 @@ def safely_together(module: PreTrainedModel, batch_size: int) -> int:
     """`batch_size`, or 1 where padding on its right would change what a model of `module`'s class gives for an example."""
     if batch_size == 1:
         return 1
-    config = module.config
-    written = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    different, _ = _found(type(config), written, config._attn_implementation or "eager")
+    different, _ = _found(module.config, module.config._attn_implementation or "eager")
     return 1 if different else batch_size
 
 
-@lru_cache(maxsize=32)
-def _found(kind: type[PretrainedConfig], config: str, attention: str) -> tuple[bool, str]:
+@Remembered
+def _found(config: PretrainedConfig, attention: str) -> tuple[bool, str]:
     """Whether something differs, and what; or why nothing is known; (False, "") where it is shown to be right."""
-    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+    small = isolation.smallest_that_builds(config)
     if small is None:
         return False, "no small model of this class can be built"
     with torch.random.fork_rng(devices=[]), torch.no_grad():

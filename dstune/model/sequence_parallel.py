@@ -10,10 +10,8 @@ the group's size is a multiple or a divisor, and position ids in every layer's c
 itself is one call of torch's.
 """
 
-import json
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +24,7 @@ from dstune.model import attention, isolation
 from dstune.model.config import numbers
 from dstune.model.failures import FAILURES
 from dstune.model.per_example import PER_EXAMPLE, no_mask_for_packed_rows, per_example_attention
+from dstune.model.remembered import Remembered
 
 EXCHANGED = f"{PER_EXAMPLE}-exchanged"
 """The name under which transformers knows the attention of a run whose workers share rows."""
@@ -158,7 +157,7 @@ def prove(model: ModelSection, config: PretrainedConfig, members: int) -> None:
     if reason is None:
         for heads in numbers(config.get_text_config(), "num_attention_heads"):
             require_heads(heads, members)
-        reason = _disproof(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+        reason = _disproof(config)
     if reason is not None:
         raise ConfigError(Problem(_WHERE, f"{config.model_type}: {reason}", "1"))
 
@@ -191,10 +190,10 @@ class _Rows:
         return row[0].unflatten(0, (_PROOF_MEMBERS, -1))
 
 
-@lru_cache(maxsize=32)
-def _disproof(kind: type[PretrainedConfig], config: str) -> str | None:
+@Remembered
+def _disproof(config: PretrainedConfig) -> str | None:
     """Why rows of this architecture cannot be cut; None where it is shown that they can."""
-    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+    small = isolation.smallest_that_builds(config)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.no_grad():

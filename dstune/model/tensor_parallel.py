@@ -6,8 +6,6 @@ have to be the whole model's, and the gradients those that the whole one has.
 """
 
 import copy
-import json
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from dstune.errors import ConfigError, Problem, first_line
 from dstune.model import isolation
 from dstune.model.build import skeleton
 from dstune.model.failures import FAILURES
+from dstune.model.remembered import Remembered
 
 _MEMBERS = 2
 _TOKENS = 12
@@ -30,15 +29,15 @@ _LARGEST = 1e-5
 def prove(model: ModelSection, config: PretrainedConfig, members: int) -> None:
     """Show that `members` workers can hold the layers of `config`'s architecture between them, or raise ConfigError with the reason."""
     split_of(skeleton(config, model), config, members)
-    reason = _disproof(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+    reason = _disproof(config)
     if reason is not None:
         raise ConfigError(Problem(WHERE, f"{config.model_type}: {reason}", "1"))
 
 
-@lru_cache(maxsize=32)
-def _disproof(kind: type[PretrainedConfig], config: str) -> str | None:
+@Remembered
+def _disproof(config: PretrainedConfig) -> str | None:
     """Why layers of this architecture cannot be cut; None where it is shown that they can."""
-    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+    small = isolation.smallest_that_builds(config)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

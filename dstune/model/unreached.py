@@ -4,15 +4,14 @@ Indexers that only choose what attention looks at (DeepSeek-V3.2's), projections
 beside the language model: an adapter on them would stay as it began, take memory and pass for trained.
 """
 
-import json
 import re
-from functools import lru_cache
 
 import torch
 from transformers import PretrainedConfig
 
 from dstune.model import isolation
 from dstune.model.failures import FAILURES
+from dstune.model.remembered import Remembered
 
 _LENGTH = 256
 """Tokens: enough for each expert to be visited, and for layers that work on blocks of 128."""
@@ -20,7 +19,7 @@ _LENGTH = 256
 
 def unreached(config: PretrainedConfig) -> frozenset[str]:
     """The names of modules whose own parameters get no gradient from a text, as `pattern` writes them; of what cannot be tried none."""
-    return _unreached(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+    return _unreached(config)
 
 
 def pattern(name: str) -> str:
@@ -28,9 +27,9 @@ def pattern(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-@lru_cache(maxsize=32)
-def _unreached(kind: type[PretrainedConfig], config: str) -> frozenset[str]:
-    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+@Remembered
+def _unreached(config: PretrainedConfig) -> frozenset[str]:
+    small = isolation.smallest_that_builds(config)
     if small is None:
         return frozenset()
     # Whoever asks may be building a model without storage.

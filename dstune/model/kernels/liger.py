@@ -2,10 +2,8 @@
 
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +17,7 @@ from dstune.model.kernels import proof
 from dstune.model.kernels.kernel import Finding, TokenLoss
 from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cross_entropy
 from dstune.model.loss import IGNORED, summed_token_loss
+from dstune.model.remembered import Remembered
 
 _TOLERANCE = 1e-3
 """As `proof.TOLERANCE`, for layers that sum in another order."""
@@ -65,8 +64,7 @@ class LigerLayers:
             return Finding(False, f"liger-kernel has none for {model.config.model_type}")
         if not torch.cuda.is_available():
             return Finding(True, "Liger; shown on the GPU before training")
-        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-        reason = _disproof(type(model.config), config, self)
+        reason = _disproof(model.config, self)
         return Finding(reason is None, reason or "Liger")
 
     def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
@@ -96,10 +94,10 @@ class LigerLayers:
         return lambda model: function(model=model, **settings)
 
 
-@lru_cache(maxsize=32)
-def _disproof(kind: type[PretrainedConfig], config: str, layers: LigerLayers) -> str | None:
+@Remembered
+def _disproof(config: PretrainedConfig, layers: LigerLayers) -> str | None:
     """Why a tiny model of this class cannot be computed so on the GPU; None where it gives the same gradients."""
-    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+    small = isolation.smallest_that_builds(config)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

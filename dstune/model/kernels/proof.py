@@ -1,8 +1,6 @@
 """The fused loss gives what the model's own logits give: shown for the architecture at hand, on a tiny random model of its class."""
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from dstune.model.failures import FAILURES
 from dstune.model.kernels.fused_head import FusedLoss, candidates, obstacle
 from dstune.model.kernels.linear_cross_entropy import LinearCrossEntropy, Logits
 from dstune.model.loss import IGNORED, forward_arguments
+from dstune.model.remembered import Remembered
 
 TOLERANCE = 1e-4
 """Largest difference that is taken for rounding, of the loss and relative to the largest gradient, in fp32."""
@@ -33,12 +32,12 @@ class Batch:
 
 def prove(config: PretrainedConfig, function: LinearCrossEntropy, device: str) -> Logits | str:
     """What `config`'s architecture makes of its head's output, shown by loss and gradients; or why the head cannot be fused."""
-    return _proven(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), function, device)
+    return _proven(config, function, device)
 
 
-@lru_cache(maxsize=32)
-def _proven(kind: type[PretrainedConfig], config: str, function: LinearCrossEntropy, device: str) -> Logits | str:
-    small = isolation.smallest_that_builds(kind.from_dict(json.loads(config)))
+@Remembered
+def _proven(config: PretrainedConfig, function: LinearCrossEntropy, device: str) -> Logits | str:
+    small = isolation.smallest_that_builds(config)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
