@@ -47,7 +47,7 @@ from dstune.model import (
     tensor_parallel,
     tiling,
 )
-from dstune.model.build import build, checkpoint_names, exact_masters
+from dstune.model.build import build, checkpoint_names, masters_from_files
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
 from dstune.model.kernels import choice as kernels
@@ -177,7 +177,8 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     ds_config = json.loads(paths.ds_config(plan.attempt).read_text(encoding="utf-8"))
     prepared = Prepared.open(plan.prepared)
     require_targets(prepared)
-    module = build(config.model, base, _attention(config, plan, base, world), config.train.seed, ds_config)
+    kernel = _attention(config, plan, base, world)
+    module = build(config.model, base, kernel, config.train.seed, ds_config, config.train.freeze)
     rotary.take_piece(module, Share.of(plan, world.rank).place)
     freezing.freeze(module, config.train.freeze)
     loss = _put_in(config, module, world.device)
@@ -363,8 +364,8 @@ def _initial_state(
     if plan.resume_from is None:
         if config.model.start is not None:
             _start_from(Path(config.model.start), config, Path(plan.base), engine, control, reference)
-        elif exact := exact_masters(engine.module.module, config.model, Path(plan.base)):
-            engine.load(exact, 0)
+        elif fill := masters_from_files(engine.module.module, config.model, Path(plan.base)):
+            engine.load(fill, 0)
         return state, True
     loading = Loading(home.bring(Path(plan.resume_from), control), control)
     reader = loading.reader

@@ -90,6 +90,25 @@ def _require_whole_heads(config: Any, members: int) -> None:
             raise ConfigError(Problem(WHERE, came, f"one of {', '.join(divisors)}"))
 
 
+def to_be_cut(module: nn.Module, config: Any, ds_config: Mapping[str, Any]) -> frozenset[str]:
+    """The parameters of `module`, a model of `config` that DeepSpeed has not cut yet, of which it will leave this worker a part.
+
+    Raises ConfigError as `split_of`.
+    """
+    members = members_of(ds_config)
+    if members == 1:
+        return frozenset()
+    split = split_of(module, config, members)
+    biases = {f"{name}.bias" for name in split.columns}
+    names = {f"{name}.weight" for name in (*split.columns, *split.rows)} | biases
+    return frozenset(name for name, _ in module.named_parameters() if name in names)
+
+
+def held_in_parts(module: nn.Module) -> frozenset[str]:
+    """The same of one that DeepSpeed has cut."""
+    return frozenset(name for name, parameter in module.named_parameters() if _cut(parameter).axis is not None)
+
+
 def prepare(ds_config: dict[str, Any], module: Any) -> None:
     """Have DeepSpeed cut `module` as `split_of` says, when it makes its engine of it by `ds_config`, which says among how many.
 

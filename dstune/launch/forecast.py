@@ -188,6 +188,8 @@ def enough_sharing(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -
 
 
 def _load(config: RunConfig, rows: Rows, fused_loss: bool) -> choose.Load:
+    from dstune.model.config import is_builtin
+
     return choose.Load(
         global_batch_size=config.train.global_batch_size,
         row_tokens=rows.longest,
@@ -200,6 +202,7 @@ def _load(config: RunConfig, rows: Rows, fused_loss: bool) -> choose.Load:
         weights_only=config.checkpoint.weights_only,
         compiled=config.model.compile != "off",
         fp8=config.model.fp8,
+        drawn=config.model.init == "random" or is_builtin(config.model),
     )
 
 

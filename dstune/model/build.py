@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from dstune.config.schema import ModelSection
 from dstune.data.tokenizer_files import new_rows
 from dstune.engine.construction import DTYPES, construction
 from dstune.engine.parameters import whole
+from dstune.engine.tensor_parallel import held_in_parts, to_be_cut
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
-from dstune.model import adapters, per_example, weights
+from dstune.model import adapters, freezing, per_example, weights
 from dstune.model.config import auto_class, is_builtin, is_multimodal, load_config, model_directory, task_of
 from dstune.model.failures import FAILURES
 from dstune.model.layers import keep_every_layer
@@ -28,8 +29,18 @@ from dstune.protocols import Slice
 log = get_logger(__name__)
 
 
-def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config: Mapping[str, Any]) -> PreTrainedModel:
+def build(
+    model: ModelSection,
+    base: Path,
+    attention: str,
+    seed: int,
+    ds_config: Mapping[str, Any],
+    frozen: Sequence[str] = (),
+) -> PreTrainedModel:
     """The model to hand to the engine, with its weights, in `model.dtype`; under ZeRO-3 each worker holds its piece.
+
+    Under tensor parallelism matrices of which a worker will have a part are unset, those of files that are trained (not `frozen`, as
+    `train.freeze`): `masters_from_files` reads that part, once the engine has cut them. Their memory is never touched before.
 
     `attention`: `eager`, `sdpa` or `per-example` (as `attention.choose` found). A collective: every worker calls it.
     Raises ConfigError where the architecture or its weights do not fit.
@@ -44,12 +55,22 @@ def build(model: ModelSection, base: Path, attention: str, seed: int, ds_config:
     else:
         # An adapter's own files hold nothing of a head that is in no other.
         head_seed = seed if model.adapter is None else None
-        weights.load_weights(module, model_directory(model, base), new_rows(model, base), head_seed)
+        later = _later(module, config, ds_config, frozen)
+        weights.load_weights(module, model_directory(model, base), new_rows(model, base), head_seed, later)
     if model.adapter is not None:
         adapters.attach(module, model.adapter, seed)
     if model.activation_checkpointing in (True, "offload"):  # whoever plans a run settles `auto`
         checkpoint_activations(module, offload=model.activation_checkpointing == "offload")
     return module.train()
+
+
+def _later(
+    module: PreTrainedModel, config: PretrainedConfig, ds_config: Mapping[str, Any], frozen: Sequence[str]
+) -> frozenset[str]:
+    """What is cut once the engine is there, and in its masters."""
+    cut = to_be_cut(module, config, ds_config)
+    fixed = {id(parameter) for parameter in freezing.frozen_by(module, frozen)} if cut else set()
+    return cut - {name for name, parameter in module.named_parameters() if id(parameter) in fixed}
 
 
 def construct(
@@ -124,14 +145,15 @@ def checkpoint_names(module: PreTrainedModel, model: ModelSection) -> dict[str, 
     return saved_names(module) if model.adapter is None else adapters.saved_names(module)
 
 
-def exact_masters(module: PreTrainedModel, model: ModelSection, base: Path) -> Callable[[Slice], None] | None:
-    """What begins the engine's masters with the files' own fp32 values (`weights.exact_masters`); None where there are none.
+def masters_from_files(module: PreTrainedModel, model: ModelSection, base: Path) -> Callable[[Slice], None] | None:
+    """What begins the engine's masters with the files' own values (`weights.masters`); None where nothing is left to be read.
 
     `module`: as the engine has it.
     """
     if model.adapter is not None or model.init == "random" or is_builtin(model):
         return None
-    return weights.exact_masters(module, model_directory(model, base), checkpoint_names(module, model))
+    directory, names = model_directory(model, base), checkpoint_names(module, model)
+    return weights.masters(module, directory, names, held_in_parts(module))
 
 
 def _instance(config: PretrainedConfig, model: ModelSection, attention: str) -> PreTrainedModel:

@@ -21,20 +21,23 @@ def freeze(module: PreTrainedModel, patterns: Sequence[str]) -> None:
     A tied parameter has several names and is one tensor. Raises ConfigError for a pattern that matches nothing, and where
     nothing is left to train.
     """
-    for tensor in text_side.beside(module).values():
-        if isinstance(tensor, torch.nn.Parameter):
-            tensor.requires_grad_(False)
-    if not patterns:
-        return
-    known = known_names(module, names.saved_names(module))
+    for parameter in frozen_by(module, patterns):
+        parameter.requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(Problem("train.freeze", "leaves nothing to train"))
+
+
+def frozen_by(module: PreTrainedModel, patterns: Sequence[str]) -> list[torch.nn.Parameter]:
+    """What `freeze` takes it from. Raises ConfigError for a pattern that matches nothing."""
+    found = [tensor for tensor in text_side.beside(module).values() if isinstance(tensor, torch.nn.Parameter)]
     problems: list[Problem] = []
-    for parameters in matching(known, patterns, "train.freeze", problems).values():
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-    if not problems and not any(parameter.requires_grad for parameter in known.values()):
-        problems.append(Problem("train.freeze", "leaves nothing to train"))
+    if patterns:
+        known = known_names(module, names.saved_names(module))
+        for parameters in matching(known, patterns, "train.freeze", problems).values():
+            found += parameters
     if problems:
         raise ConfigError(problems)
+    return found
 
 
 def frozen_digest(module: PreTrainedModel, files: WeightFiles, control: Control | None = None) -> str:

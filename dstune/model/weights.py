@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,20 @@ class WeightFiles:
             raise ConfigError(Problem(str(self.directory / file), f"cannot be read: {error}")) from None
 
 
-def load_weights(module: PreTrainedModel, directory: Path, new: range = range(0), head_seed: int | None = None) -> None:
+def load_weights(
+    module: PreTrainedModel,
+    directory: Path,
+    new: range = range(0),
+    head_seed: int | None = None,
+    later: Collection[str] = (),
+) -> None:
     """Fill `module`'s parameters and persistent buffers from the safetensors files of `directory`.
 
     Tensors that are only renamed are read slice by slice; joined ones (a layer's experts) whole, one at a time. Where they cannot be
     made so, transformers reads the whole model on every worker, with a warning.
     `new`: the rows of tokens that the files may not have; they begin as `new_rows.fill` says. A collective then.
     `head_seed`: what a head that is not in the files is drawn from, with a warning; None: that is an error.
+    `later`: parameters that stay unset where `masters` can fill them.
     Raises ConfigError where weights are missing, of another shape, quantised, or only there as pickle.
     """
     if getattr(module.config, "quantization_config", None) is not None:
@@ -93,7 +100,7 @@ def load_weights(module: PreTrainedModel, directory: Path, new: range = range(0)
     try:
         for conversion in loading_plan(module, files.names()):
             if conversion.is_renaming:
-                if not _load_renamed(conversion, files, state, new):
+                if not _load_renamed(conversion, files, state, new, later):
                     unused.append(conversion.sources[0])
             else:
                 _load_converted(conversion, files, state, module)
@@ -110,10 +117,11 @@ def load_weights(module: PreTrainedModel, directory: Path, new: range = range(0)
         new_rows.fill(module, new)
 
 
-def exact_masters(
-    module: PreTrainedModel, directory: Path, stored: Mapping[str, str]
+def masters(
+    module: PreTrainedModel, directory: Path, stored: Mapping[str, str], later: Collection[str] = ()
 ) -> Callable[[Slice], None] | None:
-    """Writes into a slice of the weights what the files have in fp32 and `module` in 16 bits; None where there is no such thing.
+    """Writes into a slice of the weights what `load_weights` left for `later`, and what the files have in fp32 and `module` in 16 bits;
+    None where there is no such thing.
 
     For `Engine.load`: masters are made of the rounded weights otherwise, routers' and state spaces' among them, which files keep in
     fp32 beside 16 bits. `stored`: as `checkpoint_names`. Joined tensors stay rounded.
@@ -126,7 +134,8 @@ def exact_masters(
         if name not in parameters or not conversion.is_renaming:
             continue
         rounded = parameters[name].dtype is not torch.float32 and files.dtype(conversion.sources[0]) is torch.float32
-        if rounded and (stored.get(name, name) not in sources or name == conversion.target):
+        wanted = rounded or name in later
+        if wanted and (stored.get(name, name) not in sources or name == conversion.target):
             sources[stored.get(name, name)] = conversion.sources[0]
 
     def fill(piece: Slice) -> None:
@@ -180,7 +189,9 @@ class _Destination:
         ]
 
 
-def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destination, new: range) -> bool:
+def _load_renamed(
+    conversion: Conversion, files: WeightFiles, state: _Destination, new: range, later: Collection[str]
+) -> bool:
     source, name = conversion.sources[0], conversion.target
     tensor = state.find(name)
     if tensor is None:
@@ -189,10 +200,11 @@ def _load_renamed(conversion: Conversion, files: WeightFiles, state: _Destinatio
         found, wanted = files.shape(source), full_shape(tensor)
         if not _lacks_rows(found, wanted, new):
             _check_shape(name, found, wanted, files.directory)
-        with local_piece(tensor) as piece:
-            stop = min(piece.stop, _product(found))
-            if stop > piece.start:
-                piece.tensor[: stop - piece.start].copy_(files.read_range(source, piece.start, stop))
+        if name not in later:
+            with local_piece(tensor) as piece:
+                stop = min(piece.stop, _product(found))
+                if stop > piece.start:
+                    piece.tensor[: stop - piece.start].copy_(files.read_range(source, piece.start, stop))
         state.mark(name)
     return True
 

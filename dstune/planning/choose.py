@@ -93,6 +93,7 @@ class Load:
     weights_only: bool = False
     compiled: bool = False
     fp8: bool = False
+    drawn: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +217,7 @@ def _candidate(
         weights_only=load.weights_only,
         compiled=load.compiled,
         fp8=load.fp8,
+        drawn=load.drawn,
         sequence_parallel=split,
         tensor_parallel=settled.tensor_parallel,
     )

@@ -66,6 +66,8 @@ class Work:
     """Workers that share the tokens of a micro-batch between them; the states are cut over all workers all the same."""
     tensor_parallel: int = 1
     """Workers that hold the layers between them, and see the same tokens."""
+    drawn: bool = False
+    """Whether the weights are random ones and come from no files: each worker makes all of them at first."""
 
     @property
     def own_tokens(self) -> int:
@@ -126,7 +128,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     device["fragments"] = int(process.fragments * sum(device.values()))
     swapped = lasting_bytes(shape, work) + _FP32 * share if place.offload_optimizer == "nvme" else 0
     host = _host(shape, place, work, process, weights)
-    if work.world_size < workers:  # each builds the whole model in the host's memory before it is cut
+    if work.drawn and work.world_size < workers:  # in the host's memory, before they are cut
         first = device if process.retains else host
         first["whole model, at first"] = max(0, loaded + first["process"] - sum(first.values()))
     return Memory(

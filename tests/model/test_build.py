@@ -18,7 +18,7 @@ from dstune.engine.parameters import full_shape, local_piece
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import ConfigError
-from dstune.model.build import build, checkpoint_activations, checkpoint_names, exact_masters, skeleton
+from dstune.model.build import build, checkpoint_activations, checkpoint_names, masters_from_files, skeleton
 from dstune.model.config import load_config
 from dstune.model.freezing import frozen_digest
 from dstune.model.names import Conversion
@@ -371,7 +371,7 @@ def load_exactly(folder: Path, stages: list[int]) -> list[list[Any]]:
         before = digest(whole_weights(module))
         names = checkpoint_names(module, section)
         engine = ZeroEngine(module, lr=1e-3, ds_config=config, world=world, optimizer="sgd", momentum=0.9, names=names)
-        exact = exact_masters(engine.module.module, section, Path())
+        exact = masters_from_files(engine.module.module, section, Path())
         assert exact is not None
         rounded = [piece.name for piece in engine.slices() if piece.state == "fp32" and apart(piece, files)]
         engine.load(exact, 0)
@@ -401,4 +401,4 @@ def test_masters_begin_with_the_fp32_values_of_the_files(world_size, tmp_path):
 def test_nothing_is_read_twice_where_the_files_are_in_the_models_own_type(tmp_path):
     tiny("llama").bfloat16().save_pretrained(tmp_path)
     section = ModelSection(path=str(tmp_path))
-    assert exact_masters(skeleton(load_config(section, Path()), section), section, Path()) is None
+    assert masters_from_files(skeleton(load_config(section, Path()), section), section, Path()) is None

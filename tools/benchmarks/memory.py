@@ -109,6 +109,10 @@ CASES = {
     "tied-4096-tiles-recompute": Case(
         640, 10, 32_000, "zero3", 1, 4096, True, 1, model={"mlp_tile": 512}, shape={"tie_word_embeddings": True}
     ),
+    "two-halves-zero1": Case(1024, 12, 4096, "zero1", 1, 512, False, 2, sections={"cluster": {"tensor_parallel": 2}}),
+    "two-halves-zero2-long": Case(
+        768, 8, 16_000, "zero2", 2, 1024, False, 2, sections={"cluster": {"tensor_parallel": 2}}
+    ),
     # Not looked at when the planner's constants were fitted:
     "unseen-zero3-wide": Case(1280, 6, 8192, "zero3", 2, 512, False, 1),
     "unseen-zero2-recompute": Case(768, 16, 4096, "zero2", 1, 1024, True, 2),
