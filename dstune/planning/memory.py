@@ -181,11 +181,12 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     update = _FP32 * min(share, place.sub_group) * _UPDATE_COPIES.get(work.optimizer, 0) if in_steps else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
+    arriving = _arriving(shape, place, work, process, size)
     workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
         mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
         gathered = _gathered(shape, place, work, process, size)
-        forward = mapped + _mapped(logits) + int(gathered * _share_mapped(shape, size))
+        forward = mapped + arriving + _mapped(logits) + int(gathered * _share_mapped(shape, size))
         sent = _reduced(shape, place, work, waiting, size)
         heaped = 0
         if place.stage == 3:
@@ -195,19 +196,21 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
             )  # the room that activations leave is in pieces
         return {
             "activations": activations,
+            "weights on their way": arriving,
             "logits": sum(logits),
             "workspace": int(workspace * (1 - mapped / max(1, activations))),
             "gradients on their way": heaped + max(0, _mapped(sent) - forward, _mapped([update]) - forward),
         }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)
     sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
-    forward = activations + max(sum(logits), workspace)
+    forward = activations + arriving + max(sum(logits), workspace)
     # The first bucket is full, and sent, when so much of the backward pass is over.
     left = int(activations * max(0.0, 1 - bucket / max(1, trained)))
     beyond = max(0, sent + left + workspace - forward, update - forward)
     return {
         "gradient bucket": _FP32 * bucket,
         "activations": activations,
+        "weights on their way": arriving,
         "logits or workspace": max(sum(logits), workspace),
         "gradients on their way": beyond,
     }
@@ -331,6 +334,15 @@ def _gathered(shape: ModelShape, place: Placement, work: Work, process: Process,
     if place.stage < 3 or (work.world_size == 1 and not elsewhere and not place.quantized_weights):
         return 0
     return size * min(shape.parameters, max(place.max_live, 2 * shape.largest_layer))
+
+
+def _arriving(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> int:
+    """What is gathered is copied to each weight's own room, a bucket at a time: the last one, while activations are not all there yet."""
+    gathered = _gathered(shape, place, work, process, size)
+    bucket = min(gathered, size * place.prefetch)
+    rest = bucket / max(1, size * shape.parameters)
+    later = int(rest * _activations(shape, work, process)) + sum(_logits(shape, work, size))
+    return max(0, bucket - later)
 
 
 def _copies_of_bucket(place: Placement, world: int) -> int:

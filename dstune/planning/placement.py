@@ -25,6 +25,8 @@ class Placement:
     """Elements that one update handles at once (ZeRO-3)."""
     max_live: int = 1_000_000_000
     """Elements that ZeRO-3 keeps gathered."""
+    prefetch: int = 50_000_000
+    """Elements that ZeRO-3 gathers at once, ahead of the modules that want them."""
     persistence: int = 100_000
     """Parameters of at most so many elements stay whole on every worker under ZeRO-3."""
     copies: int = 1
@@ -50,6 +52,7 @@ class Placement:
             "reduce_bucket": zero.get("reduce_bucket_size"),
             "sub_group": zero.get("sub_group_size"),
             "max_live": zero.get("stage3_max_live_parameters"),
+            "prefetch": zero.get("stage3_prefetch_bucket_size"),
             "persistence": zero.get("stage3_param_persistence_threshold"),
             "copies": zero.get("zero_hpz_partition_size"),
             "swap_buffers": optimizer.get("buffer_count"),

@@ -214,12 +214,26 @@ def test_on_a_cpu_stage_3_keeps_gradients_in_16_bits_and_what_another_sends_of_t
     """200 million gradients in weights of 2 MB or of 100 MB; little else is there, and they are sent when nothing is left."""
     for number, size in ((10**6, 200), (5 * 10**7, 4)):
         shape = replace(BILLION, sizes={number: size}, trained=200_000_000, layer_activations=0)
-        place = Placement(stage=3, reduce_bucket=10**9)
+        place = Placement(stage=3, reduce_bucket=10**9, prefetch=0)
         found = estimate(shape, place, work(world_size=2, tokens=2, supervised=1), CPU_PROCESS).device
         gathered = 2 * 200_000_000 if number == 5 * 10**7 else 0
         held = 2 * 200_000_000 + 2 * 200_000_000 // 2
         again = 0 if not gathered else 2 * number - gathered
         assert found["gradients on their way"] == held + again
+
+
+def test_weights_arrive_by_buckets_and_are_copied_once() -> None:
+    """Few tokens leave room for nothing; many have filled it with activations by the time the last bucket comes."""
+    few, many = (
+        estimate(
+            BILLION, Placement(stage=3, prefetch=10**8), work(world_size=2, tokens=count, supervised=1), CPU_PROCESS
+        )
+        for count in (1, 4096)
+    )
+    assert 2 * 10**8 * 0.99 < few.device["weights on their way"] < 2 * 10**8
+    assert "weights on their way" not in many.device
+    alone = estimate(BILLION, Placement(stage=3), work(world_size=1, tokens=1, supervised=1), CPU_PROCESS)
+    assert "weights on their way" not in alone.device, "one worker takes its own as they are"
 
 
 def test_experts_products_are_compiled_and_kept_on_a_cpu():
