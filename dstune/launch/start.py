@@ -75,7 +75,6 @@ class Planner:
         plan.write(made, deepspeed.make(config, base), self.paths)
         told = {"plan": described(made), "why": made.why, "predicted": made.predicted}
         EventLog(self.paths.events).event("planned", attempt=attempt, **told)
-        log.info("attempt %d: %s (%s)", attempt, told["plan"], made.why)
         return made
 
     def _forecast(self, world_size: int) -> forecast.Forecast | None:
