@@ -9,6 +9,7 @@ import torch
 from dstune.engine import communication, leaves, tensor_parallel
 from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
+from dstune.engine.heap import Heap
 from dstune.engine.one_order import InOneOrder
 from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import forget_copies
@@ -93,6 +94,7 @@ class ZeroEngine:
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
         )
         self._optimizer_steps = 0
+        self._heap = Heap() if world.device.type == "cpu" else None
         self._used = False
         self._pieces = pieces(self._partitions, module)
         for flat, its_pieces in self._pieces.items():
@@ -133,6 +135,8 @@ class ZeroEngine:
         if skipped:
             self._partitions.drop_gradients()
         self._optimizer_steps += not skipped
+        if self._heap:
+            self._heap.after_step()
         norm = float(self._engine.get_global_grad_norm())
         return StepResult(grad_norm=norm, skipped=skipped, scale_falls=skipped and had_room)
 

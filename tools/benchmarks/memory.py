@@ -1,7 +1,7 @@
-"""What `dstune plan` predicts beside what workers took: real attempts of two steps on this machine's CPU, one after the other.
+"""What `dstune plan` predicts beside what workers took: real attempts of some steps on this machine's CPU, one after the other.
 
 Measured is the largest resident set of any worker (`peak_memory_bytes` of metrics.jsonl), mapped libraries included. The target is a
-prediction at most 10% off in every configuration; heap that the C library keeps moves a run's peak by some percent between runs.
+prediction at most 10% off in every configuration; holes in the heap move a run's peak by some percent between runs.
 """
 
 import argparse
@@ -17,6 +17,9 @@ from dstune.atomic import write_json
 from dstune.paths import RunPaths
 from dstune.planning.plan import Plan
 from tools.benchmarks import planned
+
+_STEPS = 12
+"""By the second a process has all that it needs; later ones leave holes in its heap (`engine.heap`)."""
 
 
 class Case(NamedTuple):
@@ -152,7 +155,7 @@ def _row(name: str, case: Case) -> dict[str, Any]:
         train = {
             "global_batch_size": case.micro_batch * case.workers,
             "micro_batch_size": case.micro_batch,
-            "max_steps": 2,
+            "max_steps": _STEPS,
             **case.train,
         }
         more |= {"dtype": case.dtype, "activation_checkpointing": case.recompute, **case.model}
