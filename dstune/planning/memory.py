@@ -185,20 +185,22 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
         mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
+        workspace = int(workspace * (1 - mapped / max(1, activations)))
         gathered = _gathered(shape, place, work, process, size)
         forward = mapped + arriving + _mapped(logits) + int(gathered * _share_mapped(shape, size))
         sent = _reduced(shape, place, work, waiting, size)
         heaped = 0
         if place.stage == 3:
             sent.append(_still_gathered(shape, gathered, waiting, size))
-            heaped = int(
-                size * waiting * (1 - _share_mapped(shape, size))
-            )  # the room that activations leave is in pieces
+            # The room that activations leave is in pieces.
+            heaped = int(size * waiting * (1 - _share_mapped(shape, size)))
+        moving = activations - mapped + workspace + heaped + int(gathered * (1 - _share_mapped(shape, size)))
         return {
             "activations": activations,
             "weights on their way": arriving,
             "logits": sum(logits),
-            "workspace": int(workspace * (1 - mapped / max(1, activations))),
+            "workspace": workspace,
+            "holes in the heap": int(process.holes * moving),
             "gradients on their way": heaped + max(0, _mapped(sent) - forward, _mapped([update]) - forward),
         }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)

@@ -19,6 +19,8 @@ class Process:
     retains: bool = False
     """Whether what was freed stays resident: a C library's heap, of all but the largest tensors. (To have glibc map all from 2 MiB on
     took a quarter of the peak and 18 to 42% of a step's processor time, in huge pages too: workers leave it as it is.)"""
+    holes: float = 0.0
+    """Where `retains`: share of what comes and goes there within a step that is idle, once a run has made some steps (`engine.heap`)."""
     host: int = 0
     """Bytes of the host's memory, whatever it trains, where that is another memory."""
     attends_apart: bool = False
@@ -43,6 +45,7 @@ CPU_PROCESS = Process(
     each_expert=5 << 20,
     compiler=60 << 20,
     fragments=0.0,
+    holes=0.25,
     whole_buckets=False,
     retains=True,
     attends_apart=True,

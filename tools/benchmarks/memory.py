@@ -41,6 +41,8 @@ class Case(NamedTuple):
     """Further values of the model's config, or another architecture's in place of a Llama's (with a `model_type`: a whole config)."""
     sections: Mapping[str, Mapping[str, Any]] = {}
     """Values of the run's other sections."""
+    weights_on_nvme: bool = False
+    """Beside the states that zero3-nvme has there."""
 
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -116,6 +118,9 @@ CASES = {
     "two-halves-zero2-long": Case(
         768, 8, 16_000, "zero2", 2, 1024, False, 2, sections={"cluster": {"tensor_parallel": 2}}
     ),
+    "nvme-155m": Case(1024, 12, 4096, "zero3-nvme", 1, 512, False, 1),
+    "nvme-155m-2-workers": Case(1024, 12, 4096, "zero3-nvme", 1, 512, False, 2),
+    "weights-on-nvme-2-workers": Case(1024, 12, 4096, "zero3-nvme", 1, 512, False, 2, weights_on_nvme=True),
     # Not looked at when the planner's constants were fitted:
     "unseen-zero3-wide": Case(1280, 6, 8192, "zero3", 2, 512, False, 1),
     "unseen-zero2-recompute": Case(768, 16, 4096, "zero2", 1, 1024, True, 2),
@@ -166,7 +171,7 @@ def _row(name: str, case: Case) -> dict[str, Any]:
             case.workers,
             case.max_length,
             model_settings=more,
-            deepspeed={"preset": case.preset},
+            deepspeed={"preset": case.preset, "overrides": {"zero_optimization": _on_nvme(case, Path(folder))}},
             checkpoint={"every": 1_000_000, "background": False},
             **case.sections,
         )
@@ -186,6 +191,13 @@ def _row(name: str, case: Case) -> dict[str, Any]:
     }
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
+
+
+def _on_nvme(case: Case, folder: Path) -> dict[str, Any]:
+    """Where DeepSpeed swaps to."""
+    place = {"device": "nvme", "nvme_path": str(folder / "swap")}
+    states = {"offload_optimizer": place} if case.preset == "zero3-nvme" else {}
+    return states | ({"offload_param": place} if case.weights_on_nvme else {})
 
 
 def _own_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
