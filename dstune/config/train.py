@@ -135,9 +135,9 @@ class TrainSection(BaseModel):
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise ValueError("`profile: [from, to]` wants from <= to")
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give either `epochs` or `max_steps`")
+            raise ValueError("give either `epochs` or `max_steps` (null takes one away)")
         if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError("give either `warmup_ratio` or `warmup_steps`")
+            raise ValueError("give either `warmup_ratio` or `warmup_steps` (null takes one away)")
         if (self.warmup_ratio or 0.0) + (self.decay_ratio or 0.0) > 1:
             raise ValueError("`warmup_ratio` and `decay_ratio` are more than all steps together")
         return self
