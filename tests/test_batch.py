@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dstune.batch import IGNORED, collate
+from dstune.batch import IGNORED, Collator, Layout, Share, collate
 
 
 @dataclass
@@ -40,6 +40,26 @@ def test_packed_rows_restart_positions_and_never_predict_across_examples():
     assert batch.inputs["max_length_q"] == 4
     assert batch.examples.tolist() == [2, 0, 1]
     assert (batch.num_examples, batch.num_tokens, batch.supervised, batch.lengths) == (3, 9, 4, (4, 3, 2))
+
+
+def test_a_processor_gets_packed_rows_of_even_length_and_others_the_row_as_it_is():
+    """The padding is examples that a table of four positions has room for."""
+    plain = collate(Prepared(), [0, 1], "packed", pad_id=0)
+    even = collator("cpu", "packed")([0, 1])
+    assert even.inputs["input_ids"].tolist() == [plain.inputs["input_ids"][0].tolist() + [7] * 55]
+    assert even.inputs["cu_seq_lens_q"].tolist() == [0, 4, 7, *range(9, 64, 4), 64]
+    assert torch.equal(even.inputs["cu_seq_lens_k"], even.inputs["cu_seq_lens_q"])
+    assert even.inputs["cu_seq_lens_q"].dtype == torch.int32
+    assert even.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, *([0, 1, 2, 3] * 14)[:55]]]
+    assert (even.inputs["max_length_q"], even.inputs["max_length_k"]) == (4, 4)
+    assert even.targets.tolist() == [plain.targets[0].tolist() + [IGNORED] * 55]
+    assert (even.num_examples, even.num_tokens, even.supervised, even.lengths) == (3, 9, 4, (4, 3, 2))
+    assert collator("cpu", "padded")([0, 1]).targets.shape == (3, 4)
+    assert collator("meta", "packed")([0, 1]).targets.shape == (1, 9)
+
+
+def collator(device: str, layout: Layout) -> Collator:
+    return Collator(Prepared(), layout, 7, Share(0, 1), torch.device(device))
 
 
 def test_padded_rows_have_one_example_each_and_a_mask():

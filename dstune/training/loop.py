@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dstune.batch import Batch, Share, collate
+from dstune.batch import Batch, Collator, Share
 from dstune.config.schema import RunConfig
 from dstune.data import order
 from dstune.data.shards import Prepared
@@ -96,9 +96,9 @@ class Loop:
         self.config, self.plan, self.engine, self.loss = config, plan, engine, loss
         self.prepared, self.validator, self.control = prepared, validator, control
         self.state, self.saver, self.books = state, saver, books
-        self.device, self.pad_id, self.utilisation = device, pad_id, utilisation
-        self.trace = trace
+        self.device, self.utilisation, self.trace = device, utilisation, trace
         self._share = Share.of(plan, control.rank)
+        self._collated = Collator(prepared, plan.layout, pad_id, self._share, device)
         self._cadence = SaveCadence(config.checkpoint.every)
         self._saved_step = state.step
         self._checkpoint_seconds = 0.0
@@ -147,8 +147,7 @@ class Loop:
         micro_batches = self._share.micro_batches(rows, plan.micro_batch_size)
         for number, micro in enumerate(micro_batches):
             with clock.phase("data"):
-                batch = collate(self.prepared, micro, plan.layout, self.pad_id)
-                batch = self._share.piece(batch, self.pad_id).to(self.device)
+                batch = self._collated(micro)
             squares += sum(length * length for length in batch.lengths)
             torch.manual_seed(forward_seed(self.config.train.seed, step, micro[0], self._share.place))
             with clock.phase("forward"):

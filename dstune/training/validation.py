@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dstune.batch import Batch, Share, collate
+from dstune.batch import Batch, Collator, Share
 from dstune.data.shards import Prepared
 from dstune.planning.plan import Layout
 from dstune.protocols import Control
@@ -52,9 +52,9 @@ class Validator:
         """`share`: what this worker does of them; None: its part of as many as there are workers."""
         self.module, self.loss, self.prepared = module, loss, prepared
         self.rows = np.arange(min(prepared.num_rows, max_rows or prepared.num_rows))
-        self.micro_batch_size, self.layout, self.pad_id = micro_batch_size, layout, pad_id
-        self.control, self.device = control, device
+        self.micro_batch_size, self.control = micro_batch_size, control
         self.share = share or Share(control.rank, control.world_size)
+        self._collated = Collator(prepared, layout, pad_id, self.share, device)
 
     def run(self, step: int) -> ValidationRecord:
         """The loss behind `step`."""
@@ -63,8 +63,7 @@ class Validator:
         total = 0.0
         with torch.no_grad():
             for micro in self.share.micro_batches(self.rows, self.micro_batch_size):
-                batch = self.share.piece(collate(self.prepared, micro, self.layout, self.pad_id), self.pad_id)
-                total += float(self.loss(self.module, batch.to(self.device)))
+                total += float(self.loss(self.module, self._collated(micro)))
         self.module.train()
         supervised = int(self.prepared.rows_supervised[self.rows].sum())
         parts = self.control.gather(total * self.share.counts if math.isfinite(total) else None)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from dstune.batch import collate
@@ -165,6 +166,25 @@ def test_the_head_sees_supervised_tokens_and_the_model_no_logits():
     assert seen == [(4, 32)]
     logits = module(input_ids=torch.tensor([[1, 2, 3]])).logits  # as ever, outside of the loss
     assert logits.shape == (1, 3, 1000)
+
+
+def test_a_processors_products_have_even_numbers_of_rows():
+    """Whatever number of tokens there is: its library compiles and keeps one for each number that it meets."""
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                seen.update(size for matrix in args if matrix.dim() == 2 for size in matrix.shape)
+            return func(*args, **(kwargs or {}))
+
+    seen: set[int] = set()
+    weight = torch.randn(512, 96, dtype=torch.bfloat16, requires_grad=True)
+    for count in (1, 63, 64, 65, 331):
+        hidden = torch.randn(count, 96, dtype=torch.bfloat16, requires_grad=True)
+        with Sizes():
+            summed_linear_cross_entropy(hidden, weight, None, torch.zeros(count).long(), Logits()).backward()
+        assert hidden.grad is not None and hidden.grad.shape == (count, 96)
+    assert seen == {96, 512, 64, 128, 384}
 
 
 def test_a_padding_row_costs_nothing_with_a_fused_head():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dstune.batch import collate
+from dstune.batch import Collator, Share, collate
 from dstune.config.schema import ModelSection
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
@@ -77,6 +77,26 @@ def test_every_architecture_gives_its_own_full_loss(name, kind):
     assert torch.allclose(losses[0], losses[1], rtol=1e-5)
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "mixtral"])
+def test_a_row_of_even_length_has_the_loss_and_the_gradients_of_its_examples(name):
+    module = keep_apart(tiny(name)).eval()
+    found = []
+    for batch in (
+        collate(Prepared(), [0, 1], "packed", pad_id=0),
+        Collator(Prepared(), "packed", 0, Share(0, 1), torch.device("cpu"))([0, 1]),
+    ):
+        loss, count = summed_token_loss(module, batch)
+        module.zero_grad()
+        loss.backward()
+        assert count == 4
+        found.append((loss.detach(), [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]))
+    (loss, wanted), (even, gradients) = found
+    assert torch.allclose(loss, even, rtol=1e-6)
+    largest = max(float(gradient.abs().max()) for gradient in wanted)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("name", ["t5", "mt5", "umt5", "bart"])

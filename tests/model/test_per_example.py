@@ -154,16 +154,18 @@ def test_attention_across_on_a_gpu_equals_the_cpu():
     assert torch.allclose(*results, atol=2e-2)
 
 
-@pytest.mark.parametrize("length", [3, 700])
-def test_bf16_examples_short_and_long_agree_with_fp32(length):
-    """A CPU attends in fp32 where that is faster (short examples): a choice of speed, not of result."""
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("length", [3, 700, 736])
+def test_bf16_examples_short_and_long_agree_with_fp32(length, window):
+    """A CPU attends in fp32 where that is faster (short examples), and long ones get an even length: choices of speed, not of result."""
     torch.manual_seed(0)
     tensors = [torch.randn(1, heads, length, 32, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
     starts = torch.tensor([0, length], dtype=torch.int32)
-    ours, _ = per_example_attention(torch.nn.Module(), *tensors, None, cu_seq_lens_q=starts, max_length_q=length)
+    told = {"cu_seq_lens_q": starts, "max_length_q": length, "sliding_window": window}
+    ours, _ = per_example_attention(torch.nn.Module(), *tensors, None, **told)
     exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
-    theirs, _ = per_example_attention(torch.nn.Module(), *exact, None, cu_seq_lens_q=starts, max_length_q=length)
-    assert ours.dtype is torch.bfloat16
+    theirs, _ = per_example_attention(torch.nn.Module(), *exact, None, **told)
+    assert ours.dtype is torch.bfloat16 and ours.shape == (1, length, 4, 32)
     assert torch.allclose(ours.float(), theirs, atol=2e-2)
     mine = torch.autograd.grad(ours.float().square().sum(), tensors)
     wanted = torch.autograd.grad(theirs.square().sum(), exact)

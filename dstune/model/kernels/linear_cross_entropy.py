@@ -12,6 +12,9 @@ import torch
 
 _CHUNK_BYTES = 128 << 20
 """Of a chunk's logits."""
+_EVEN = 64
+"""Tokens that a processor's products are made of a multiple of: its library compiles one for each number of rows that it meets (5 ms,
+and as many for each block of the weight as three percent of a small model's step)."""
 _BLOCK_BYTES = 4 << 20
 """Of the weight's rows that one product takes: a processor packs them anew for each."""
 _CACHED_ELEMENTS = 1 << 17
@@ -95,11 +98,11 @@ class _Work:
         logits: Logits,
         wanted: list[bool],
     ) -> None:
-        self.hidden, self.weight, self.bias, self.targets, self.logits = hidden, weight, bias, targets, logits
+        self.hidden, self.weight, self.bias, self.targets, self.logits = _evened(hidden), weight, bias, targets, logits
         self.wanted = wanted
         self.factor = _HALF_FACTOR if weight.dtype is torch.float16 else 1.0
-        self.chunks = list(_chunks(len(targets), weight, wanted[1]))
-        self.of_hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.chunks = list(_chunks(len(self.hidden), weight, wanted[1]))
+        self.of_hidden = torch.empty_like(self.hidden) if wanted[0] else None
         self.of_weight = self._weight_sum() if wanted[1] else None
         self.of_bias = weight.new_zeros(len(weight), dtype=torch.float32) if wanted[2] else None
 
@@ -118,7 +121,9 @@ class _Work:
             values = room[: len(hidden)]
             for rows in _blocks(self.weight):
                 torch.mm(hidden, self.weight[rows].t(), out=values[:, rows])
-            total += self._differentiate_(values, self.targets[chunk])
+            targets = self.targets[chunk]
+            total += self._differentiate_(values[: len(targets)], targets)
+            values[len(targets) :] = 0
             if self.of_hidden is not None:
                 torch.mm(values, self.weight, out=self.of_hidden[chunk])
             if self.of_weight is not None:
@@ -178,7 +183,7 @@ class _Work:
         scale = upstream / self.factor
         bias = self.bias
         return [
-            None if self.of_hidden is None else self.of_hidden.mul_(scale),
+            None if self.of_hidden is None else self.of_hidden[: len(self.targets)].mul_(scale),
             None if self.of_weight is None else _scaled(self.of_weight, scale, self.weight.dtype),
             None if self.of_bias is None or bias is None else (self.of_bias * scale).to(bias.dtype),
         ]
@@ -192,8 +197,19 @@ def _chunks(count: int, weight: torch.Tensor, summed: bool) -> Iterator[slice]:
     size = max(1, _CHUNK_BYTES // (weight.shape[0] * weight.itemsize))
     alone = size + weight.shape[1] * (4 - weight.itemsize) // weight.itemsize if summed else size
     number = 1 if count <= alone else -(-count // size)
-    size = -(-count // number)
+    size = _up(-(-count // number), weight)
     yield from (slice(start, min(start + size, count)) for start in range(0, count, max(1, size)))
+
+
+def _evened(hidden: torch.Tensor) -> torch.Tensor:
+    """`hidden` with rows of zeros behind it, where a product wants some."""
+    missing = _up(len(hidden), hidden) - len(hidden)
+    return torch.cat([hidden, hidden.new_zeros(missing, hidden.shape[1])]) if missing else hidden
+
+
+def _up(count: int, like: torch.Tensor) -> int:
+    """The next number of tokens that a product is made of. On an accelerator this one."""
+    return count if like.is_cuda else -(-count // _EVEN) * _EVEN
 
 
 def _blocks(weight: torch.Tensor) -> Iterator[slice]:
