@@ -33,6 +33,8 @@ from dstune.launch.local import HostSettings
 from dstune.paths import RunPaths
 
 _OBJECT_STORE_BYTES = 128 << 20
+_ON_PROCESSORS = {"MALLOC_ARENA_MAX": "1"}
+"""Ray trains in a thread, whose own heap would be in pieces too small for tensors (`engine.heap`): a quarter of a step's time."""
 
 
 class WorldConfig(BackendConfig):
@@ -166,6 +168,7 @@ class Host:
     def _fit(self, request: dict[str, Any]) -> dict[str, Any]:
         paths, attempt = RunPaths(Path(request["run_directory"])), request["attempt"]
         resources = self._resources()
+        environment = ({} if "GPU" in resources else _ON_PROCESSORS) | request["environment"]
         trainer = DataParallelTrainer(
             train_function,
             train_loop_config={"entry": request["entry"], "run_directory": str(paths.root), "attempt": attempt},
@@ -177,7 +180,7 @@ class Host:
                 name="ray-train",
                 storage_path=str(paths.attempt(attempt)),
                 failure_config=FailureConfig(max_failures=0),
-                worker_runtime_env={"env_vars": request["environment"]} if request["environment"] else None,
+                worker_runtime_env={"env_vars": environment} if environment else None,
             ),
         )
         try:
