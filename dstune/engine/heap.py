@@ -17,7 +17,7 @@ _GROWTH = 1.1
 _STATM = Path("/proc/self/statm")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Of mallopt(3)."""
-_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def keep_what_is_freed() -> None:
@@ -27,7 +27,8 @@ def keep_what_is_freed() -> None:
     set before a process starts (`launch.ray_host`).
     """
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and not any(name in os.environ for name in _SETTINGS):
+    told = any(os.environ.get(name) for name in _SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if hasattr(library, "mallopt") and not told:
         library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, -1)
 
