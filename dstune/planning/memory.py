@@ -227,7 +227,13 @@ def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process
     layer = _layer(shape, work)
     if not process.retains:
         return process.workspace * layer
-    layers = process.workspace_beside_gradients if place.stage == 3 else process.workspace
+    layers = process.workspace
+    if (
+        place.stage == 3
+    ):  # the gradients that wait are counted; what is frozen has none, and leaves as many pieces as below stage 3
+        frozen = 0.0 if work.recompute else 1 - shape.trained / max(1, shape.parameters)
+        layers = process.workspace_beside_gradients
+        layers += frozen * max(0.0, process.workspace - process.workspace_beside_gradients)
     if work.compiled:
         layers = process.compiled_workspace
     if work.sequence_parallel > 1:

@@ -206,13 +206,16 @@ def test_every_byte_of_one_small_model():
 
 
 def test_on_a_cpu_large_tensors_come_and_go_and_small_ones_stay():
-    """200 million gradients at 1 worker; of the activations half are in tensors of 8 KiB a token, which 32 MiB hold 4,096 tokens of."""
+    """200 million gradients at 1 worker; of the activations half are in tensors of 8 KiB a token, which 32 MiB hold 4,096 tokens of.
+
+    Four fifths of the weights are frozen, and leave pieces as below stage 3.
+    """
     shape = replace(BILLION, trained=200_000_000, layer_tensors={1000: 50_000, 8193: 50_000})
-    for stage, layers in ((3, 2.2), (2, 5.5)):
+    for stage, layers in ((3, 0.2 * 2.2 + 0.8 * 5.5), (2, 5.5)):
         place = Placement(stage=stage, reduce_bucket=10**9)
         for tokens, mapped in ((4096, True), (4095, False)):
             found = estimate(shape, place, work(world_size=1, tokens=tokens), CPU_PROCESS).device
-            assert found["workspace"] == int(layers * 100_000 * tokens * (0.5 if mapped else 1))
+            assert found["workspace"] == pytest.approx(layers * 100_000 * tokens * (0.5 if mapped else 1), abs=2)
             assert "gathered weights" not in found  # one worker's own are whole
     assert estimate(shape, Placement(stage=3), work(world_size=2), CPU_PROCESS).device["gathered weights"] == 2 * 10**9
 

@@ -105,6 +105,8 @@ CASES = {
     "compiled": Case(640, 8, 8192, "zero3", 2, 1024, False, 1, model={"compile": "layers"}),
     "kernels-off": Case(512, 8, 32_000, "zero3", 2, 1024, False, 1, model={"kernels": "off"}, sections=EVERY_TOKEN),
     "lora-long-recompute": Case(896, 12, 16_000, "zero3", 2, 2048, True, 1, model={"adapter": {"rank": 32}}),
+    "lora-2-workers": Case(1024, 8, 8192, "zero3", 1, 1024, False, 2, model={"adapter": {"rank": 16}}),
+    "lora-rows-of-512": Case(640, 16, 32_000, "zero3", 4, 512, False, 1, model={"adapter": {"rank": 8}}),
     "neftune-ema-fp32": Case(
         512, 6, 8192, "zero2", 4, 512, False, 1, "fp32", train={"ema": 0.999, "neftune_alpha": 5.0}
     ),
