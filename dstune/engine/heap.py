@@ -33,6 +33,14 @@ def keep_what_is_freed() -> None:
         library.mallopt(_TRIM_THRESHOLD, -1)
 
 
+def kept_heap(device_type: str) -> "Heap | None":
+    """The heap of a worker on a processor, which from here on keeps what is freed; None: it computes elsewhere."""
+    if device_type != "cpu":
+        return None
+    keep_what_is_freed()
+    return Heap()
+
+
 class Heap:
     """Has the heap give back its holes at the end of a step where the process has grown by them."""
 

@@ -9,7 +9,7 @@ import torch
 from dstune.engine import communication, leaves, tensor_parallel
 from dstune.engine.average import Average
 from dstune.engine.construction import complete, stage_of
-from dstune.engine.heap import Heap, keep_what_is_freed
+from dstune.engine.heap import kept_heap
 from dstune.engine.one_order import InOneOrder
 from dstune.engine.optimizers import Settings, rule_of
 from dstune.engine.parameters import forget_copies
@@ -94,10 +94,7 @@ class ZeroEngine:
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
         )
         self._optimizer_steps = 0
-        self._heap = None
-        if world.device.type == "cpu":
-            keep_what_is_freed()
-            self._heap = Heap()
+        self._heap = kept_heap(world.device.type)
         self._used = False
         self._pieces = pieces(self._partitions, module)
         for flat, its_pieces in self._pieces.items():
