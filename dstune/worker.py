@@ -28,6 +28,7 @@ from dstune.data.shards import Prepared
 from dstune.data.tokenize import load_tokenizer
 from dstune.engine import communication, leaves, swapping
 from dstune.engine.construction import DTYPES
+from dstune.engine.threads import compute_here
 from dstune.engine.world import World
 from dstune.engine.zero import ZeroEngine
 from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
@@ -83,7 +84,11 @@ def main(run_directory: str | Path, attempt: int) -> None:
 
 
 def joining_world() -> World:
-    """The world of workers that torchrun or srun started. All but worker 0 ignore signals: it decides for all."""
+    """The world of workers that torchrun or srun started. All but worker 0 ignore signals: it decides for all.
+
+    Worker 0 plans in this thread, and trains in another.
+    """
+    compute_here(1)
     world = World.from_environment()
     if world.rank != 0:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -154,7 +159,7 @@ def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> Loop
     if world.world_size != plan.world_size:
         came = f"{world.world_size} workers were started"
         raise DstuneError(Problem(str(paths.plan(attempt)), came, f"{plan.world_size}, as planned"))
-    torch.set_num_threads(plan.cpus_per_worker)
+    compute_here(plan.cpus_per_worker)
     torch.use_deterministic_algorithms(config.train.deterministic)
     _say_where(paths, plan, control)
     home = Home.find(Path(plan.checkpoints), plan.store, control, plan.store_owner)

@@ -69,7 +69,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
     config = run.config
     cluster = _cluster(config, asked)
     plan.require_rows(config, cluster.workers)
-    counted = sizes(config, run.base)
+    counted = sizes(config, run.base, cluster.device.kind)
     rows, facts = _rows(run, prepared)
     seen = forecast(run, counted, rows, cluster)
     made = plan.make(
@@ -82,7 +82,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         resume_from=None,
         start_step=0,
     )
-    used = kernels.planned(config.model, run.base, "cpu" if cluster.device.is_cpu else "cuda")
+    used = kernels.planned(config.model, run.base, cluster.device.kind)
     best = seen.found[0]
     per_step = seen.tokens_per_step
     return {

@@ -18,7 +18,7 @@ from dstune.planning.shapes import ModelShape
 
 log = get_logger(__name__)
 
-_FORMAT = 7
+_FORMAT = 8
 """Of what is kept, and of how it is counted."""
 _COUNTED_BY = ("torch", "transformers", "peft")
 
@@ -32,11 +32,11 @@ class Sizes:
     """Whether its logits are never held whole."""
 
 
-def sizes(config: RunConfig, base: Path) -> Sizes:
-    """Counted, or as they were counted before. Raises ConfigError where transformers cannot build the model."""
+def sizes(config: RunConfig, base: Path, device: str) -> Sizes:
+    """Counted for workers on `device` (`cpu` or `cuda`), or as they were counted before. Raises ConfigError where transformers cannot build the model."""
     if config.model.trust_remote_code:
-        return _count(config.model, base, config.train.freeze)
-    path = model_sizes(_digest(config.model, base, config.train.freeze))
+        return _count(config.model, base, config.train.freeze, device)
+    path = model_sizes(_digest(config.model, base, config.train.freeze, device))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Sizes(ModelShape.from_dict(found["shape"]), bool(found["fused_loss"]))
@@ -44,25 +44,28 @@ def sizes(config: RunConfig, base: Path) -> Sizes:
         log.debug("%s is not there: counting", path)
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): counting again", path, error)
-    counted = _count(config.model, base, config.train.freeze)
+    counted = _count(config.model, base, config.train.freeze, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"shape": counted.shape.as_dict(), "fused_loss": counted.fused_loss})
     return counted
 
 
-def _count(model: ModelSection, base: Path, freeze: Sequence[str]) -> Sizes:
+def _count(model: ModelSection, base: Path, freeze: Sequence[str], device: str) -> Sizes:
     from dstune.model.footprint import footprint
     from dstune.model.kernels import choice as kernels
 
-    return Sizes(footprint(model, base, freeze), kernels.fuses_loss(model, base))
+    return Sizes(
+        footprint(model, base, freeze, kernels.norms_keep_little(model, base, device)), kernels.fuses_loss(model, base)
+    )
 
 
-def _digest(model: ModelSection, base: Path, freeze: Sequence[str]) -> str:
+def _digest(model: ModelSection, base: Path, freeze: Sequence[str], device: str) -> str:
     facts: dict[str, Any] = {
         "format": [_FORMAT, __version__, *map(_version, _COUNTED_BY)],
         "config": read_config(model, base),
         "model": model.model_dump(mode="json", exclude={"activation_checkpointing", "start"}),
         "freeze": list(freeze),
+        "device": device,
     }
     return hashlib.sha256(dump_json(facts).encode()).hexdigest()[:32]
 

@@ -83,7 +83,7 @@ class Planner:
         if cluster is None:
             return None
         rows = forecast.Rows.of(Prepared.open(self.data.directory))
-        seen = forecast.forecast(self.run, sizes(self.run.config, self.run.base), rows, cluster)
+        seen = forecast.forecast(self.run, sizes(self.run.config, self.run.base, cluster.device.kind), rows, cluster)
         self._check_fit(seen)
         return seen
 

@@ -29,6 +29,11 @@ class Device:
     fp8: bool = True
     """Whether it multiplies 8-bit floats of the formats that `model.fp8` takes."""
 
+    @property
+    def kind(self) -> str:
+        """What torch calls it: `cpu` or `cuda`."""
+        return "cpu" if self.is_cpu else "cuda"
+
 
 CORE_FLOPS: Mapping[str, float] = {"amx_bf16": 0.6e12, "avx512_bf16": 0.15e12, "": 0.05e12}
 """A flag of a processor -> bf16 FLOP/s of one of its cores: with AMX half of what a product alone reached; the others are guessed."""

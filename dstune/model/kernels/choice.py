@@ -11,17 +11,21 @@ from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.model.build import outline
+from dstune.model.kernels.blocked_norm import BlockedNorm
+from dstune.model.kernels.by_device import ByDevice
 from dstune.model.kernels.fused_loss import FusedLossKernel
 from dstune.model.kernels.kernel import Kernel, TokenLoss
 from dstune.model.kernels.liger import LigerLayers
+from dstune.model.kernels.rotation import Rotation
 from dstune.model.loss import summed_token_loss
 
 log = get_logger(__name__)
 
+NORMS = ByDevice("rms-norm", cuda=LigerLayers("rms-norm", ("rms_norm",)), cpu=BlockedNorm())
 KERNELS: Sequence[Kernel] = (
     FusedLossKernel(),
-    LigerLayers("rms-norm", ("rms_norm",)),
-    LigerLayers("rotary", ("rope",)),
+    NORMS,
+    ByDevice("rotary", cuda=LigerLayers("rotary", ("rope",)), cpu=Rotation()),
     LigerLayers("gated-mlp", ("swiglu", "geglu")),
 )
 """Every kernel there is, in the order in which they are listed and put in."""
@@ -86,6 +90,12 @@ def fuses_loss(section: ModelSection, base: Path) -> bool:
     if _wanted(section, kernel.name) is False:
         return False
     return kernel.find(outline(section, base), "cpu").works
+
+
+def norms_keep_little(section: ModelSection, base: Path, device: str) -> bool:
+    """Whether the norms of a run are computed by a kernel: each keeps nothing but its input for the backward pass."""
+    wanted = _wanted(section, NORMS.name)
+    return wanted is not False and NORMS.find(outline(section, base), device).works
 
 
 def put_in(choices: Sequence[Choice], model: PreTrainedModel, device: str) -> TokenLoss:

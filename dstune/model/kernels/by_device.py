@@ -1,0 +1,25 @@
+"""A kernel that is another one on CUDA than on a processor."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from dstune.model.kernels.kernel import Finding, Kernel, TokenLoss
+
+
+@dataclass(frozen=True)
+class ByDevice:
+    """One name in the run file for both."""
+
+    name: str
+    cuda: Kernel
+    cpu: Kernel
+
+    def find(self, model: PreTrainedModel, device: str) -> Finding:
+        return self._on(device).find(model, device)
+
+    def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
+        return self._on(device).put_in(model, device, loss)
+
+    def _on(self, device: str) -> Kernel:
+        return self.cuda if device == "cuda" else self.cpu

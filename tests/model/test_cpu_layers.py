@@ -1,0 +1,145 @@
+"""The layers' kernels for a processor beside transformers' own steps: values, gradients, what is kept, and what is left alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.cohere import modeling_cohere
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+from dstune.batch import collate
+from dstune.config.schema import ModelSection
+from dstune.model.footprint import footprint
+from dstune.model.kernels import blocked_norm, choice, proof, rotation
+from dstune.model.kernels.blocked_norm import Formula, rms_norm
+from dstune.model.loss import summed_token_loss
+from tests.model.architectures import tiny
+from tests.test_batch import Prepared
+
+NORMS = {
+    LlamaRMSNorm: Formula(),
+    Olmo2RMSNorm: Formula(late=True),
+    Gemma3RMSNorm: Formula(offset=1.0, late=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_rotation(monkeypatch):
+    """A kernel is put into transformers' own files: taken out behind each test."""
+    for file in (modeling_llama, modeling_cohere):
+        monkeypatch.setattr(file, "apply_rotary_pos_emb", file.apply_rotary_pos_emb)
+
+
+def with_gradients(result: torch.Tensor, given: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+    return [result.detach(), *torch.autograd.grad(result, given, upstream)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_in_blocks_is_no_further_from_the_truth_than_in_steps(kind, dtype, monkeypatch):
+    monkeypatch.setattr(blocked_norm, "_CACHED_ELEMENTS", 3 * 32)  # blocks do not divide the rows
+    torch.manual_seed(0)
+    norm = kind(32, eps=1e-3)
+    norm.weight.data = torch.randn(32)
+    norm.to(dtype)
+    x, upstream = torch.randn(2, 5, 32).to(dtype).requires_grad_(), torch.randn(2, 5, 32).to(dtype)
+    exact_x, exact_weight = (one.detach().double().requires_grad_() for one in (x, norm.weight))
+    scale = (exact_x.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+    wanted = exact_x * scale * (exact_weight + NORMS[kind].offset)
+    right = with_gradients(wanted, [exact_x, exact_weight], upstream.double())
+    plain = with_gradients(norm(x), [x, norm.weight], upstream)
+    found = with_gradients(rms_norm(x, norm.weight, 1e-3, NORMS[kind]), [x, norm.weight], upstream)
+    for ours, theirs, truth in zip(found, plain, right, strict=True):
+        error, allowed = (float((one.double() - truth).norm() / truth.norm()) for one in (ours, theirs))
+        assert ours.dtype is dtype and error <= max(1.05 * allowed, 1e-6)
+
+
+def test_of_a_norm_only_what_learns_gets_a_gradient():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8)
+    rms_norm(x, weight, 1e-6, Formula()).sum().backward()
+    assert x.grad is not None and weight.grad is None
+    rms_norm(x.detach(), weight.requires_grad_(), 1e-6, Formula()).sum().backward()
+    assert weight.grad is not None
+    assert rms_norm(torch.empty(0, 8), weight, 1e-6, Formula()).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("kind", "formula"), [*NORMS.items(), (Cohere2LayerNorm, None), (Qwen3NextRMSNormGated, None)])
+def test_the_formula_of_a_norm_is_found_by_experiment(kind, formula):
+    assert blocked_norm._formula_of(kind) == formula
+
+
+def test_a_norm_of_another_dtype_than_its_input_is_the_models_own():
+    norm = LlamaRMSNorm(8, eps=1e-5)
+    found = blocked_norm._Norm(norm, Formula())(torch.ones(2, 8).bfloat16())
+    assert found.dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma4_text", "mixtral", "qwen3_next", "jamba", "phi3"])
+def test_on_a_processor_the_layers_kernels_change_no_gradient(name):
+    module = tiny(name).eval()
+    batch = collate(Prepared(), [0, 1], "packed", pad_id=0)
+    wanted = proof.gradients(module, summed_token_loss(module, batch)[0])
+    section = ModelSection.model_validate({"path": "x", "kernels": ["rms-norm"]})
+    choices = choice.chosen(section, module, "cpu")
+    assert choices[1].on
+    loss = choice.put_in(choices, module, "cpu")
+    assert proof.difference(proof.gradients(module, loss(module, batch)[0]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8)], ids=["heads-first", "tokens-first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turned_halves_are_the_models_own(shape, dtype):
+    torch.manual_seed(0)
+    given = [torch.randn(2, *shape, 16).to(dtype).transpose(1, 2).requires_grad_() for _ in "qk"]
+    tokens = given[0].shape[2]
+    cos, sin = (torch.randn(2, tokens, 16).to(dtype) for _ in "cs")
+    upstream = [torch.randn_like(one) for one in given]
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def both(turn, given, cos, sin, upstream):
+        found = turn(*given, cos, sin)
+        return [*found, *torch.autograd.grad(found, given, upstream)]
+
+    exact = [one.detach().double().requires_grad_() for one in given]
+    right = both(plain, exact, cos.double(), sin.double(), [one.double() for one in upstream])
+    found = both(rotation._Turn(plain), given, cos, sin, upstream)
+    theirs = both(plain, given, cos, sin, upstream)
+    for ours, other, truth in zip(found, theirs, right, strict=True):
+        error, allowed = (float((one.double() - truth).norm() / truth.norm()) for one in (ours, other))
+        assert ours.dtype is dtype and ours.stride() == other.stride() and error <= max(allowed, 1e-6)
+
+
+def test_rotation_is_put_into_the_models_file_once_and_only_where_it_is_known():
+    module, kernel = tiny("llama"), rotation.Rotation()
+    batch = collate(Prepared(), [0, 1], "packed", pad_id=0)
+    wanted = proof.gradients(module, summed_token_loss(module, batch)[0])
+    for _ in range(2):
+        assert kernel.find(module, "cpu").works
+        kernel.put_in(module, "cpu", summed_token_loss)
+    turn = modeling_llama.apply_rotary_pos_emb
+    assert isinstance(turn, rotation._Turn) and not isinstance(turn.plain, rotation._Turn)
+    assert proof.difference(proof.gradients(module, summed_token_loss(module, batch)[0]), wanted) < 1e-5
+    finding = kernel.find(tiny("cohere"), "cpu")  # turns neighbours, not halves
+    assert not finding.works and "none that is known here" in finding.why
+    assert "has no apply_rotary_pos_emb" in kernel.find(tiny("gpt2"), "cpu").why
+
+
+def test_partly_turned_heads_are_the_models_own():
+    plain = modeling_llama.apply_rotary_pos_emb
+    q, k, cos = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 3, 16).double()
+    for ours, theirs in zip(rotation._Turn(plain)(q, k, cos, cos), plain(q, k, cos, cos), strict=True):
+        assert ours.dtype is torch.float64 and torch.equal(ours, theirs)
+
+
+def test_a_plan_knows_that_norms_keep_their_input_alone():
+    model = ModelSection(path="builtin:tiny-llama", overrides={"num_hidden_layers": 2})
+    assert choice.norms_keep_little(model, Path(), "cpu")
+    off = ModelSection.model_validate({"path": "builtin:tiny-llama", "kernels": {"rms-norm": False}})
+    assert not choice.norms_keep_little(off, Path(), "cpu")
+    kept, less = (footprint(model, Path(), norms_keep_little=little).layer_activations for little in (False, True))
+    assert 0 < less < kept
