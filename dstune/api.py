@@ -215,10 +215,12 @@ def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
     A run file starts a new run; a run directory (or a restart by torchrun or Slurm itself) goes on with one.
     """
     from dstune import worker
+    from dstune.engine.threads import compute_here
     from dstune.launch import bare, rundir, start
     from dstune.launch.driver import DriveLimits
     from dstune.launch.observers import Watcher
 
+    compute_here(1)  # worker 0 plans in this thread, and trains in another
     world = worker.joining_world()
     if world.rank != 0:
         return worker.follow(world)

@@ -84,11 +84,7 @@ def main(run_directory: str | Path, attempt: int) -> None:
 
 
 def joining_world() -> World:
-    """The world of workers that torchrun or srun started. All but worker 0 ignore signals: it decides for all.
-
-    Worker 0 plans in this thread, and trains in another.
-    """
-    compute_here(1)
+    """The world of workers that torchrun or srun started. All but worker 0 ignore signals: it decides for all."""
     world = World.from_environment()
     if world.rank != 0:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -33,8 +33,9 @@ from dstune.launch.local import HostSettings
 from dstune.paths import RunPaths
 
 _OBJECT_STORE_BYTES = 128 << 20
-_ON_PROCESSORS = {"MALLOC_ARENA_MAX": "1"}
-"""Ray trains in a thread, whose own heap would be in pieces too small for tensors (`engine.heap`): a quarter of a step's time."""
+_ON_A_PROCESSOR = {"MALLOC_ARENA_MAX": "1"}
+"""Ray trains in a thread, whose own heap would be in pieces too small for tensors (`engine.heap`): a quarter of a step's time. Not on
+several processors: their threads would wait for each other at the one heap, two of them for a fifth of a step."""
 
 
 class WorldConfig(BackendConfig):
@@ -168,7 +169,8 @@ class Host:
     def _fit(self, request: dict[str, Any]) -> dict[str, Any]:
         paths, attempt = RunPaths(Path(request["run_directory"])), request["attempt"]
         resources = self._resources()
-        environment = ({} if "GPU" in resources else _ON_PROCESSORS) | request["environment"]
+        alone = resources == {"CPU": 1.0}
+        environment = (_ON_A_PROCESSOR if alone else {}) | request["environment"]
         trainer = DataParallelTrainer(
             train_function,
             train_loop_config={"entry": request["entry"], "run_directory": str(paths.root), "attempt": attempt},

@@ -33,7 +33,10 @@ class Sizes:
 
 
 def sizes(config: RunConfig, base: Path, device: str) -> Sizes:
-    """Counted for workers on `device` (`cpu` or `cuda`), or as they were counted before. Raises ConfigError where transformers cannot build the model."""
+    """Counted for workers on `device` (`cpu` or `cuda`), or as they were counted before.
+
+    Raises ConfigError where transformers cannot build the model.
+    """
     if config.model.trust_remote_code:
         return _count(config.model, base, config.train.freeze, device)
     path = model_sizes(_digest(config.model, base, config.train.freeze, device))
