@@ -16,7 +16,6 @@ from dstune.model.kernels.by_device import ByDevice
 from dstune.model.kernels.fused_loss import FusedLossKernel
 from dstune.model.kernels.kernel import Kernel, TokenLoss
 from dstune.model.kernels.liger import LigerLayers
-from dstune.model.kernels.rotation import Rotation
 from dstune.model.loss import summed_token_loss
 
 log = get_logger(__name__)
@@ -25,7 +24,7 @@ NORMS = ByDevice("rms-norm", cuda=LigerLayers("rms-norm", ("rms_norm",)), cpu=Bl
 KERNELS: Sequence[Kernel] = (
     FusedLossKernel(),
     NORMS,
-    ByDevice("rotary", cuda=LigerLayers("rotary", ("rope",)), cpu=Rotation()),
+    LigerLayers("rotary", ("rope",)),
     LigerLayers("gated-mlp", ("swiglu", "geglu")),
 )
 """Every kernel there is, in the order in which they are listed and put in."""
