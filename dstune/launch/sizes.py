@@ -54,12 +54,13 @@ def sizes(config: RunConfig, base: Path, device: str) -> Sizes:
 
 
 def _count(model: ModelSection, base: Path, freeze: Sequence[str], device: str) -> Sizes:
+    from dstune.model.build import outline
     from dstune.model.footprint import footprint
     from dstune.model.kernels import choice as kernels
 
-    return Sizes(
-        footprint(model, base, freeze, kernels.norms_keep_little(model, base, device)), kernels.fuses_loss(model, base)
-    )
+    module = outline(model, base)
+    norms_keep_little = kernels.norms_keep_little(model, module, device)
+    return Sizes(footprint(model, base, freeze, norms_keep_little), kernels.fuses_loss(model, module))
 
 
 def _digest(model: ModelSection, base: Path, freeze: Sequence[str], device: str) -> str:

@@ -228,9 +228,8 @@ def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process
     if not process.retains:
         return process.workspace * layer
     layers = process.workspace
-    if (
-        place.stage == 3
-    ):  # the gradients that wait are counted; what is frozen has none, and leaves as many pieces as below stage 3
+    if place.stage == 3:
+        # The gradients that wait are counted; what is frozen has none, and leaves as many pieces as below stage 3.
         frozen = 0.0 if work.recompute else 1 - shape.trained / max(1, shape.parameters)
         layers = process.workspace_beside_gradients
         layers += frozen * max(0.0, process.workspace - process.workspace_beside_gradients)

@@ -12,6 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
+from dstune.model.build import outline
 from dstune.model.footprint import footprint
 from dstune.model.kernels import blocked_norm, choice, proof
 from dstune.model.kernels.blocked_norm import Formula, rms_norm
@@ -84,8 +85,9 @@ def test_on_a_processor_the_layers_kernels_change_no_gradient(name):
 
 def test_a_plan_knows_that_norms_keep_their_input_alone():
     model = ModelSection(path="builtin:tiny-llama", overrides={"num_hidden_layers": 2})
-    assert choice.norms_keep_little(model, Path(), "cpu")
+    module = outline(model, Path())
+    assert choice.norms_keep_little(model, module, "cpu")
     off = ModelSection.model_validate({"path": "builtin:tiny-llama", "kernels": {"rms-norm": False}})
-    assert not choice.norms_keep_little(off, Path(), "cpu")
+    assert not choice.norms_keep_little(off, module, "cpu")
     kept, less = (footprint(model, Path(), norms_keep_little=little).layer_activations for little in (False, True))
     assert 0 < less < kept

@@ -9,11 +9,14 @@ from dstune.model.kernels.kernel import Finding, Kernel, TokenLoss
 
 @dataclass(frozen=True)
 class ByDevice:
-    """One name in the run file for both."""
+    """Both have one name in the run file."""
 
-    name: str
-    cuda: Kernel
     cpu: Kernel
+    cuda: Kernel
+
+    @property
+    def name(self) -> str:
+        return self.cpu.name
 
     def find(self, model: PreTrainedModel, device: str) -> Finding:
         return self._on(device).find(model, device)

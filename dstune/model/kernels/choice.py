@@ -20,7 +20,7 @@ from dstune.model.loss import summed_token_loss
 
 log = get_logger(__name__)
 
-NORMS = ByDevice("rms-norm", cuda=LigerLayers("rms-norm", ("rms_norm",)), cpu=BlockedNorm())
+NORMS = ByDevice(cpu=BlockedNorm(), cuda=LigerLayers(BlockedNorm.name, ("rms_norm",)))
 KERNELS: Sequence[Kernel] = (
     FusedLossKernel(),
     NORMS,
@@ -83,18 +83,18 @@ def planned(section: ModelSection, base: Path, device: str) -> list[Choice]:
     return chosen(section, outline(section, base), device)
 
 
-def fuses_loss(section: ModelSection, base: Path) -> bool:
-    """Whether the logits of a run are never held whole. Shown on the CPU: no GPU is touched."""
-    kernel = FusedLossKernel()
-    if _wanted(section, kernel.name) is False:
-        return False
-    return kernel.find(outline(section, base), "cpu").works
+def fuses_loss(section: ModelSection, model: PreTrainedModel) -> bool:
+    """Whether the logits of a run of `model` are never held whole. Shown on the CPU: no GPU is touched."""
+    return _uses(section, model, FusedLossKernel(), "cpu")
 
 
-def norms_keep_little(section: ModelSection, base: Path, device: str) -> bool:
-    """Whether the norms of a run are computed by a kernel: each keeps nothing but its input for the backward pass."""
-    wanted = _wanted(section, NORMS.name)
-    return wanted is not False and NORMS.find(outline(section, base), device).works
+def norms_keep_little(section: ModelSection, model: PreTrainedModel, device: str) -> bool:
+    """Whether the norms of `model` are computed by a kernel: each keeps nothing but its input for the backward pass."""
+    return _uses(section, model, NORMS, device)
+
+
+def _uses(section: ModelSection, model: PreTrainedModel, kernel: Kernel, device: str) -> bool:
+    return _wanted(section, kernel.name) is not False and kernel.find(model, device).works
 
 
 def put_in(choices: Sequence[Choice], model: PreTrainedModel, device: str) -> TokenLoss:
