@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
@@ -14,7 +15,7 @@ from dstune.batch import collate
 from dstune.config.schema import ModelSection
 from dstune.model.build import outline
 from dstune.model.footprint import footprint
-from dstune.model.kernels import blocked_norm, choice, proof
+from dstune.model.kernels import blocked_norm, choice, proof, rotation
 from dstune.model.kernels.blocked_norm import Formula, rms_norm
 from dstune.model.loss import summed_token_loss
 from tests.model.architectures import tiny
@@ -76,11 +77,55 @@ def test_on_a_processor_the_layers_kernels_change_no_gradient(name):
     module = tiny(name).eval()
     batch = collate(Prepared(), [0, 1], "packed", pad_id=0)
     wanted = proof.gradients(module, summed_token_loss(module, batch)[0])
-    section = ModelSection.model_validate({"path": "x", "kernels": ["rms-norm"]})
+    section = ModelSection.model_validate({"path": "x", "kernels": {"linear-cross-entropy": False}})
     choices = choice.chosen(section, module, "cpu")
-    assert choices[1].on
+    turned = name != "gemma4_text"  # calls it once for queries and once for keys
+    assert [one.on for one in choices] == [False, True, turned, False]
     loss = choice.put_in(choices, module, "cpu")
     assert proof.difference(proof.gradients(module, loss(module, batch)[0]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8)], ids=["heads-first", "tokens-first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turned_halves_are_the_models_own(shape, dtype):
+    torch.manual_seed(0)
+    given = [torch.randn(2, *shape, 16).to(dtype).transpose(1, 2).requires_grad_() for _ in "qk"]
+    tokens = given[0].shape[2]
+    cos, sin = (torch.randn(2, tokens, 16).to(dtype) for _ in "cs")
+    upstream = [torch.randn_like(one) for one in given]
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def both(turn, given, cos, sin, upstream):
+        found = turn(*given, cos, sin)
+        return [*(one.detach() for one in found), *torch.autograd.grad(found, given, upstream)]
+
+    exact = [one.detach().double().requires_grad_() for one in given]
+    right = both(plain, exact, cos.double(), sin.double(), [one.double() for one in upstream])
+    found = both(rotation._Turn(plain), given, cos, sin, upstream)
+    theirs = both(plain, given, cos, sin, upstream)
+    for ours, other, truth in zip(found, theirs, right, strict=True):
+        error, allowed = (float((one.double() - truth).norm() / truth.norm()) for one in (ours, other))
+        assert ours.dtype is dtype and error <= max(allowed, 1e-6)
+
+
+def test_rotation_is_put_into_one_model_and_only_where_it_is_known():
+    module, other, kernel = tiny("llama"), tiny("llama"), rotation.Rotation()
+    plain = modeling_llama.apply_rotary_pos_emb
+    assert kernel.find(module, "cpu").works
+    kernel.put_in(module, "cpu", summed_token_loss)
+    mine, theirs = (model.model.layers[0].self_attn.forward for model in (module, other))
+    assert isinstance(mine.__globals__["apply_rotary_pos_emb"], rotation._Turn)
+    assert theirs.__globals__["apply_rotary_pos_emb"] is plain and modeling_llama.apply_rotary_pos_emb is plain
+    finding = kernel.find(tiny("cohere"), "cpu")  # turns neighbours, not halves
+    assert not finding.works and "none that is known here" in finding.why
+    assert "no layer of GPT2LMHeadModel calls" in kernel.find(tiny("gpt2"), "cpu").why
+
+
+def test_partly_turned_heads_are_the_models_own():
+    plain = modeling_llama.apply_rotary_pos_emb
+    q, k, cos = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 3, 16).double()
+    for ours, theirs in zip(rotation._Turn(plain)(q, k, cos, cos), plain(q, k, cos, cos), strict=True):
+        assert ours.dtype is torch.float64 and torch.equal(ours, theirs)
 
 
 def test_a_plan_knows_that_norms_keep_their_input_alone():

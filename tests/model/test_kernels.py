@@ -229,11 +229,11 @@ def section(kernels) -> ModelSection:
 @pytest.mark.parametrize(
     ("kernels", "on"),
     [
-        ("auto", [True, True, False, False]),
+        ("auto", [True, True, True, False]),
         ("off", [False] * 4),
         ([], [False] * 4),
         (["linear-cross-entropy"], [True, False, False, False]),
-        ({"linear-cross-entropy": False}, [False, True, False, False]),
+        ({"linear-cross-entropy": False}, [False, True, True, False]),
     ],
 )
 def test_the_run_file_turns_kernels_on_and_off(kernels, on):

@@ -102,6 +102,7 @@ CASES = {
     "two-workers-share-4096": Case(
         768, 8, 8192, "zero3", 1, 4096, False, 2, sections={"cluster": {"sequence_parallel": 2}}
     ),
+    "two-processors": Case(768, 10, 8192, "zero3", 1, 1024, False, 1, sections={"cluster": {"cpus_per_worker": 2}}),
     "compiled": Case(640, 8, 8192, "zero3", 2, 1024, False, 1, model={"compile": "layers"}),
     "kernels-off": Case(512, 8, 32_000, "zero3", 2, 1024, False, 1, model={"kernels": "off"}, sections=EVERY_TOKEN),
     "lora-long-recompute": Case(896, 12, 16_000, "zero3", 2, 2048, True, 1, model={"adapter": {"rank": 32}}),
@@ -177,13 +178,13 @@ def _row(name: str, case: Case) -> dict[str, Any]:
             checkpoint={"every": 1_000_000, "background": False},
             **case.sections,
         )
-        predicted = Plan.read(RunPaths(root).plan(1)).predicted
-        assert predicted is not None
+        plan = Plan.read(RunPaths(root).plan(1))
+        assert plan.predicted is not None
         this = api.plan(root / "config.yaml", workers=case.workers)["this_run"]
-        planned.spawn("tools.benchmarks.memory_worker", case.workers, [str(root)])
+        planned.spawn("tools.benchmarks.memory_worker", case.workers, [str(root)], plan.cpus_per_worker)
         lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         measured = max(json.loads(line)["peak_memory_bytes"] for line in lines)
-    expected = predicted["peak_memory_bytes"]
+    expected = plan.predicted["peak_memory_bytes"]
     row = {
         "case": name,
         "measured_mib": measured >> 20,

@@ -16,6 +16,7 @@ from dstune.model.kernels.by_device import ByDevice
 from dstune.model.kernels.fused_loss import FusedLossKernel
 from dstune.model.kernels.kernel import Kernel, TokenLoss
 from dstune.model.kernels.liger import LigerLayers
+from dstune.model.kernels.rotation import Rotation
 from dstune.model.loss import summed_token_loss
 
 log = get_logger(__name__)
@@ -24,7 +25,7 @@ NORMS = ByDevice(cpu=BlockedNorm(), cuda=LigerLayers(BlockedNorm.name, ("rms_nor
 KERNELS: Sequence[Kernel] = (
     FusedLossKernel(),
     NORMS,
-    LigerLayers("rotary", ("rope",)),
+    ByDevice(cpu=Rotation(), cuda=LigerLayers(Rotation.name, ("rope",))),
     LigerLayers("gated-mlp", ("swiglu", "geglu")),
 )
 """Every kernel there is, in the order in which they are listed and put in."""
