@@ -18,7 +18,7 @@ from dstune.planning.shapes import ModelShape
 
 log = get_logger(__name__)
 
-_FORMAT = 8
+_FORMAT = 9
 """Of what is kept, and of how it is counted."""
 _COUNTED_BY = ("torch", "transformers", "peft")
 
@@ -58,9 +58,7 @@ def _count(model: ModelSection, base: Path, freeze: Sequence[str], device: str) 
     from dstune.model.footprint import footprint
     from dstune.model.kernels import choice as kernels
 
-    module = outline(model, base)
-    norms_keep_little = kernels.norms_keep_little(model, module, device)
-    return Sizes(footprint(model, base, freeze, norms_keep_little), kernels.fuses_loss(model, module))
+    return Sizes(footprint(model, base, freeze, device), kernels.fuses_loss(model, outline(model, base)))
 
 
 def _digest(model: ModelSection, base: Path, freeze: Sequence[str], device: str) -> str:

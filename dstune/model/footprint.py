@@ -23,7 +23,7 @@ from dstune.model.attention import choose
 from dstune.model.build import skeleton
 from dstune.model.config import is_multimodal, load_config, numbers
 from dstune.model.failures import FAILURES
-from dstune.model.kernels import blocked_norm
+from dstune.model.kernels import choice
 from dstune.model.layers import repeated_layers
 from dstune.model.per_example import FP32_ELEMENTS
 from dstune.planning.shapes import ModelShape
@@ -35,10 +35,8 @@ _TOKENS = 256
 """So many tokens pass the model: activations grow with their number, attention's as well where no mask is kept."""
 
 
-def footprint(
-    model: ModelSection, base: Path, freeze: Sequence[str] = (), norms_keep_little: bool = False
-) -> ModelShape:
-    """Count the model of a run, with its adapter and what it freezes; `norms_keep_little`: as `kernels.choice` says of its norms.
+def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = (), device: str | None = None) -> ModelShape:
+    """Count the model of a run, with its adapter and what it freezes; with the kernels that it uses on `device` (`cpu` or `cuda`), or none.
 
     Raises ConfigError where transformers cannot build it.
     """
@@ -57,8 +55,8 @@ def footprint(
     layers = repeated_layers(module)
     parameters = list(module.parameters())
     text = config.get_text_config()
-    if norms_keep_little:
-        blocked_norm.put_into(module)  # Liger's keep the same
+    if device is not None:
+        choice.keep(model, module, device)
     if model.fp8:
         fp8.round_products(module)
     seen = _count(module, config, layers)

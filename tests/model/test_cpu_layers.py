@@ -13,10 +13,11 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
-from dstune.model.build import outline
+from dstune.model.config import load_config
 from dstune.model.footprint import footprint
-from dstune.model.kernels import blocked_norm, choice, proof, rotation
+from dstune.model.kernels import blocked_norm, choice, liger, proof, rotation
 from dstune.model.kernels.blocked_norm import Formula, rms_norm
+from dstune.model.kernels.liger import LigerLayers
 from dstune.model.loss import summed_token_loss
 from tests.model.architectures import tiny
 from tests.test_batch import Prepared
@@ -128,11 +129,17 @@ def test_partly_turned_heads_are_the_models_own():
         assert ours.dtype is torch.float64 and torch.equal(ours, theirs)
 
 
-def test_a_plan_knows_that_norms_keep_their_input_alone():
-    model = ModelSection(path="builtin:tiny-llama", overrides={"num_hidden_layers": 2})
-    module = outline(model, Path())
-    assert choice.norms_keep_little(model, module, "cpu")
+def test_a_plan_counts_what_is_kept_with_the_kernels_of_its_device():
+    model = ModelSection(path="builtin:tiny-llama")
     off = ModelSection.model_validate({"path": "builtin:tiny-llama", "kernels": {"rms-norm": False}})
-    assert not choice.norms_keep_little(off, module, "cpu")
-    kept, less = (footprint(model, Path(), norms_keep_little=little).layer_activations for little in (False, True))
-    assert 0 < less < kept
+    plain, less = (footprint(model, Path(), device=device).layer_activations for device in (None, "cpu"))
+    assert 0 < less < plain == footprint(off, Path(), device="cpu").layer_activations
+
+
+def test_of_ligers_gated_layers_what_the_activation_makes_is_not_counted(monkeypatch):
+    model = ModelSection(path="builtin:tiny-llama", dtype="bf16")
+    monkeypatch.setattr(liger, "missing", lambda: None)
+    monkeypatch.setattr(LigerLayers, "_patch", lambda self, kind: self.name == "gated-mlp" or None)
+    plain, less = (footprint(model, Path(), device=device).layer_activations for device in (None, "cuda"))
+    config = load_config(model, Path())
+    assert plain - less == config.intermediate_size * 2

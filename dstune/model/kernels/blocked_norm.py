@@ -111,6 +111,9 @@ class BlockedNorm:
         put_into(model)
         return loss
 
+    def keep(self, model: PreTrainedModel, device: str) -> None:
+        put_into(model)
+
 
 def put_into(model: PreTrainedModel) -> None:
     """Have the norms of `model` whose formula is known computed so."""

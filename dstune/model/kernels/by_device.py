@@ -24,5 +24,8 @@ class ByDevice:
     def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
         return self._on(device).put_in(model, device, loss)
 
+    def keep(self, model: PreTrainedModel, device: str) -> None:
+        self._on(device).keep(model, device)
+
     def _on(self, device: str) -> Kernel:
         return self.cuda if device == "cuda" else self.cpu

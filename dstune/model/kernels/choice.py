@@ -11,6 +11,7 @@ from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError, Problem
 from dstune.loggers import get_logger
 from dstune.model.build import outline
+from dstune.model.kernels import blocked_norm, gated_mlp
 from dstune.model.kernels.blocked_norm import BlockedNorm
 from dstune.model.kernels.by_device import ByDevice
 from dstune.model.kernels.fused_loss import FusedLossKernel
@@ -21,12 +22,11 @@ from dstune.model.loss import summed_token_loss
 
 log = get_logger(__name__)
 
-NORMS = ByDevice(cpu=BlockedNorm(), cuda=LigerLayers(BlockedNorm.name, ("rms_norm",)))
 KERNELS: Sequence[Kernel] = (
     FusedLossKernel(),
-    NORMS,
+    ByDevice(cpu=BlockedNorm(), cuda=LigerLayers(BlockedNorm.name, ("rms_norm",), blocked_norm.put_into)),
     ByDevice(cpu=Rotation(), cuda=LigerLayers(Rotation.name, ("rope",))),
-    LigerLayers("gated-mlp", ("swiglu", "geglu")),
+    LigerLayers("gated-mlp", ("swiglu", "geglu"), gated_mlp.keep),
 )
 """Every kernel there is, in the order in which they are listed and put in."""
 
@@ -89,9 +89,11 @@ def fuses_loss(section: ModelSection, model: PreTrainedModel) -> bool:
     return _uses(section, model, FusedLossKernel(), "cpu")
 
 
-def norms_keep_little(section: ModelSection, model: PreTrainedModel, device: str) -> bool:
-    """Whether the norms of `model` are computed by a kernel: each keeps nothing but its input for the backward pass."""
-    return _uses(section, model, NORMS, device)
+def keep(section: ModelSection, model: PreTrainedModel, device: str) -> None:
+    """Have `model`, which has no storage, keep for the backward pass what it keeps in a run on `device`, with its kernels."""
+    for kernel in KERNELS:
+        if _uses(section, model, kernel, device):
+            kernel.keep(model, device)
 
 
 def _uses(section: ModelSection, model: PreTrainedModel, kernel: Kernel, device: str) -> bool:

@@ -36,6 +36,9 @@ class FusedLossKernel:
         assert isinstance(found, Logits), found
         return FusedLoss(model, fastest(device), found)
 
+    def keep(self, model: PreTrainedModel, device: str) -> None:
+        """Logits are counted apart (`launch.sizes`)."""
+
 
 def _proven(model: PreTrainedModel, device: str) -> Logits | str:
     """Shown on the device where there is one: who plans for a cluster may not have it, and the worker shows it again."""

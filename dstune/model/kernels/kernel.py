@@ -23,7 +23,7 @@ class Finding:
 
 
 class Kernel(Protocol):
-    """A faster way to compute what a model computes anyway: these three are the whole of its surface.
+    """A faster way to compute what a model computes anyway: these four are the whole of its surface.
 
     A new kernel is a file in this room and a line in `choice.KERNELS`.
     """
@@ -37,4 +37,11 @@ class Kernel(Protocol):
 
     def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
         """Make `model` use it; the loss to compute from now on, `loss` where that stays as it is. Only after `find` said it works."""
+        ...
+
+    def keep(self, model: PreTrainedModel, device: str) -> None:
+        """Have `model`, which has no storage, keep for the backward pass what it keeps with this kernel: `footprint` counts it.
+
+        Nothing to do where that is as much as without it. Only after `find` said it works; no value that `model` then gives is read.
+        """
         ...

@@ -48,11 +48,17 @@ def linear_cross_entropy(
 
 
 class LigerLayers:
-    """One kind of layer of a model, computed by Liger's kernel; `switches`: what Liger calls it, one of these for each architecture."""
+    """One kind of layer of a model, computed by Liger's kernel; `switches`: what Liger calls it, one of these for each architecture.
 
-    def __init__(self, name: str, switches: Sequence[str]) -> None:
+    `keep`: has a model without storage keep what it keeps with it (`Kernel.keep`); None: as much as without.
+    """
+
+    def __init__(
+        self, name: str, switches: Sequence[str], keep: Callable[[PreTrainedModel], None] | None = None
+    ) -> None:
         self.name = name
         self._switches = tuple(switches)
+        self._keep = keep
 
     def find(self, model: PreTrainedModel, device: str) -> Finding:
         if device != "cuda":
@@ -80,6 +86,10 @@ class LigerLayers:
             if name != _ROTARY:
                 setattr(file, name, value)
         return loss
+
+    def keep(self, model: PreTrainedModel, device: str) -> None:
+        if self._keep is not None:
+            self._keep(model)
 
     def _patch(self, model_type: str) -> Callable[[PreTrainedModel], None] | None:
         """What makes a model use this one kernel of Liger's; None where Liger has none for its type."""

@@ -68,6 +68,9 @@ class Rotation:
             part.forward = types.MethodType(_calling(type(part).forward, plain), part)
         return loss
 
+    def keep(self, model: PreTrainedModel, device: str) -> None:
+        """The angles, as transformers' steps do."""
+
 
 def _calls(model: PreTrainedModel) -> list[tuple[Any, Turn]]:
     """The layers whose forward pass calls the function, as far as nobody else has taken that, and what they call."""
