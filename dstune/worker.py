@@ -52,7 +52,6 @@ from dstune.model.build import build, checkpoint_names, masters_from_files
 from dstune.model.config import load_config, model_directory
 from dstune.model.footprint import footprint
 from dstune.model.kernels import choice as kernels
-from dstune.model.kernels.kernel import TokenLoss
 from dstune.model.reference import base_reference, require_same
 from dstune.model.weights import WeightFiles
 from dstune.paths import CheckpointPaths, RunPaths
@@ -186,7 +185,7 @@ def _train(config: RunConfig, plan: Plan, paths: RunPaths, home: Home, world: Wo
     frozen = ""
     if config.model.adapter is None and not all(parameter.requires_grad for parameter in module.parameters()):
         frozen = freezing.frozen_digest(module, WeightFiles(model_directory(config.model, base)), control)
-    engine = _engine(config, module, ds_config, world)
+    engine = _engine(config, plan, module, ds_config, world)
     reference = _reference(config, base, control)
     pad_id = load_tokenizer(config.model, base).pad_token_id or 0
     validator = _validator(config, plan, engine, loss, prepared, control, world, pad_id)
@@ -235,7 +234,7 @@ def _attention(config: RunConfig, plan: Plan, base: Path, world: World) -> str:
     return kernel
 
 
-def _engine(config: RunConfig, module: Any, ds_config: dict[str, Any], world: World) -> ZeroEngine:
+def _engine(config: RunConfig, plan: Plan, module: Any, ds_config: dict[str, Any], world: World) -> ZeroEngine:
     stored = checkpoint_names(module, config.model)
     engine = ZeroEngine(
         module,
@@ -251,6 +250,7 @@ def _engine(config: RunConfig, module: Any, ds_config: dict[str, Any], world: Wo
         ds_config=ds_config,
         world=world,
         names=stored,
+        planned_bytes=plan.planned_bytes,
     )
     if engine.leaf_modules:
         log.info("gathered whole: %s", leaves.summary(engine.leaf_modules))
@@ -272,7 +272,7 @@ def _put_in(config: RunConfig, module: Any, device: torch.device) -> Callable[[A
         fp8.multiply_in_fp8(module, device)
     if config.model.compile == "layers":
         compiling.compile_layers(module, device.type)
-    return _summed(loss)
+    return lambda module, batch: loss(module, batch)[0]  # the plan knows the count
 
 
 def _utilisation(config: RunConfig, base: Path, world: World) -> Utilisation | None:
@@ -281,11 +281,6 @@ def _utilisation(config: RunConfig, base: Path, world: World) -> Utilisation | N
         return None
     shape = footprint(config.model, base, config.train.freeze)
     return Utilisation(shape, peak_flops(world.device, DTYPES[config.model.dtype]))
-
-
-def _summed(loss: TokenLoss) -> Callable[[Any, Batch], torch.Tensor]:
-    """`loss` without its count, which the plan knows already."""
-    return lambda module, batch: loss(module, batch)[0]
 
 
 def _validator(

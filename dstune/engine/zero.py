@@ -35,7 +35,8 @@ class ZeroEngine:
     `ds_config` may leave out what `construction.complete` adds; gradients are clipped to its `gradient_clipping`.
     The model's dtype is that of its parameters. Weight decay acts on matrices only. `lr_scales`: run-time names of
     parameters and the factors on their learning rate. `ema`: the decay of the weights' average, one more state of the
-    slices; None: there is none. Parameters without `requires_grad` are neither updated nor part of the slices.
+    slices; None: there is none. Parameters without `requires_grad` are neither updated nor part of the slices. `planned_bytes`:
+    what the process is planned to take; a worker on a processor keeps freed memory within it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ZeroEngine:
         lr_scales: Mapping[str, float] | None = None,
         ema: float | None = None,
         names: Mapping[str, str] | None = None,
+        planned_bytes: int | None = None,
     ) -> None:
         import deepspeed
 
@@ -94,7 +96,7 @@ class ZeroEngine:
             Stage3Partitions(self._zero, world.rank) if stage_of(config) == 3 else FlatGroupPartitions(self._zero)
         )
         self._optimizer_steps = 0
-        self._heap = kept_heap(world.device.type)
+        self._heap = kept_heap(world.device.type, planned_bytes)
         self._used = False
         self._pieces = pieces(self._partitions, module)
         for flat, its_pieces in self._pieces.items():
@@ -116,8 +118,10 @@ class ZeroEngine:
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate the gradient of the scalar `loss`; gradients are averaged over the workers after the `last` one."""
         self._used = True
+        self._look_at_heap()
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
+        self._look_at_heap()
 
     def step(self, lr: float) -> StepResult:
         """Clip, update with `lr`, clear the gradients. A non-finite gradient anywhere skips the update on every worker.
@@ -135,10 +139,13 @@ class ZeroEngine:
         if skipped:
             self._partitions.drop_gradients()
         self._optimizer_steps += not skipped
-        if self._heap:
-            self._heap.after_step()
+        self._look_at_heap()
         norm = float(self._engine.get_global_grad_norm())
         return StepResult(grad_norm=norm, skipped=skipped, scale_falls=skipped and had_room)
+
+    def _look_at_heap(self) -> None:
+        if self._heap:
+            self._heap.look()
 
     def communication_seconds(self) -> float:
         """For how long this process has stood still for collectives so far; see `communication` for what is counted."""

@@ -78,6 +78,11 @@ class Plan:
         """Workers in a row that take the same rows."""
         return self.sequence_parallel * self.tensor_parallel
 
+    @property
+    def planned_bytes(self) -> int | None:
+        """What a worker is expected to take at most."""
+        return None if self.predicted is None else int(self.predicted["peak_memory_bytes"])
+
     @classmethod
     def read(cls, path: Path) -> "Plan":
         """A plan that an earlier version wrote lacks what has a default."""

@@ -1,5 +1,7 @@
-"""A process that grows by holes gives them back; one that needs more is let be."""
+"""A process that takes more than was planned gives its holes back; one that needs more is let be."""
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -7,27 +9,32 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from dstune.engine.heap import Heap, resident_bytes
+from dstune.engine.heap import Heap, kept_heap, resident_bytes
 
 
-def _trimmed_after(resident: Sequence[int]) -> list[int]:
-    """The steps, from 1 on, behind which a process of these sizes is trimmed."""
+def _trimmed_at(planned: int, resident: Sequence[int]) -> list[int]:
+    """The looks, from 1 on, at which a process of these sizes is trimmed; the size behind a trim is the next one."""
     found: list[int] = []
     sizes: Iterator[int] = iter(resident)
-    heap = Heap(lambda: next(sizes), lambda: found.append(step))
-    for step in range(1, len(resident) + 1):  # noqa: B007 - `trim` reads it
-        heap.after_step()
+    heap = Heap(planned, lambda: next(sizes), lambda: found.append(look))
+    with contextlib.suppress(StopIteration):
+        for look in itertools.count(1):  # noqa: B007 - `trim` reads it
+            heap.look()
     return found
 
 
-def test_holes_are_given_back_where_a_tenth_has_come_together() -> None:
-    assert _trimmed_after([50, 100, 105, 109, 111, 100, 112, 101]) == [5, 7]
-    assert _trimmed_after([50, 100, 109, 109, 109]) == []
+def test_holes_are_given_back_where_more_was_taken_than_planned() -> None:
+    assert _trimmed_at(100, [50, 99, 101, 70, 99, 102, 80, 100]) == [3, 5]
+    assert _trimmed_at(100, [50, 100, 100]) == []
 
 
 def test_what_a_process_needs_is_no_hole() -> None:
-    """Longer rows from step 3 on: after a trim it is as large again, and that is what it takes."""
-    assert _trimmed_after([50, 100, 150, 151, 152, 160, 170]) == [3, 7]
+    """The third look finds more than was planned; after its trim the process is as large again, and that is what it takes."""
+    assert _trimmed_at(100, [50, 100, 150, 150, 151, 157, 158, 150]) == [3, 6]
+
+
+def test_nothing_is_kept_where_nobody_planned() -> None:
+    assert kept_heap("cpu", None) is None and kept_heap("cuda", 1 << 30) is None
 
 
 def test_what_stands_free_between_what_is_used_goes_back_to_the_system() -> None:
@@ -35,10 +42,7 @@ def test_what_stands_free_between_what_is_used_goes_back_to_the_system() -> None
     blocks = [bytearray(b"1" * 100_000) for _ in range(2000)]
     del blocks[:-1]
     before = resident_bytes()
-    sizes = iter([1, 1, 2])
-    heap = Heap(lambda: next(sizes))
-    for _ in range(3):
-        heap.after_step()
+    Heap(1).look()
     assert before - resident_bytes() > 100_000_000
 
 

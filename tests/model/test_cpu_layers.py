@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextRMSNorm
 
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
@@ -64,13 +66,43 @@ def test_of_a_norm_only_what_learns_gets_a_gradient():
 
 @pytest.mark.parametrize(("kind", "formula"), [*NORMS.items(), (Cohere2LayerNorm, None), (Qwen3NextRMSNormGated, None)])
 def test_the_formula_of_a_norm_is_found_by_experiment(kind, formula):
-    assert blocked_norm._formula_of(kind) == formula
+    known = blocked_norm._known(kind)
+    assert (None if known is None else known.formula) == formula
+
+
+def test_a_norm_that_differs_from_others_of_its_class_is_left_alone():
+    model = torch.nn.ModuleList([Qwen4ExpTextRMSNorm(64), Qwen4ExpTextRMSNorm(64, group_size=32)])
+    assert list(blocked_norm._norms(model)) == [model[0]]
 
 
 def test_a_norm_of_another_dtype_than_its_input_is_the_models_own():
     norm = LlamaRMSNorm(8, eps=1e-5)
-    found = blocked_norm._Norm(norm, Formula())(torch.ones(2, 8).bfloat16())
-    assert found.dtype is torch.float32
+    blocked_norm.put_into(norm)
+    assert norm(torch.ones(2, 8).bfloat16()).dtype is torch.float32
+    assert norm.double()(torch.ones(2, 8).double().requires_grad_()).sum().backward() is None
+
+
+def test_what_a_norm_gives_may_be_changed_in_place():
+    norm = LlamaRMSNorm(8, eps=1e-5)
+    blocked_norm.put_into(norm)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    result = norm(x)
+    result *= 2.0
+    (wanted,) = torch.autograd.grad(2.0 * LlamaRMSNorm(8, eps=1e-5)(x), x, torch.ones(2, 3, 8))
+    torch.testing.assert_close(torch.autograd.grad(result, x, torch.ones(2, 3, 8))[0], wanted)
+
+
+def test_layers_with_kernels_are_compiled_once_for_all():
+    module, ids = tiny("llama"), torch.arange(5)[None]
+    wanted = module(ids, use_cache=False).logits
+    section = ModelSection.model_validate({"path": "x", "kernels": {"linear-cross-entropy": False}})
+    choice.put_in(choice.chosen(section, module, "cpu"), module, "cpu")
+    torch.compiler.reset()
+    counter = CompileCounter()
+    for layer in module.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(module(ids, use_cache=False).logits, wanted)
+    assert counter.frame_count == 1 < len(module.model.layers)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma4_text", "mixtral", "phi3"])
@@ -115,14 +147,14 @@ def test_rotation_is_put_into_one_model_and_only_where_it_is_known():
     assert kernel.find(module, "cpu").works
     kernel.put_in(module, "cpu", summed_token_loss)
     mine, theirs = (model.model.layers[0].self_attn.forward for model in (module, other))
-    assert isinstance(mine.__globals__["apply_rotary_pos_emb"], rotation._Turn)
-    assert theirs.__globals__["apply_rotary_pos_emb"] is plain and modeling_llama.apply_rotary_pos_emb is plain
+    assert mine.__func__ is not type(mine.__self__).forward
+    assert theirs.__func__ is type(theirs.__self__).forward and modeling_llama.apply_rotary_pos_emb is plain
     finding = kernel.find(tiny("cohere"), "cpu")  # turns neighbours, not halves
     assert not finding.works and "none that is known here" in finding.why
     assert "no layer of GPT2LMHeadModel calls" in kernel.find(tiny("gpt2"), "cpu").why
 
 
-def test_partly_turned_heads_are_the_models_own():
+def test_angles_of_another_dtype_are_the_models_own():
     plain = modeling_llama.apply_rotary_pos_emb
     q, k, cos = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 3, 16).double()
     for ours, theirs in zip(rotation._Turn(plain)(q, k, cos, cos), plain(q, k, cos, cos), strict=True):
@@ -143,3 +175,20 @@ def test_of_ligers_gated_layers_what_the_activation_makes_is_not_counted(monkeyp
     plain, less = (footprint(model, Path(), device=device).layer_activations for device in (None, "cuda"))
     config = load_config(model, Path())
     assert plain - less == config.intermediate_size * 2
+
+
+def test_queries_of_fewer_tokens_than_keys_are_the_models_own():
+    def sliced(q, k, cos, sin, unsqueeze_dim=1):
+        ends = (cos[:, -x.shape[2] :].unsqueeze(unsqueeze_dim) for x in (q, k))
+        return tuple(x * end for x, end in zip((q, k), ends, strict=True))
+
+    q, k, cos = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 9, 8)
+    assert [x.shape for x in rotation._Turn(sliced)(q, k, cos, cos)] == [q.shape, k.shape]
+
+
+def test_a_rotation_in_fp32_is_not_made_one_in_16_bits():
+    def precise(q, k, cos, sin, unsqueeze_dim=1):
+        found = modeling_llama.apply_rotary_pos_emb(*(one.float() for one in (q, k, cos, sin)), unsqueeze_dim)
+        return found[0].to(q.dtype), found[1].to(k.dtype)
+
+    assert rotation._is_known(modeling_llama.apply_rotary_pos_emb) and not rotation._is_known(precise)

@@ -7,8 +7,10 @@ block, and the input is all that is kept for the backward pass: in 16 bits a thi
 import functools
 import inspect
 import math
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,9 +18,11 @@ from transformers import PreTrainedModel
 
 from dstune.model.failures import FAILURES
 from dstune.model.kernels.kernel import Finding, TokenLoss
+from dstune.model.kernels.method import method
 
 _CACHED_ELEMENTS = 1 << 16
 """Of a block, for each thread: its three fp32 tensors stay in a core's cache."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EPS_NAMES = ("variance_epsilon", "eps")
 _TOLERANCE = 1e-5
 """Largest difference that is taken for rounding, relative to the largest value, in fp32."""
@@ -33,7 +37,7 @@ class Formula:
     """Whether it is rounded to the input's dtype behind the weight; else before it too."""
 
 
-_KNOWN = (Formula(), Formula(late=True), Formula(offset=1.0, late=True))
+_FORMULAS = (Formula(), Formula(late=True), Formula(offset=1.0, late=True))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula) -> torch.Tensor:
@@ -45,7 +49,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        result = torch.empty_like(rows)
+        whole = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # no view: some models change it in place
+        result = whole.view(rows.shape)
         scales = torch.empty(len(rows), 1, dtype=torch.float32, device=x.device)
         factor = weight.float().add(formula.offset) if formula.late else weight
         for part in _blocks(rows):
@@ -61,7 +66,7 @@ class _RmsNorm(torch.autograd.Function):
                 torch.mul(values.to(rows.dtype), factor, out=result[part])
         ctx.save_for_backward(x, weight, scales)
         ctx.offset = formula.offset
-        return result.view(x.shape)
+        return whole
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -118,30 +123,32 @@ class BlockedNorm:
 def put_into(model: PreTrainedModel) -> None:
     """Have the norms of `model` whose formula is known computed so."""
     for part, formula in _norms(model).items():
-        part.forward = _Norm(part, formula)
+        part.forward = types.MethodType(_forward(type(part), formula), part)
 
 
-class _Norm:
-    """The forward pass of a norm; the module's own where torch compiles, which makes one kernel of it, and for a mixture of dtypes."""
+@functools.cache
+def _forward(kind: type[nn.Module], formula: Formula) -> Callable[..., torch.Tensor]:
+    plain = kind.forward
 
-    def __init__(self, part: Any, formula: Formula) -> None:
-        self._part, self._plain, self._formula = part, part.forward, formula
-        self._eps = _eps(part)
+    def in_blocks(norm: Any, *given: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        """The norm's own steps for a mixture of dtypes, and for one that has none of these kernels."""
+        (hidden,) = (*given, *named.values())
+        if hidden.dtype is not norm.weight.dtype or hidden.dtype not in _DTYPES:
+            return plain(norm, *given, **named)
+        return rms_norm(hidden, norm.weight, _eps(norm), formula)
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self._part.weight
-        if hidden_states.dtype is not weight.dtype or torch.compiler.is_compiling():
-            return self._plain(hidden_states)
-        return rms_norm(hidden_states, weight, self._eps, self._formula)
+    return method(plain, in_blocks)
 
 
 def _norms(model: PreTrainedModel) -> dict[Any, Formula]:
     """The norms of transformers' own whose formula is known, as far as nobody else has taken their forward pass."""
     found: dict[Any, Formula] = {}
     for part in model.modules():
-        free = "forward" not in part.__dict__ and [name for name, _ in part.named_parameters()] == ["weight"]
-        if free and (formula := _formula_of(type(part))) is not None:
-            found[part] = formula
+        if "forward" in part.__dict__ or [name for name, _ in part.named_parameters()] != ["weight"]:
+            continue
+        known = _known(type(part))
+        if known is not None and _settings(part) == known.settings:
+            found[part] = known.formula
     return found
 
 
@@ -149,31 +156,52 @@ def _eps(part: nn.Module) -> float:
     return next((value for name in _EPS_NAMES if isinstance(value := getattr(part, name, None), float)), math.nan)
 
 
+def _settings(part: nn.Module) -> dict[str, Any] | None:
+    """What sets this norm apart from others of its class, but for its width and its eps; None: it is none that could be known."""
+    weight: Any = next(part.parameters())
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 leaves none of the weight here
+    if len(shape) != 1 or math.isnan(_eps(part)):
+        return None
+    own = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+    if any(isinstance(value, torch.Tensor) for value in own.values()):
+        return None
+    alike = ("training", *_EPS_NAMES)
+    return {name: value for name, value in own.items() if name not in alike and value not in (shape, *shape)}
+
+
+class _Known(NamedTuple):
+    formula: Formula
+    settings: dict[str, Any]
+    """Of the one that was tried."""
+
+
 @functools.cache
-def _formula_of(kind: type[nn.Module]) -> Formula | None:
-    """The one that a norm of this class follows, gradients and the rounding of bf16 with it; None: none, or it is no norm."""
+def _known(kind: type[nn.Module]) -> _Known | None:
+    """The formula that a norm of this class follows, gradients and the rounding of bf16 with it; None: none, or it is no norm."""
     if not kind.__module__.startswith("transformers.") or len(inspect.signature(kind.forward).parameters) != 2:
         return None
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         width, eps = 32, 0.25
         try:
-            norm: Any = kind(width, eps=eps)
+            norm: Any = kind(width, eps=eps).float()
             if [name for name, _ in norm.named_parameters()] != ["weight"] or _eps(norm) != eps:
                 return None
+            settings = _settings(norm)
             norm.weight.data = torch.randn(width).bfloat16().float()
-            x, upstream = torch.randn(5, width, requires_grad=True), torch.randn(5, width)
+            x, upstream = (torch.randn(5, width, dtype=torch.float32) for _ in range(2))
+            x.requires_grad_()
             wanted = _with_gradients(norm(x), x, norm.weight, upstream)
             in_16_bits = x.detach().bfloat16()
             rounded = norm.bfloat16()(in_16_bits)
         except FAILURES:
             return None
-        for formula in _KNOWN:
+        for formula in _FORMULAS:
             weight = norm.weight.detach().float().requires_grad_()
             found = _with_gradients(rms_norm(x, weight, eps, formula), x, weight, upstream)
             same = all((a - b).abs().max() <= _TOLERANCE * b.abs().max() for a, b in zip(found, wanted, strict=True))
-            if same and torch.equal(rms_norm(in_16_bits, norm.weight, eps, formula), rounded):
-                return formula
+            if same and settings is not None and torch.equal(rms_norm(in_16_bits, norm.weight, eps, formula), rounded):
+                return _Known(formula, settings)
     return None
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dstune.model.failures import FAILURES
 from dstune.model.kernels.kernel import Finding, TokenLoss
+from dstune.model.kernels.method import method
 
 _FUNCTION = "apply_rotary_pos_emb"
 """What transformers calls it in the file of each architecture that has it, where attention layers look it up."""
@@ -85,16 +86,16 @@ def _calls(model: PreTrainedModel) -> list[tuple[Any, Turn]]:
 
 
 @functools.cache
-def _calling(forward: types.FunctionType, plain: Turn) -> types.FunctionType:
+def _calling(forward: types.FunctionType, plain: Turn) -> Callable[..., Any]:
     """`forward` that finds the kernel where it looks `plain` up: its file, and with it every other model, keeps its own."""
     names = forward.__globals__ | {_FUNCTION: _Turn(plain)}
     own = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__ = forward.__kwdefaults__
-    return functools.update_wrapper(own, forward)
+    return method(forward, own)
 
 
 class _Turn:
-    """The same of tensors of one dtype; of others, and where torch compiles, which makes one kernel of it, `plain` itself."""
+    """The same of tensors of one dtype and as many tokens; of others `plain` itself."""
 
     def __init__(self, plain: Turn) -> None:
         self.plain = plain
@@ -102,35 +103,55 @@ class _Turn:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        alike = q.dtype is k.dtype is cos.dtype is sin.dtype and q.shape[-1] == k.shape[-1] == cos.shape[-1]
-        if not alike or cos.requires_grad or torch.compiler.is_compiling():
+        if not q.dtype is k.dtype is cos.dtype is sin.dtype or cos.requires_grad:
             return self.plain(q, k, cos, sin, unsqueeze_dim)
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)
+        wide, high = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        if not (_covers(q, wide) and _covers(k, wide)):
+            return self.plain(q, k, cos, sin, unsqueeze_dim)
+        return _Turned.apply(q, wide, high), _Turned.apply(k, wide, high)
+
+
+def _covers(x: torch.Tensor, angles: torch.Tensor) -> bool:
+    """Whether each of the last dimension's numbers has its angle, and no angle is left over."""
+    return (
+        x.ndim == angles.ndim
+        and x.shape[-1] == angles.shape[-1]
+        and all(own in (1, size) for own, size in zip(angles.shape, x.shape, strict=True))
+    )
 
 
 @functools.cache
 def _is_known(plain: Turn) -> bool:
-    """Whether it turns as `_Turned` does, gradients with it."""
+    """Whether it turns as `_Turned` does, gradients with it; in bf16 no nearer to the truth."""
     if list(inspect.signature(plain).parameters) != _PARAMETERS:
         return False
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
-        given = [torch.randn(2, heads, 3, 8, requires_grad=True) for heads in (4, 2)]
+        given = [torch.randn(2, heads, 3, 8, dtype=torch.float32) for heads in (4, 2)]
         upstream = [torch.randn_like(one) for one in given]
-        cos, sin = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+        angles = [torch.randn(2, 3, 8, dtype=torch.float32) for _ in "cs"]
         try:
-            wanted = _with_gradients(plain, given, cos, sin, upstream)
+            wanted = _with_gradients(plain, given, angles, upstream)
+            in_16_bits = [[one.bfloat16() for one in some] for some in (given, angles, upstream)]
+            rounded = _with_gradients(plain, *in_16_bits)
+            truth = _with_gradients(plain, *([one.float() for one in some] for some in in_16_bits))
         except FAILURES:
             return False
-        found = _with_gradients(_Turn(plain), given, cos, sin, upstream)
-    return all(
+        found = _with_gradients(_Turn(plain), given, angles, upstream)
+        ours = _with_gradients(_Turn(plain), *in_16_bits)
+    same = all(
         a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_TOLERANCE) for a, b in zip(found, wanted, strict=True)
     )
+    return same and _error(ours, truth) <= _error(rounded, truth)
+
+
+def _error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    return sum(float((one.float() - right).square().sum()) for one, right in zip(found, truth, strict=True))
 
 
 def _with_gradients(
-    turn: Turn, given: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, upstream: list[torch.Tensor]
+    turn: Turn, given: list[torch.Tensor], angles: list[torch.Tensor], upstream: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    result = turn(*given, cos, sin)
+    given = [one.detach().requires_grad_() for one in given]
+    result = turn(*given, *angles)
     return [*(one.detach() for one in result), *torch.autograd.grad(result, given, upstream)]
