@@ -148,7 +148,8 @@ def plan(run: RunFile, overrides: Sequence[str] = (), **machines: Any) -> dict[s
     """What a run would do and need: steps, memory by part, the ways to run, time, checkpoints, DeepSpeed config.
 
     `machines`: the fields of `launch.preview.Asked` (`workers`, `nodes`, `gpus_per_node`, `gpu`, `gpu_memory`, `host_memory`, `nvme`,
-    `price`, `node_hours`, `without_data`), sizes in bytes. Prepares the data where it is not yet; looks at no GPU and no weights.
+    `network`, `price`, `node_hours`, `without_data`), sizes in bytes. Prepares the data where it is not yet; looks at no GPU and no
+    weights.
     `fits` in it says whether the run as it stands should fit.
     """
     from dstune.launch import preview, start

@@ -7,6 +7,7 @@ from typing import Any
 from dstune.cli.output import add_run_file, emit
 from dstune.errors import EXIT_DONE, EXIT_FIT
 
+_GIGABIT = 1e9 / 8
 _RECOMPUTING = {
     True: "recomputing activations",
     False: "keeping activations",
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="of one machine (default: this one's)")
     parser.add_argument(
         "--nvme", type=_size, metavar="SIZE", help="of one machine's fast disk, if states may lie there"
+    )
+    parser.add_argument(
+        "--network",
+        type=_amount,
+        metavar="GBIT",
+        help="Gbit/s of one machine to the others (default: 400 for each GPU)",
     )
     parser.add_argument("--price", type=_amount, metavar="X", help="of one GPU and hour, for the price of the run")
     parser.add_argument(
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         gpu_memory=args.gpu_memory,
         host_memory=args.host_memory,
         nvme=args.nvme,
+        network=args.network * _GIGABIT if args.network else None,
         price=args.price,
         node_hours=args.mtbf,
         without_data=args.no_data,
@@ -104,6 +112,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f" of {_gib(machines['device_memory_bytes'])}, {_gib(machines['host_memory_bytes'])} of host memory each"
         + (" (assumed: --host-memory)" if machines["host_memory_assumed"] else "")
     )
+    if (network := machines["network_bytes_per_second"]) is not None:
+        assumed = " (assumed: --network)" if machines["network_assumed"] else ""
+        yield f"{'network':<22} {network / _GIGABIT:,.0f} Gbit/s from each machine to the others{assumed}"
     for kernel in plan["kernels"]:
         yield f"{'kernel':<22} {kernel['name']}: {'on' if kernel['on'] else 'off'} ({kernel['why']})"
     yield ""
@@ -133,11 +144,15 @@ def _this_run(this: dict[str, Any]) -> Iterator[str]:
     if this["host_bytes"] or this["nvme_bytes"]:
         nvme = f", {_gib(this['nvme_bytes_per_node'])} of NVMe" if this["nvme_bytes"] else ""
         yield f"  {'needs a machine':<24} {_gib(this['host_bytes_per_node'])} of host memory{nvme}"
+    hours, device_hours = this["hours"], this["device_hours"]
     yield (
-        f"  {'takes about':<24} {this['step_seconds']:.3g} s a step, {this['tokens_per_second']:,.0f} tokens/s, {this['hours']:.3g} h"
-        + (f", {this['device_hours']:.4g} GPU hours" if this["device_hours"] != this["hours"] else "")
+        f"  {'takes about':<24} {this['step_seconds']:.3g} s a step, {this['tokens_per_second']:,.0f} tokens/s"
+        + (f", {hours:.3g} h" if hours is not None else "; how many steps, the data says, or train.max_steps")
+        + (f", {device_hours:.4g} GPU hours" if device_hours != hours else "")
         + (f", {this['price']:,.2f} to pay" if this["price"] is not None else "")
     )
+    spent = {name: value for name, value in this["seconds"].items() if value}
+    yield f"  {'':<24} of these " + ", ".join(f"{value:.3g} s {name}" for name, value in spent.items())
     yield from _checkpoints(this["checkpoint"])
 
 

@@ -39,14 +39,14 @@ def _gpu(line: str) -> Gpu:
     return Gpu(name.strip(), int(mebibytes) << 20)
 
 
-def processor(cores: int) -> hardware.Device:
-    """What `cores` of this machine's cores are to a worker."""
+def processor(cores: int, workers: int) -> hardware.Device:
+    """What this machine is to each of `workers` workers that take `cores` of its cores, or share them all where those are fewer."""
     flags: set[str] = set()
     with contextlib.suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     flops = next(rate for flag, rate in hardware.CORE_FLOPS.items() if flag in flags or not flag)
-    return hardware.cpu(cores, memory_bytes(), flops)
+    return hardware.cpu(min(cores, (os.cpu_count() or 1) / workers), memory_bytes(), flops)
 
 
 def memory_bytes() -> int:
@@ -79,7 +79,7 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Clu
     elif elsewhere or section.gpus_per_node is not None:
         return None
     else:
-        device = processor(section.cpus_per_worker)
+        device = processor(section.cpus_per_worker, workers)
     nodes, per_node = nodes_of(workers, section.gpus_per_node or len(here) or workers)
     is_here = bool(here) or device.is_cpu
     assumed = section.host_memory is None and not is_here

@@ -39,6 +39,8 @@ class Asked:
     gpu_memory: int | None = None
     host_memory: int | None = None
     nvme: int | None = None
+    network: float | None = None
+    """Bytes/s of one machine to the others."""
     price: float | None = None
     """Of one GPU and hour, in whatever currency."""
     node_hours: float | None = None
@@ -85,6 +87,7 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
     used = kernels.planned(config.model, run.base, cluster.device.kind)
     best = seen.found[0]
     per_step = seen.tokens_per_step
+    steps = None if prepared is None and config.train.max_steps is None else made.total_steps
     return {
         "fits": seen.this.fits,
         "workers": made.world_size,
@@ -93,13 +96,13 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "micro_batch_size": made.micro_batch_size,
         "micro_batches": made.micro_batches,
         "global_batch_size": made.global_batch_size,
-        "data": None if prepared else f"not looked at: full rows of {rows.longest} tokens, {made.total_steps} steps",
+        "data": None if prepared else f"not looked at: full rows of {rows.longest} tokens",
         "rows": made.num_rows,
         "examples": rows.examples,
         "examples_per_step": round(rows.examples * config.train.global_batch_size / rows.num_rows, 1),
         "tokens": rows.tokens,
         "tokens_per_step": round(per_step, 1),
-        "steps": made.total_steps,
+        "steps": steps,
         "layout": made.layout,
         "prepared": made.prepared if prepared else None,
         "model": _model(counted.shape),
@@ -112,8 +115,8 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "fp8": _with(
             fp8.planned(config.model, run.base, cluster.device), reasons.reckoned_fp8(seen.load, cluster.device)
         ),
-        "this_run": _described(seen.this, seen, made.total_steps, asked) | {"chosen_because": seen.why},
-        "best": _described(best, seen, made.total_steps, asked) if best.fits else None,
+        "this_run": _described(seen.this, seen, steps, asked) | {"chosen_because": seen.why},
+        "best": _described(best, seen, steps, asked) if best.fits else None,
         "nearest": None if best.fits else _nearest(seen),
         "enough_machines": None if seen.this.fits else _enough(enough_machines(run, counted, rows, cluster)),
         "enough_sharing": None if seen.this.fits else _enough(enough_sharing(run, counted, rows, cluster)),
@@ -173,7 +176,7 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
     elif section.gpus_per_node is not None or asked.gpus_per_node is not None:
         device, is_here = hardware.find_device(_ASSUMED), False
     else:
-        device = machine.processor(section.cpus_per_worker)
+        device = machine.processor(section.cpus_per_worker, per_node)
     said = asked.host_memory or section.host_memory
     assumed = hardware.assumed_host_memory(device, per_node)
     return hardware.Cluster(
@@ -182,6 +185,8 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
         device=device,
         host_memory=said or (machine.memory_bytes() if is_here else assumed),
         host_assumed=not (said or is_here),
+        network=asked.network / per_node if asked.network else hardware.NETWORK,
+        network_assumed=asked.network is None,
         nvme=asked.nvme or machine.nvme_bytes(config),
         cores=section.cpus_per_worker,
     )
@@ -206,6 +211,8 @@ def _machines(cluster: hardware.Cluster, config: RunConfig, asked: Asked) -> dic
         "device_memory_bytes": cluster.device.memory,
         "host_memory_bytes": cluster.host_memory,
         "host_memory_assumed": cluster.host_assumed,
+        "network_bytes_per_second": None if cluster.nodes == 1 else cluster.network * cluster.per_node,
+        "network_assumed": cluster.network_assumed,
         "nvme_bytes": cluster.nvme,
     }
 
@@ -243,9 +250,11 @@ def _enough(more: Forecast | None) -> dict[str, Any] | None:
     return None if more is None else {"nodes": more.cluster.nodes, **_row(more.this, more.tokens_per_step)}
 
 
-def _described(one: choose.Candidate, seen: Forecast, steps: int, asked: Asked) -> dict[str, Any]:
+def _described(one: choose.Candidate, seen: Forecast, steps: int | None, asked: Asked) -> dict[str, Any]:
+    """`steps` None: nobody knows how many."""
     cluster, memory = seen.cluster, one.memory
-    hours = one.seconds.step * steps / 3600
+    hours = None if steps is None else one.seconds.step * steps / 3600
+    device_hours = None if hours is None else hours * cluster.workers
     used = memory.host_peak + (memory.peak if cluster.device.is_cpu else 0)
     section = seen.config.checkpoint
     save = saving.saving(
@@ -262,9 +271,9 @@ def _described(one: choose.Candidate, seen: Forecast, steps: int, asked: Asked) 
         "host_bytes_per_node": memory.host_peak * cluster.per_node,
         "nvme_bytes_per_node": memory.nvme * cluster.per_node,
         "seconds": {name: round(value, 4) for name, value in asdict(one.seconds).items()},
-        "hours": round(hours, 3),
-        "device_hours": round(hours * cluster.workers, 3),
-        "price": None if asked.price is None else round(hours * cluster.workers * asked.price, 2),
+        "hours": None if hours is None else round(hours, 3),
+        "device_hours": None if device_hours is None else round(device_hours, 3),
+        "price": None if asked.price is None or device_hours is None else round(device_hours * asked.price, 2),
         "checkpoint": {
             name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(save).items()
         }

@@ -72,7 +72,7 @@ def refuse_existing(run: LoadedRun) -> None:
         problem = Problem(
             str(paths.root),
             "this run exists already",
-            do=f"`dstune resume {paths.root}` goes on with it; another `name:` starts a new one",
+            do=f"`dstune resume {paths.root}` goes on with it, or starts it, also with other key=value; another `name:` starts a new one",
         )
         raise UsageError(problem)
 

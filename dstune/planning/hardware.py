@@ -60,6 +60,10 @@ DEVICES: Mapping[str, Device] = {
 """`--gpu NAME` -> the device. Sources: the makers' data sheets (dense bf16, no sparsity); memory as drivers report it, rounded down."""
 
 
+NETWORK = 50 * GB
+"""Bytes/s of one device to other machines where nobody said: a card of 400 Gbit/s for each, as in machines made for training."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Equal machines with equal devices, one worker each."""
@@ -75,13 +79,15 @@ class Cluster:
     """Of each worker, for the optimizer where it runs on the host."""
     host_bandwidth: float = 200 * GB
     """Bytes/s of the host's memory."""
-    network: float = 50 * GB
+    network: float = NETWORK
     """Bytes/s of one device to other machines."""
     nvme_rate: float = 5 * GB
     """Bytes/s of one machine's fast disk."""
 
     host_assumed: bool = False
     """Whether nobody said what the host's memory is."""
+    network_assumed: bool = True
+    """Whether nobody said what `network` is."""
 
     @property
     def workers(self) -> int:
@@ -125,6 +131,6 @@ def recognised(name: str, memory: int) -> Device:
     return replace(DEVICES["a100-80gb"], memory=memory, fp8=True)  # a worker finds out
 
 
-def cpu(cores: int, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"]) -> Device:
-    """The share of a machine's CPU that one worker of `cores` threads has."""
+def cpu(cores: float, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"]) -> Device:
+    """The share of a machine's CPU that one worker has: so many cores, or less than one."""
     return Device(memory, core_flops * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)

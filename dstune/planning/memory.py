@@ -7,6 +7,7 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -122,7 +123,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
         **(_states(shape, place, work, process) if place.offload_optimizer == "none" else {}),
         **_passing(shape, place, work, process, size),
         "process": process.fixed + (process.compiler if work.compiled else 0),
-        "experts' compiled products": process.each_expert * shape.experts,
+        "experts' compiled products": min(process.each_expert * shape.experts, process.compiled_products),
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
@@ -176,7 +177,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     """What comes and goes within a step: at its most at the end of the forward pass, while gradients are reduced, or in the update."""
     trained, share = shape.trained, -(-shape.trained // work.world_size)
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
-    waiting = min(bucket, trained)
+    waiting = min(max(bucket, shape.largest), trained)
     in_steps = place.stage == 3 and place.offload_optimizer == "none"
     update = _FP32 * min(share, place.sub_group) * _UPDATE_COPIES.get(work.optimizer, 0) if in_steps else 0
     activations = _activations(shape, work, process)
@@ -274,7 +275,7 @@ def _still_gathered(shape: ModelShape, gathered: int, waiting: int, size: int) -
     """Bytes of weights that are mapped and not let go of when the first bucket is sent: where that holds all gradients, the embedding's."""
     if not gathered or waiting < shape.trained:
         return int(gathered * _share_mapped(shape, size))
-    return min(gathered, _mapped([size * max(shape.sizes)]))
+    return min(gathered, _mapped([size * shape.largest]))
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:
@@ -282,35 +283,37 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
     share = -(-shape.trained // work.world_size)
     group = min(share, place.sub_group) if place.stage == 3 else share
     held = {"process": process.host, "weights": weights if place.offload_param == "cpu" else 0}
-    pinned: list[int] = [weights] if place.offload_param == "cpu" else []
+    pinned = Counter([weights] if place.offload_param == "cpu" else [])
     if place.offload_param == "nvme":
         size = _DTYPE_BYTES[work.dtype]
         kept = size * min(share, place.weights_in_host)
         held |= {"weights": kept, "weights' buffers": _weight_buffers(shape, place, work.world_size, size)}
-        pinned.append(kept)
+        pinned[kept] += 1
     if work.offload_inputs and process.pins:
         each = shape.layer_input * work.own_tokens
         held["layers' inputs"] = each * shape.layers
-        pinned += [each] * shape.layers
+        pinned[each] += shape.layers
     if place.offload_optimizer != "none":
         held["gradient sums"] = _FP32 * share
-        pinned.append(_FP32 * share)
+        pinned[_FP32 * share] += 1
     if place.offload_optimizer == "cpu":
         held["masters and moments"] = lasting_bytes(shape, work)
         held["gradients of the update"] = _FP32 * share
-        pinned += [_FP32 * group] * -(-share // max(1, group))
+        pinned[_FP32 * group] += -(-share // max(1, group))
     if place.offload_optimizer == "nvme":
         buffers = place.swap_buffers + work.ema
         held["swap buffers"] = _FP32 * group * buffers
-        pinned += [_FP32 * group] * buffers
+        pinned[_FP32 * group] += buffers
     if process.pins:
-        held["rounding of pinned memory"] = sum(_power_of_two(count) - count for count in pinned)
+        held["rounding of pinned memory"] = sum(
+            number * (_power_of_two(count) - count) for count, number in pinned.items()
+        )
     return held
 
 
 def _weight_buffers(shape: ModelShape, place: Placement, world: int, size: int) -> int:
     """Bytes of those that weights are read from NVMe into, and of the one that an update's group is written from."""
-    each = place.weight_buffer or -(-max(shape.sizes) // world)
+    each = place.weight_buffer or -(-shape.largest // world)
     share = -(-shape.trained // world)
     written = min(share, place.sub_group) if share > place.weights_in_host else 0
     return size * (place.weight_buffers * each + written)
@@ -333,14 +336,15 @@ def _copy_within(shape: ModelShape, place: Placement, size: int) -> int:
 
 
 def _gathered(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> int:
-    """What ZeRO-3 has gathered at the worst moment: all of a small model, of a large one up to the limit, two layers at least.
+    """What ZeRO-3 has gathered at the worst moment: all of a small model, of a large one up to the limit, two layers or its largest table
+    at least.
 
     One worker alone takes its own weights as they are, unless they wait in another memory.
     """
     elsewhere = place.offload_param != "none" and process.pins
     if place.stage < 3 or (work.world_size == 1 and not elsewhere and not place.quantized_weights):
         return 0
-    return size * min(shape.parameters, max(place.max_live, 2 * shape.largest_layer))
+    return size * min(shape.parameters, max(place.max_live, 2 * shape.largest_layer, shape.largest))
 
 
 def _arriving(shape: ModelShape, place: Placement, work: Work, process: Process, size: int) -> int:

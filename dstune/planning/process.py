@@ -30,7 +30,9 @@ class Process:
     compiled_workspace: float = 1.0
     """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
     each_expert: int = 0
-    """Bytes that the library of matrix products keeps of an expert's: it compiles and keeps them for each number of rows that it meets."""
+    """Bytes that the library of matrix products keeps of an expert's: it compiles them for each number of rows that it meets."""
+    compiled_products: int = 0
+    """Bytes of all that it keeps, at most: a thousand products."""
     compiler: int = 0
     """Bytes that the compiler takes, once loaded."""
     pins: bool = False
@@ -42,7 +44,8 @@ CPU_PROCESS = Process(
     workspace=5.5,
     workspace_beside_gradients=2.2,
     compiled_workspace=2.0,
-    each_expert=5 << 20,
+    each_expert=20 << 20,
+    compiled_products=640 << 20,
     compiler=60 << 20,
     fragments=0.0,
     holes=0.25,

@@ -70,6 +70,11 @@ class ModelShape:
         """Elements in all."""
         return sum(size * count for size, count in self.sizes.items())
 
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(size for size, count in self.sizes.items() if count)
+
     def no_larger_than(self, threshold: int) -> int:
         """Elements in parameters of at most `threshold` elements: what ZeRO-3 leaves whole on every worker."""
         return sum(size * count for size, count in self.sizes.items() if size <= threshold)

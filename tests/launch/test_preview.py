@@ -1,11 +1,13 @@
 """`dstune plan`: what a person or a program reads of a run before it is started, for machines that are not here."""
 
 import json
+import os
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dstune.cli.main import main
+from dstune.launch import machine
 
 RUN = """
 name: planned
@@ -112,6 +114,30 @@ def test_a_person_reads_parts_ways_and_time(run_file, capsys):
         '"stage": 3',
     ):
         assert words in out
+
+
+def test_a_slow_network_is_waited_for_and_an_assumed_one_says_so(run_file, capsys):
+    two = ["--nodes", "2", *EIGHT[2:], "deepspeed.preset=zero3"]
+    usual, slow = (planned(capsys, run_file, *two, *words) for words in ([], ["--network", "25"]))
+    assert usual["machines"]["network_bytes_per_second"] == 8 * 50e9 and usual["machines"]["network_assumed"]
+    assert slow["machines"]["network_bytes_per_second"] == 25e9 / 8 and not slow["machines"]["network_assumed"]
+    assert slow["this_run"]["seconds"]["communication"] > 2 * usual["this_run"]["seconds"]["communication"]
+    assert main(["plan", run_file, *two]) == 0
+    assert "3,200 Gbit/s from each machine to the others (assumed: --network)" in capsys.readouterr().out
+
+
+def test_nobody_is_told_hours_of_a_run_whose_steps_nobody_knows(run_file, capsys):
+    unknown = planned(capsys, run_file, *EIGHT, "--no-data")
+    assert unknown["steps"] is unknown["this_run"]["hours"] is unknown["this_run"]["price"] is None
+    known = planned(capsys, run_file, *EIGHT, "--no-data", "train.max_steps=500")
+    assert known["steps"] == 500 and known["this_run"]["price"] > 0
+    assert main(["plan", run_file, *EIGHT, "--no-data"]) == 0
+    assert "how many steps, the data says" in capsys.readouterr().out
+
+
+def test_workers_share_the_cores_that_there_are():
+    alone, crowd = machine.processor(1, 1), machine.processor(1, 4 * os.cpu_count())
+    assert crowd.flops == alone.flops / 4 and crowd.bandwidth == alone.bandwidth / 4
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,20 @@ def cluster(memory_gb: int, host_gb: int = 1000, nodes: int = 1) -> hardware.Clu
     return hardware.Cluster(nodes=nodes, per_node=4, device=device, host_memory=host_gb * GB)
 
 
+def test_a_table_is_gathered_whole_however_large_it_is():
+    table = 4_000_000_000
+    shape = replace(BILLION, sizes={table: 1, 1_000_000: 100}, trained=100_000_000)
+    for process in (GPU_PROCESS, CPU_PROCESS):
+        assert (
+            estimate(shape, Placement(stage=3, max_live=10**9), work(), process).device["gathered weights"] >= 2 * table
+        )
+
+
+def test_groups_of_one_element_are_counted_not_listed():
+    place = Placement(stage=3, offload_optimizer="cpu", sub_group=1)
+    assert estimate(BILLION, place, work(), GPU_PROCESS).host["masters and moments"] == 12 * BILLION.trained / 4
+
+
 def test_adams_states_are_sixteen_bytes_a_parameter_over_the_workers():
     found = estimate(BILLION, Placement(stage=3, persistence=0), work(), GPU_PROCESS).device
     assert found["weights"] == 2 * BILLION.parameters / 4
@@ -247,8 +261,11 @@ def test_weights_arrive_by_buckets_and_are_copied_once() -> None:
 
 
 def test_experts_products_are_compiled_and_kept_on_a_cpu():
-    dense, mixed = (estimate(replace(BILLION, experts=n), Placement(stage=3), work(), CPU_PROCESS) for n in (0, 96))
-    assert mixed.peak - dense.peak == 96 * (5 << 20)
+    dense, few, many = (
+        estimate(replace(BILLION, experts=n), Placement(stage=3), work(), CPU_PROCESS).peak for n in (0, 8, 96)
+    )
+    assert few - dense == 8 * (20 << 20)
+    assert many - dense == 640 << 20  # a thousand products are kept, no more
     assert not any(
         "experts" in name
         for name in estimate(replace(BILLION, experts=96), Placement(stage=3), work(), GPU_PROCESS).device
