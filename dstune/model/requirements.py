@@ -7,7 +7,7 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
-from dstune.model import attention, causality, compiling, fp8, freezing, isolation, padding, patterns, tiling
+from dstune.model import attention, causality, compiling, fp8, freezing, isolation, padding, patterns, positions, tiling
 from dstune.model.build import checkpoint_names, outline, require_recomputing
 from dstune.model.config import load_config
 from dstune.planning.hardware import Device
@@ -36,6 +36,7 @@ def _checks(
     freezing.freeze(module, config.train.freeze)
     yield partial(compiling.planned, model, base)
     yield partial(fp8.planned, model, base, device)
+    yield partial(positions.require, module, config.data.max_length)
     if layout is not None:
         yield partial(_attention, config, base, layout)
     if scales:

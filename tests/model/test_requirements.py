@@ -12,9 +12,11 @@ from dstune.planning.hardware import DEVICES
 from tests.model.architectures import tiny_config
 
 
-def asking(folder: Path, name: str, layout: Any, train: dict[str, Any] | None = None, **model: Any) -> None:
+def asking(
+    folder: Path, name: str, layout: Any, train: dict[str, Any] | None = None, max_length: int = 64, **model: Any
+) -> None:
     tiny_config(name).save_pretrained(folder)
-    data = {"sources": [{"path": "x"}]}
+    data = {"sources": [{"path": "x"}], "max_length": max_length}
     written = {"name": "t", "model": {"path": str(folder), **model}, "data": data, "train": train or {}}
     require(RunConfig.model_validate(written), folder, layout, DEVICES["h200"])
 
@@ -57,3 +59,11 @@ def test_what_padding_changes_is_trained_without_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size: prophetnet .*sees its padding"):
         asking(tmp_path, "prophetnet", "seq2seq")
     asking(tmp_path, "prophetnet", "seq2seq", {"micro_batch_size": 1})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_no_example_may_be_longer_than_a_table_of_positions(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.max_length: 65 tokens, .*a table of 64 positions"):
+        asking(tmp_path, name, None, max_length=65)
+    asking(tmp_path, name, None)
+    asking(tmp_path / "computed", "llama", None, max_length=4096)
