@@ -1,7 +1,7 @@
 """What a run comes to on given machines, before it is started: the way it takes, why, and what it should need."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,8 +171,13 @@ def enough_machines(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) 
     return None
 
 
-def enough_sharing(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Forecast | None:
-    """How the run would go with two, four, … workers that share each row, the first number that it fits; None: with none of them."""
+def enough_sharing(
+    run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster, can_share: Callable[[LoadedRun], bool]
+) -> Forecast | None:
+    """How the run would go with two, four, … workers that share each row, the first number that it fits; None: with none of them.
+
+    `can_share`: whether the rows of a run can be cut over so many workers.
+    """
     section = run.config.cluster
     split = section.sequence_parallel * 2
     if section.tensor_parallel > 1:
@@ -180,8 +185,9 @@ def enough_sharing(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -
     while cluster.workers % split == 0:
         # As that section would not take another number of workers, only this value is put into it.
         shared = run.config.model_copy(update={"cluster": section.model_copy(update={"sequence_parallel": split})})
-        seen = forecast(replace(run, config=shared), sizes, rows, cluster)
-        if seen.this.fits:
+        sharing = replace(run, config=shared)
+        seen = forecast(sharing, sizes, rows, cluster)
+        if seen.this.fits and can_share(sharing):
             return seen
         split *= 2
     return None

@@ -11,6 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenizer_files import has_tokenizer
+from dstune.errors import ConfigError
 from dstune.launch import machine, rundir, start
 from dstune.launch.forecast import Forecast, Rows, enough_machines, enough_sharing, forecast, nvme_path
 from dstune.launch.sizes import sizes
@@ -119,11 +120,20 @@ def preview(run: LoadedRun, prepared: Prepared | None, asked: Asked) -> Mapping[
         "best": _described(best, seen, steps, asked) if best.fits else None,
         "nearest": None if best.fits else _nearest(seen),
         "enough_machines": None if seen.this.fits else _enough(enough_machines(run, counted, rows, cluster)),
-        "enough_sharing": None if seen.this.fits else _enough(enough_sharing(run, counted, rows, cluster)),
+        "enough_sharing": None if seen.this.fits else _enough(enough_sharing(run, counted, rows, cluster, _can_share)),
         "why": reasons.why(seen.found, cluster.device.is_cpu),
         "ways": [_row(one, per_step) for one in choose.shown(seen.found, _SHOWN)],
         "deepspeed": _deepspeed(seen, run.base),
     }
+
+
+def _can_share(run: LoadedRun) -> bool:
+    try:
+        start.require_sharing(run)
+    except ConfigError as error:
+        log.debug("rows are not shared: %s", error)
+        return False
+    return True
 
 
 def _with(said: str, reckoned: str) -> str:

@@ -149,13 +149,7 @@ def check(run: LoadedRun) -> None:
         named = run.config.cluster.gpu
         requirements.require(run.config, run.base, layout, hardware.find_device(named) if named else None)
     if run.config.cluster.sequence_parallel > 1:
-        from dstune.model import sequence_parallel
-        from dstune.model.config import load_config
-
-        model = run.config.model
-        sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
-        if layout is not None:
-            plan.require_shareable(run.config, layout)
+        require_sharing(run)
     if run.config.cluster.tensor_parallel > 1:
         from dstune.model import tensor_parallel
         from dstune.model.config import load_config
@@ -171,6 +165,17 @@ def check(run: LoadedRun) -> None:
         from dstune.model.footprint import footprint
 
         footprint(model, run.base, freeze)
+
+
+def require_sharing(run: LoadedRun) -> None:
+    """Raises ConfigError where the model, or rows as they will be prepared, cannot be cut over `cluster.sequence_parallel` workers."""
+    from dstune.model import sequence_parallel
+    from dstune.model.config import load_config
+
+    model, layout = run.config.model, _layout(run)
+    sequence_parallel.prove(model, load_config(model, run.base), run.config.cluster.sequence_parallel)
+    if layout is not None:
+        plan.require_shareable(run.config, layout)
 
 
 def _asks_of_the_model(config: RunConfig) -> bool:

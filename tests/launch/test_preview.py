@@ -85,6 +85,12 @@ def test_what_fits_nowhere_ends_with_status_4_and_says_what_it_lacks(run_file, c
     assert found["enough_machines"]["nodes"] == 8  # a billion parameters each: 20 GB of the host, and of 4 machines 40
 
 
+def test_sharing_rows_is_advised_where_they_can_be_shared(run_file, capsys):
+    long = [*EIGHT, "--no-data", "data.max_length=131072"]
+    assert planned(capsys, run_file, *long, status=4)["enough_sharing"]["sequence_parallel"] == 2
+    assert planned(capsys, run_file, *long, "data.packing=false", status=4)["enough_sharing"] is None
+
+
 def test_a_named_preset_that_does_not_fit_is_told_so(run_file, capsys):
     found = planned(capsys, run_file, *SMALL, "--host-memory", "256GB", "deepspeed.preset=zero3", status=4)
     assert "of the device's memory" in found["this_run"]["why"] and found["best"]["preset"] == "zero3-offload-all"
