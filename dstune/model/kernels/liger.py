@@ -29,7 +29,7 @@ def missing() -> str | None:
     """What of it is not installed here; None: nothing."""
     names = {"liger_kernel": "liger-kernel", "triton": "triton"}
     lacking = [package for module, package in names.items() if find_spec(module) is None]
-    return f"{' and '.join(lacking)} not installed (pip install liger-kernel)" if lacking else None
+    return f"{' and '.join(lacking)} not installed here (pip install liger-kernel)" if lacking else None
 
 
 def linear_cross_entropy(
