@@ -12,8 +12,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-_FILLED = 0.95
-"""Of what was planned: the rest is for what one pass adds."""
 _ROOM = 1.05
 """Over what a process takes without holes, where that is more than was planned."""
 _STATM = Path("/proc/self/statm")
@@ -55,7 +53,7 @@ class Heap:
         """`resident`: the bytes that the process has in memory; `trim` gives back what is free. None: this process's own."""
         self._resident = resident or resident_bytes
         self._trim = trim or _trim
-        self._most = int(_FILLED * planned)
+        self._most = planned
 
     def look(self) -> None:
         """To be called between two passes of a step. What a process needs is no hole: with more than was planned it is let be."""

@@ -40,7 +40,7 @@ class Process:
 
 
 CPU_PROCESS = Process(
-    fixed=590 << 20,
+    fixed=565 << 20,
     workspace=5.5,
     workspace_beside_gradients=2.2,
     compiled_workspace=2.0,
@@ -48,7 +48,7 @@ CPU_PROCESS = Process(
     compiled_products=640 << 20,
     compiler=60 << 20,
     fragments=0.0,
-    holes=0.25,
+    holes=0.3,
     whole_buckets=False,
     retains=True,
     attends_apart=True,

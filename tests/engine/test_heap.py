@@ -24,13 +24,13 @@ def _trimmed_at(planned: int, resident: Sequence[int]) -> list[int]:
 
 
 def test_holes_are_given_back_where_more_was_taken_than_planned() -> None:
-    assert _trimmed_at(100, [50, 95, 96, 70, 95, 97, 80, 95]) == [3, 5]
-    assert _trimmed_at(100, [50, 95, 95]) == []
+    assert _trimmed_at(100, [50, 100, 101, 70, 100, 102, 80, 100]) == [3, 5]
+    assert _trimmed_at(100, [50, 100, 100]) == []
 
 
 def test_what_a_process_needs_is_no_hole() -> None:
     """The third look finds more than was planned; after its trim the process is as large again, and that is what it takes."""
-    assert _trimmed_at(100, [50, 95, 150, 150, 151, 157, 158, 150]) == [3, 6]
+    assert _trimmed_at(100, [50, 100, 150, 150, 151, 157, 158, 150]) == [3, 6]
 
 
 def test_nothing_is_kept_where_nobody_planned() -> None:
