@@ -9,11 +9,13 @@ from datetime import timedelta
 def prepare_environment(device_type: str) -> None:
     """Name the accelerator, so that DeepSpeed does not guess (and warn). To be called before DeepSpeed is imported.
 
-    Large tensors in the host's memory get huge pages where the system gives them on demand: ZeRO makes gigabytes of them anew in
-    each step, and the kernel's work on small pages is twice that of filling them. torch looks at its first tensor for that.
+    Beside a GPU, large tensors in the host's memory get huge pages where the system gives them on demand: the kernel's work on small
+    pages is twice that of filling them. torch looks at its first tensor for that. On a processor it would take the room that a step
+    leaves for the next one (`engine.heap`).
     """
     os.environ.setdefault("DS_ACCELERATOR", device_type)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if device_type != "cpu":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
