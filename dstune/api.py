@@ -148,15 +148,15 @@ def plan(run: RunFile, overrides: Sequence[str] = (), **machines: Any) -> dict[s
     """What a run would do and need: steps, memory by part, the ways to run, time, checkpoints, DeepSpeed config.
 
     `machines`: the fields of `launch.preview.Asked` (`workers`, `nodes`, `gpus_per_node`, `gpu`, `gpu_memory`, `host_memory`, `nvme`,
-    `network`, `price`, `node_hours`, `without_data`), sizes in bytes. Prepares the data where it is not yet; looks at no GPU and no
-    weights.
-    `fits` in it says whether the run as it stands should fit.
+    `network`, `price`, `node_hours`, `without_data`), sizes in bytes or as `80GB`. Prepares the data where it is not yet; looks at no
+    GPU and no weights.
+    `fits` in it says whether the run as it stands should fit. Raises UsageError, ConfigError, DataError, FitError.
     """
     from dstune.launch import preview, start
 
+    asked = preview.Asked.of(**machines)
     loaded = _loaded(run, overrides)
     start.check(loaded)
-    asked = preview.Asked(**machines)
     if preview.does_without_data(loaded, asked):
         return dict(preview.preview(loaded, None, asked))
     prepared = prepare(loaded)

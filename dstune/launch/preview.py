@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, BeforeValidator, Field
+
+from dstune.config import load
 from dstune.config.load import LoadedRun
 from dstune.config.schema import RunConfig
+from dstune.config.section import SECTION
+from dstune.config.units import MOST_WORKERS, size_bytes
 from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenizer_files import has_tokenizer
@@ -29,25 +34,40 @@ _ASSUMED_STEPS = 1000
 """Of a run whose data is not here, and that names no `max_steps`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the command line says of the machines; None: as the run file says, or this machine is."""
+_Count = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
+_Bytes = Annotated[int, BeforeValidator(size_bytes)]
 
-    workers: int | None = None
-    nodes: int | None = None
-    gpus_per_node: int | None = None
+
+class Asked(BaseModel):
+    """What the command line, or a call of `api.plan`, says of the machines; None: as the run file says, or this machine is."""
+
+    model_config = SECTION
+
+    workers: _Count | None = None
+    nodes: _Count | None = None
+    gpus_per_node: _Count | None = None
     gpu: str | None = None
-    gpu_memory: int | None = None
-    host_memory: int | None = None
-    nvme: int | None = None
-    network: float | None = None
+    gpu_memory: _Bytes | None = None
+    """A size (`80GB`), or bytes; likewise the other two."""
+    host_memory: _Bytes | None = None
+    nvme: _Bytes | None = None
+    network: float | None = Field(default=None, ge=1e3, le=1e15, allow_inf_nan=False)
     """Bytes/s of one machine to the others."""
-    price: float | None = None
+    price: float | None = Field(default=None, gt=0, le=1e12, allow_inf_nan=False)
     """Of one GPU and hour, in whatever currency."""
-    node_hours: float | None = None
+    node_hours: float | None = Field(default=None, ge=1e-3, le=1e12, allow_inf_nan=False)
     """Mean hours of one machine between failures."""
     without_data: bool = False
     """Take every row as full instead of preparing the data."""
+
+    @classmethod
+    def of(cls, **said: Any) -> "Asked":
+        """The fields by name. Raises UsageError for values that are none of a machine's."""
+        return load.said(cls, said, lambda field: _FLAGS.get(field, f"--{field.replace('_', '-')}"))
+
+
+_FLAGS = {"node_hours": "--mtbf", "without_data": "--no-data", "network": "--network (as bytes/s)"}
+"""What the command line calls a field, where that is another name."""
 
 
 def does_without_data(run: LoadedRun, asked: Asked) -> bool:

@@ -227,3 +227,19 @@ def test_a_resume_may_compile_but_not_round(tmp_path: Path) -> None:
     compiled = identity.fingerprints(load_run(file, ["model.compile=layers"]).config, "data")
     tiled = load_run(file, ["model.mlp_tile=auto"]).config  # does not go with compiled layers
     assert identity.differences(compiled, tiled) == {}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"cluster.workers={'9' * 400}",
+        f"cluster.workers=[1, {'9' * 400}]",
+        f"cluster.host_memory={'9' * 400}GB",
+        "cluster.host_memory=0.1B",
+        f"checkpoint.every={'9' * 400}min",
+    ],
+)
+def test_no_number_of_a_machine_or_a_clock_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(write(tmp_path, GOOD), [override])
+    assert len(str(caught.value).partition("': ")[2]) < 300

@@ -6,7 +6,9 @@ import os
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dstune import api
 from dstune.cli.main import main
+from dstune.errors import UsageError
 from dstune.launch import machine
 
 RUN = """
@@ -151,7 +153,8 @@ def test_workers_share_the_cores_that_there_are():
     [
         (["--gpu", "h10"], "did you mean"),
         (["--gpu-memory", "lots"], "is no size"),
-        (["--workers", "0"], "is no count"),
+        (["--workers", "0"], "--workers is '0'; expected greater than or equal to 1"),
+        (["--network", "0"], "--network (as bytes/s) is 0.0; expected greater"),
         (["--gpu", "a100-80gb", "model.fp8=true"], "too old"),
     ],
 )
@@ -161,3 +164,47 @@ def test_what_nobody_can_plan_for_is_refused(run_file, capsys, words, said):
     except SystemExit as end:
         status = end.code
     assert status == 2 and said in capsys.readouterr().err
+
+
+NO_NUMBERS = ["0", "-1", "nan", "inf", "9" * 400, "0.0000001", "1e-300", "1e300", ""]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_no_number_of_a_machine_is_refused_wherever_it_comes_in(run_file, capsys, value):
+    refused = {
+        "workers": "--workers", "nodes": "--nodes", "gpus_per_node": "--gpus-per-node", "gpu_memory": "--gpu-memory",
+        "host_memory": "--host-memory", "nvme": "--nvme", "network": "--network", "node_hours": "--mtbf",
+    }  # fmt: skip
+    cheap = value in ("0.0000001", "1e-300")
+    for name, flag in refused.items() if cheap else (refused | {"price": "--price"}).items():
+        with pytest.raises(UsageError, match=flag):
+            api.plan(run_file, **{name: value})
+        try:
+            status = main(["plan", run_file, f"{flag}={value}"])
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr().err
+        assert status == 2 and flag in said and "Traceback" not in said
+
+
+def test_the_largest_machines_that_may_be_named_are_planned_for(run_file, capsys):
+    words = [
+        *EIGHT,
+        "--gpu-memory",
+        "1000TB",
+        "--nvme",
+        "1000TB",
+        "--network",
+        "1000000",
+        "--mtbf",
+        "0.001",
+        "--no-data",
+    ]
+    assert planned(capsys, run_file, *words)["fits"]
+    many = ["--nodes", "1000000", "--gpus-per-node", "8", "--no-data"]
+    assert main(["plan", run_file, *many]) == 4
+
+
+def test_a_call_names_what_it_does_not_know(run_file):
+    with pytest.raises(UsageError, match=r"unknown key '--wokers'\n.*did you mean 'workers'"):
+        api.plan(run_file, wokers=2)
