@@ -10,13 +10,13 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from dstune.config import load
 from dstune.config.load import LoadedRun
-from dstune.config.schema import RunConfig
+from dstune.config.schema import ClusterSection, RunConfig
 from dstune.config.section import SECTION
 from dstune.config.units import MOST_WORKERS, size_bytes
 from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenizer_files import has_tokenizer
-from dstune.errors import ConfigError
+from dstune.errors import ConfigError, Problem, UsageError
 from dstune.launch import machine, rundir, start
 from dstune.launch.forecast import Forecast, Rows, enough_machines, enough_sharing, forecast, nvme_path
 from dstune.launch.sizes import sizes
@@ -191,12 +191,7 @@ def _rows(run: LoadedRun, prepared: Prepared | None) -> tuple[Rows, plan.DataFac
 
 def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
     section, here = config.cluster, machine.gpus()
-    nodes = asked.nodes or section.nodes or 1
-    per_node = asked.gpus_per_node or section.gpus_per_node
-    if asked.workers is not None:
-        per_node = math.ceil(asked.workers / nodes)
-    elif per_node is None:
-        per_node = math.ceil(start.workers_range(section, len(here) or 1)[1] / nodes)
+    nodes, per_node = _places(section, asked, len(here) or 1)
     named = asked.gpu or section.gpu
     is_here = named is None and asked.gpu_memory is None
     if not is_here:
@@ -220,6 +215,33 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
         nvme=asked.nvme or machine.nvme_bytes(config),
         cores=section.cpus_per_worker,
     )
+
+
+def _places(section: ClusterSection, asked: Asked, here: int) -> tuple[int, int]:
+    """Machines, and workers on each: as many on one as on the other. `here`: workers of a machine like this one.
+
+    Raises UsageError where so many workers are on no such machines.
+    """
+    nodes, per_node = asked.nodes or section.nodes or 1, asked.gpus_per_node
+    if asked.workers is None and (per_node := per_node or section.gpus_per_node) is not None:
+        return nodes, per_node
+    workers = asked.workers or start.workers_range(section, here)[1]
+    said = f"--workers {workers}" if asked.workers is not None else f"cluster.workers {workers}"
+    if per_node is not None:
+        _require_whole(said, workers, per_node, f"machines of {per_node} workers")
+        if asked.nodes not in (None, workers // per_node):
+            came = f"with --nodes {nodes} and --gpus-per-node {per_node}"
+            raise UsageError(Problem(said, came, f"{nodes * per_node} workers, or one of the three left away"))
+        return workers // per_node, per_node
+    if asked.workers is not None or section.workers != "auto":
+        _require_whole(said, workers, nodes, f"{nodes} machines, each with as many")
+    return nodes, math.ceil(workers / nodes)
+
+
+def _require_whole(where: str, workers: int, parts: int, places: str) -> None:
+    if less := workers % parts:
+        possible = [count for count in (workers - less, workers - less + parts) if count]
+        raise UsageError(Problem(where, f"on {places}", f"{' or '.join(map(str, possible))} workers"))
 
 
 def _model(shape: ModelShape) -> dict[str, Any]:

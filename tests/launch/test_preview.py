@@ -208,3 +208,28 @@ def test_the_largest_machines_that_may_be_named_are_planned_for(run_file, capsys
 def test_a_call_names_what_it_does_not_know(run_file):
     with pytest.raises(UsageError, match=r"unknown key '--wokers'\n.*did you mean 'workers'"):
         api.plan(run_file, wokers=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workers", "7", "--nodes", "2"], "--workers 7: on 2 machines, each with as many; expected 6 or 8 workers"),
+        (["--workers", "1", "--nodes", "2"], "expected 2 workers"),
+        (["cluster.workers=[1, 7]", "--nodes", "2"], "cluster.workers 7: on 2 machines"),
+        (["--workers", "7", "--gpus-per-node", "2"], "--workers 7: on machines of 2 workers; expected 6 or 8 workers"),
+        (
+            ["--workers", "8", "--nodes", "3", "--gpus-per-node", "4"],
+            "expected 12 workers, or one of the three left away",
+        ),
+    ],
+)
+def test_workers_that_are_on_no_equal_machines_are_refused(run_file, capsys, words, said):
+    assert main(["plan", run_file, "--gpu", "h200", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_machines_follow_from_workers_and_what_each_holds(run_file, capsys):
+    found = planned(capsys, run_file, "--gpu", "h200", "--workers", "8", "--gpus-per-node", "4")
+    assert (found["workers"], found["machines"]["nodes"]) == (8, 2)
+    found = planned(capsys, run_file, "--gpu", "h200", "--workers", "8", "cluster={nodes: 2, gpus_per_node: 8}")
+    assert (found["workers"], found["machines"]["workers_per_node"]) == (8, 4)
