@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
+from dstune.config.presets import preset_names
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
@@ -22,7 +23,7 @@ from dstune.planning import deepspeed as planning
 from dstune.planning import zero_settings
 from dstune.planning.reachable import STREAMED
 
-NAMES = planning.preset_names()
+NAMES = preset_names()
 SECTIONS: dict[str, Any] = {
     "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
     "offload_param": DeepSpeedZeroOffloadParamConfig,

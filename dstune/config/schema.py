@@ -8,6 +8,7 @@ from dstune.config.adapter import AdapterSection
 from dstune.config.autotp import with_autotp
 from dstune.config.declined import no_deepcompile, no_fp8_weights
 from dstune.config.new_tokens import NewTokens, NewTokensSection
+from dstune.config.presets import known_preset
 from dstune.config.section import SECTION
 from dstune.config.train import TrainSection
 from dstune.config.units import MOST_WORKERS, parse_every, place, size_bytes
@@ -201,7 +202,7 @@ class DataSection(Section):
 class DeepspeedSection(Section):
     """How states are partitioned and offloaded."""
 
-    preset: str = "auto"
+    preset: Annotated[str, AfterValidator(known_preset)] = "auto"
     """`auto` (what the planner takes for the model and the machines: `dstune plan` says which, and why), a name in ds_configs/ (zero1,
     zero2, zero3, zero3-offload-optimizer, …), or a JSON file of yours."""
     overrides: dict[str, Any] = {}

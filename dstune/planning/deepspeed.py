@@ -51,11 +51,6 @@ _OWN_KEYS = {
 }
 
 
-def preset_names() -> list[str]:
-    """The presets in ds_configs/."""
-    return sorted(path.stem for path in shared_files("ds_configs").glob("*.json"))
-
-
 def load_preset(name: str, base: Path) -> dict[str, Any]:
     """A preset by name, or the user's own JSON file; `auto` is ZeRO-3. Raises ConfigError."""
     own_file = resolve(name, base)
@@ -64,11 +59,7 @@ def load_preset(name: str, base: Path) -> dict[str, Any]:
     else:
         path = shared_files("ds_configs") / f"{AUTO_PRESET if name == 'auto' else name}.json"
     if not path.is_file():
-        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}, or a JSON file of yours"
-        )
-        raise ConfigError(Problem(f"deepspeed.preset {name!r}", "no such preset", do=hint))
+        raise ConfigError(Problem(f"deepspeed.preset {name!r}", "no such file", do=f"looked for {path}"))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

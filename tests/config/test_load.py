@@ -243,3 +243,10 @@ def test_no_number_of_a_machine_or_a_clock_is_refused(tmp_path: Path, override: 
     with pytest.raises(ConfigError) as caught:
         load_run(write(tmp_path, GOOD), [override])
     assert len(str(caught.value).partition("': ")[2]) < 300
+
+
+@pytest.mark.parametrize(("name", "said"), [("zeroo3", "did you mean 'zero3'"), ("fastest", "presets: zero")])
+def test_a_preset_that_there_is_not_is_refused_where_the_file_is_read(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run.yaml:7: deepspeed.preset: no such preset as '{name}'; {said}"):
+        load_run(write(tmp_path, GOOD + f"deepspeed: {{preset: {name}}}\n"))
+    assert load_run(write(tmp_path, GOOD + "deepspeed: {preset: mine.json}\n"))
