@@ -73,6 +73,7 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; logs stay on stderr")
     parser.add_argument("--verbose", action="store_true", help="more lines on stderr")
     command.add_arguments(parser)
+    _refuse_unknown_options(parser, words)
     args = parser.parse_intermixed_args(words)
     loggers.configure(verbose=args.verbose)
     try:
@@ -89,6 +90,20 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _say(args, f"{place}{error.strerror or error}", EXIT_FAILED)
+
+
+def _refuse_unknown_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Ends with status 2 at an option that the command does not have: before argparse, which would first miss what was meant by it."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in words:
+        name = word.partition("=")[0]
+        if (
+            not name.startswith("--") or " " in word or name in ("--", *known)
+        ):  # with a blank in it, it is some option's value
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see --help"
+        parser.error(f"no option {name!r}; {'settings have no dashes: train.lr=1e-5' if '.' in name else hint}")
 
 
 def _say(args: argparse.Namespace, message: str, status: int) -> int:
