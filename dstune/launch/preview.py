@@ -21,7 +21,7 @@ from dstune.launch import machine, rundir, start
 from dstune.launch.forecast import Forecast, Rows, enough_machines, enough_sharing, forecast, nvme_path
 from dstune.launch.sizes import sizes
 from dstune.loggers import get_logger
-from dstune.planning import choose, deepspeed, hardware, plan, reasons, saving
+from dstune.planning import choose, deepspeed, hardware, plan, reachable, reasons, saving
 from dstune.planning.shapes import ModelShape
 
 log = get_logger(__name__)
@@ -169,7 +169,10 @@ def _deepspeed(seen: Forecast, base: Path) -> dict[str, Any]:
             update={"overrides": deepspeed.merged(config.deepspeed.overrides, overrides)}
         )
         config = config.model_copy(update={"deepspeed": section})
-    return deepspeed.make(config, base)
+    made = deepspeed.make(config, base)
+    if came := reachable.left_out(made, seen.cluster.workers):
+        log.warning("%s", came)
+    return reachable.fitted(made, seen.cluster.workers)
 
 
 def _rows(run: LoadedRun, prepared: Prepared | None) -> tuple[Rows, plan.DataFacts]:

@@ -12,7 +12,7 @@ from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
 from dstune.planning import tensor_parallel, zero_settings
-from dstune.planning.reachable import streamed, unreachable, unswappable
+from dstune.planning.reachable import few_buffers, streamed, unreachable, unswappable
 
 AUTO_PRESET = "zero3"
 CUT_PRESET = "zero2"
@@ -81,7 +81,8 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
     if (members := config.cluster.tensor_parallel) > 1 and not problems:
         policy = merged(policy, {"tensor_parallel": tensor_parallel.settings(members)})
     optimizer = config.train.optimizer
-    problems += unreachable(policy) + unswappable(policy, optimizer) + tensor_parallel.uncuttable(policy, optimizer)
+    problems += unreachable(policy) + unswappable(policy, optimizer) + few_buffers(policy, optimizer)
+    problems += tensor_parallel.uncuttable(policy, optimizer)
     if problems:
         raise ConfigError(problems)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dstune import api
 from dstune.cli.main import main
-from dstune.errors import UsageError
+from dstune.errors import ConfigError, UsageError
 from dstune.launch import machine
 
 RUN = """
@@ -66,6 +66,27 @@ def test_weights_on_nvme_are_on_the_disk_with_their_buffers_in_memory(run_file, 
     assert this["host_parts"]["weights' buffers"] == 2 * (8 * piece + 1_000_000_000)
     (below,) = {way["why"] for way in found["ways"] if way["preset"] in ("zero1", "zero2")}
     assert "offload_param.device: 'nvme' below stage 3" in below
+
+
+def test_buffers_on_nvme_that_are_too_small_are_found_before_a_worker_is(run_file, capsys):
+    disk = "deepspeed.overrides.zero_optimization={offload_param: {device: nvme, nvme_path: /disk, buffer_size: 1000}}"
+    assert main(["plan", run_file, *EIGHT, "--no-data", "--nvme", "4TB", disk]) == 2
+    assert "piece of the largest weight has" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"elements \(4 workers\); expected 131,334,144 or more"):
+        api.train(run_file, [disk, "cluster.workers=4"])
+    few = "deepspeed.overrides.zero_optimization.offload_optimizer={nvme_path: /disk, buffer_count: 2}"
+    found = planned(capsys, run_file, *EIGHT, "--no-data", "--nvme", "4TB", few)
+    (swapped,) = [way for way in found["ways"] if way["preset"] == "zero3-nvme"]
+    assert "buffer_count: 2; expected 4 or more" in swapped["why"]
+
+
+def test_copies_that_are_left_out_are_said_to_be(run_file, capsys):
+    four = ["--nodes", "1", "--gpus-per-node", "4", *EIGHT[4:], "--no-data", "deepspeed.preset=zero++"]
+    found = planned(capsys, run_file, *four)
+    assert found["deepspeed"]["zero_optimization"]["zero_hpz_partition_size"] == 1
+    assert "weights' copy within machines" not in {
+        name for name, size in found["this_run"]["device_parts"].items() if size
+    }
 
 
 SMALL = ["--gpus-per-node", "1", "--gpu", "rtx-4090"]
