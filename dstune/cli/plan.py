@@ -81,7 +81,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     for kernel in plan["kernels"]:
         yield f"{'kernel':<22} {kernel['name']}: {'on' if kernel['on'] else 'off'} ({kernel['why']})"
     yield ""
-    yield from _this_run(plan["this_run"])
+    yield from _this_run(plan["this_run"], "worker" if machines["device"] == "cpu" else "GPU")
     yield ""
     yield from _ways(plan)
     yield ""
@@ -89,7 +89,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     yield from _indented(plan["deepspeed"])
 
 
-def _this_run(this: dict[str, Any]) -> Iterator[str]:
+def _this_run(this: dict[str, Any], device: str) -> Iterator[str]:
     yield (
         f"this run: {this['preset']}, {this['micro_batches']} x {this['micro_batch_size']} rows a worker and step, "
         + _RECOMPUTING[this["activation_checkpointing"]]
@@ -111,7 +111,7 @@ def _this_run(this: dict[str, Any]) -> Iterator[str]:
     yield (
         f"  {'takes about':<24} {this['step_seconds']:.3g} s a step, {this['tokens_per_second']:,.0f} tokens/s"
         + (f", {hours:.3g} h" if hours is not None else "; how many steps, the data says, or train.max_steps")
-        + (f", {device_hours:.4g} GPU hours" if device_hours != hours else "")
+        + (f", {device_hours:.4g} {device} hours" if device_hours != hours else "")
         + (f", {this['price']:,.2f} to pay" if this["price"] is not None else "")
     )
     spent = {name: value for name, value in this["seconds"].items() if value}
@@ -144,7 +144,7 @@ def _ways(plan: dict[str, Any]) -> Iterator[str]:
             f"{_gib(way['device_bytes']):>12}{_gib(way['host_bytes']):>12}{way['step_seconds']:>10.3g}{way['tokens_per_second']:>12,.0f}"
             + (f"   no: {way['why']}" if way["why"] else "")
         )
-    yield f"  {plan['why']}"
+    yield f"  {'first, because' if plan['best'] else 'why'}: {plan['why']}"
     if more := plan["enough_machines"]:
         way = f"{more['preset']} and micro-batches of {more['micro_batch_size']}"
         yield f"  on {more['nodes']} of these machines the run would fit, with {way}"

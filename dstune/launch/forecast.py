@@ -223,11 +223,11 @@ def _load(config: RunConfig, rows: Rows, fused_loss: bool) -> choose.Load:
 
 
 def _policies(run: LoadedRun) -> dict[str, Mapping[str, Any]]:
-    """Every preset that could be taken, the user's own file or name first; the run's overrides over each. Raises ConfigError."""
+    """Every preset that could be taken, the user's own file first; the run's overrides over each. Raises ConfigError."""
     section = run.config.deepspeed
-    names = list(choose.PRESETS) if section.preset == "auto" else [section.preset, *choose.PRESETS]
+    names = choose.PRESETS if section.preset in ("auto", *choose.PRESETS) else (section.preset, *choose.PRESETS)
     found: dict[str, Mapping[str, Any]] = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         try:
             found[name] = deepspeed.policy_of(name, section.overrides, run.base)
         except ConfigError:

@@ -145,6 +145,24 @@ def test_a_person_reads_parts_ways_and_time(run_file, capsys):
         assert words in out
 
 
+def test_of_a_preset_that_is_named_no_other_is_spoken_of(run_file, capsys):
+    small = ["--workers", "2", "--no-data", "train.max_steps=50000", "model.overrides={}"]
+    named = planned(capsys, run_file, *small, "deepspeed.preset=zero2")["this_run"]
+    assert named["chosen_because"].startswith("of zero2 the largest micro-batch that keeps its activations; ")
+    assert planned(capsys, run_file, *small)["this_run"]["chosen_because"].startswith("on CPUs the presets")
+    assert main(["plan", run_file, *small]) == 0
+    out = capsys.readouterr().out
+    assert " worker hours" in out and "GPU hours" not in out and "  first, because: on CPUs" in out
+
+
+@pytest.mark.parametrize("preset", ["auto", "zero2", "zero3"])
+def test_of_ways_that_tie_the_simpler_preset_comes_first(run_file, capsys, preset):
+    tiny = ["--workers", "1", "--gpu", "h100-80gb", "--no-data", "model.overrides={}"]
+    ways = planned(capsys, run_file, *tiny, f"deepspeed.preset={preset}")["ways"]
+    presets = [way["preset"] for way in ways if way["micro_batch_size"] == ways[0]["micro_batch_size"] and way["fits"]]
+    assert presets[:3] == ["zero1", "zero2", "zero3"]
+
+
 def test_a_slow_network_is_waited_for_and_an_assumed_one_says_so(run_file, capsys):
     two = ["--nodes", "2", *EIGHT[2:], "deepspeed.preset=zero3"]
     usual, slow = (planned(capsys, run_file, *two, *words) for words in ([], ["--network", "25"]))
