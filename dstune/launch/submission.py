@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune.atomic import write_json
 from dstune.config.schema import RunConfig, SiteConfig
-from dstune.errors import Problem, UsageError
+from dstune.errors import Problem, UsageError, first_line
 from dstune.launch import control, ray_job, slurm
 from dstune.launch.status import ACTIVE, FINAL, StatusFile, driver_lives, read_status
 from dstune.loggers import get_logger
@@ -18,6 +18,7 @@ from dstune.paths import RunPaths
 log = get_logger(__name__)
 
 _LOOK_SECONDS = 0.5
+_NOT_STARTED = "nothing drives it; `dstune resume` starts it"
 _INTERRUPTED = "its driver is gone without a word; `dstune resume` goes on from the newest committed step"
 
 
@@ -45,8 +46,12 @@ def submit(paths: RunPaths, config: RunConfig, to: str, site: SiteConfig, addres
             sent = slurm.submit(paths, site, allocation(config))
         else:
             sent = ray_job.submit(paths, ray_job.request(paths, address, site.env))
-    except BaseException:
-        status.write(**{name: before.get(name) for name in ("state", "reason", "message")})
+    except BaseException as error:
+        told = {name: before.get(name) for name in ("reason", "message")}
+        if before["state"] == "planned":
+            do = f"`dstune resume {paths.root} --to {to}` hands it over again"
+            told = {"reason": f"not submitted to {to}: {first_line(error)}; {do}", "message": str(error)}
+        status.write(state=before["state"], **told)
         raise
     write_json(paths.submission, sent | {"time": round(time.time(), 3)})
     return {"id": sent["job_id"], "to": to, "run_directory": str(paths.root)} | sent
@@ -80,6 +85,8 @@ def status(paths: RunPaths) -> dict[str, Any]:
     shown = {"name": paths.root.name, "run_directory": str(paths.root)} | read_status(paths)
     shown |= {"interrupted": False}
     sent = submission(paths)
+    if shown["state"] == "planned" and not shown.get("reason"):
+        shown |= {"reason": None if driver_lives(paths) else _NOT_STARTED}
     if shown["state"] not in (*ACTIVE, "preempted") or driver_lives(paths):
         return shown
     if sent is None:
