@@ -10,7 +10,7 @@ from types import ModuleType
 
 from dstune import __version__, loggers
 from dstune.cli.output import printable
-from dstune.errors import EXIT_FAILED, EXIT_USAGE, DstuneError
+from dstune.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, DstuneError
 
 COMMANDS = {
     "init": "write a commented starter run file from a recipe",
@@ -34,10 +34,10 @@ COMMANDS = {
 """Every command a person types, with its line of help; the module of the same name in this package runs it."""
 
 _HIDDEN = ("drive",)
-_INTERRUPTED = 130
 
 _EPILOG = """\
-exit status: 0 done, 1 failed, 2 wrong command or run file, 3 data refused, 4 does not fit, 75 stopped and resumable
+exit status: 0 done, 1 failed, 2 wrong command or run file, 3 data refused, 4 does not fit, 75 stopped and resumable,
+             130 Ctrl-C before there was anything to save
 start with:  dstune init my-run && dstune train my-run/run.yaml"""
 
 
@@ -81,7 +81,7 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
     except DstuneError as error:
         return _say(args, str(error), error.exit_status)
     except KeyboardInterrupt:
-        return _say(args, "interrupted", _INTERRUPTED)
+        return _say(args, "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED

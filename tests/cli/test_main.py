@@ -66,6 +66,14 @@ def test_a_missing_run_file_is_a_usage_error(tmp_path: Path) -> None:
         assert "Traceback" not in result.stderr
 
 
+def test_an_interrupt_before_there_is_anything_to_save_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dstune.api.plan", interrupted)
+    assert main(["plan", "run.yaml"]) == 130
+
+
 def test_errors_are_json_too(tmp_path: Path) -> None:
     result = dstune("train", str(tmp_path / "none.yaml"), "--json")
     document = json.loads(result.stdout)
