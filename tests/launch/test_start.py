@@ -6,8 +6,10 @@ import pytest
 
 from dstune import api
 from dstune.config.load import load_run
-from dstune.errors import ConfigError, DstuneError, FitError
+from dstune.errors import ConfigError, DstuneError, FitError, UsageError
 from dstune.launch import rundir, start, submission
+from dstune.launch.driver import driver_lock
+from dstune.launch.status import StatusFile
 
 _RUN = "name: t\nmodel: {path: builtin:tiny-llama}\ndata: {sources: [{path: builtin:instructions}]}\ncheckpoint: {best: loss}\n"
 
@@ -79,3 +81,22 @@ def test_a_start_that_fails_is_told_by_status(tmp_path: Path) -> None:
     now = api.status(tmp_path / "run.yaml")
     assert now["state"] == "failed" and now["reason"].startswith("not started: 127.0.0.1:1: cannot reach Ray")
     assert now["reason"].endswith("tries again")
+
+
+def test_a_run_whose_driver_is_gone_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    paths = rundir.create(load_run(tmp_path / "run.yaml"))
+    StatusFile(paths).write(state="queued")
+    assert api.status(paths.root)["state"] == "queued"  # this process may be waiting for sbatch
+    StatusFile(paths).write(state="running", step=3)
+    with driver_lock(paths):
+        assert api.status(paths.root)["state"] == "running"
+    now = api.status(paths.root)
+    assert (now["state"], now["step"], now["interrupted"]) == ("failed", 3, True)
+    with pytest.raises(UsageError, match="nothing drives this run"):
+        api.stop(paths.root)
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    now = api.status(paths.root)
+    assert (now["state"], now["interrupted"]) == ("running", False) and "holds no lock that is seen here" in now[
+        "reason"
+    ]
