@@ -395,7 +395,8 @@ class SlurmSite(Section):
     signal_seconds: int = Field(default=180, ge=1)
     """Seconds before the time limit at which Slurm warns; allow a minute more than a save needs."""
     options: dict[str, str | int] = {}
-    """Further sbatch options by their long names (`{constraint: h100, mem: 0}`)."""
+    """Further sbatch options by their long names (`{constraint: h100}`). `mem: 0` is all of a node's memory: where a job does not say,
+    many clusters give it little for each core, and kill it when it takes more; `dstune plan` says what a machine needs."""
 
 
 class SiteConfig(Section):
