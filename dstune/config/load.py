@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Path_ = tuple[str | int, ...]
 _MAX_FILE_BYTES = 4 << 20
 _MAX_VALUES = 100_000
+_LARGEST = 2**63 - 1
 _ELSEWHERE = {
     "learning_rate": "lr",
     "lr_scheduler_type": "schedule",
@@ -153,12 +154,15 @@ def dump(model: BaseModel) -> str:
 
 
 class _Plain:
-    """Copies a document into plain values: so many at most, for a few lines of aliases can stand for billions."""
+    """Copies a document into plain values: so many at most, for a few lines of aliases can stand for billions; whole numbers of 64 bits,
+    for what is reckoned of larger ones leaves the numbers of a computer, wherever that is.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file, self._left = file, _MAX_VALUES
 
-    def copy(self, value: Any) -> Any:
+    def copy(self, value: Any, name: str = "") -> Any:
+        """`value`, which the document has under `name`."""
         self._left -= 1
         if self._left < 0:
             raise ConfigError(
@@ -167,11 +171,14 @@ class _Plain:
         if isinstance(value, Mapping):
             if strange := [key for key in value if not isinstance(key, str)]:
                 raise ConfigError(Problem(str(self._file), f"the key {strange[0]!r} is no text", "names of keys"))
-            return {str(key): self.copy(item) for key, item in value.items()}
+            return {str(key): self.copy(item, f"{name}.{key}") for key, item in value.items()}
         if isinstance(value, list):
-            return [self.copy(item) for item in value]
+            return [self.copy(item, f"{name}.{number}") for number, item in enumerate(value)]
         if isinstance(value, bool) or value is None:
             return value
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            came = f"{name.removeprefix('.')} is {shortened(value)}"
+            raise ConfigError(Problem(str(self._file), came, "a number of 64 bits"))
         for kind in (int, float, str):
             if isinstance(value, kind):
                 return kind(value)

@@ -237,6 +237,8 @@ def test_a_resume_may_compile_but_not_round(tmp_path: Path) -> None:
         f"cluster.host_memory={'9' * 400}GB",
         "cluster.host_memory=0.1B",
         f"checkpoint.every={'9' * 400}min",
+        f"train.max_steps={'9' * 400}",
+        f"deepspeed.overrides={{zero_optimization: {{reduce_bucket_size: -{'9' * 400}}}}}",
     ],
 )
 def test_no_number_of_a_machine_or_a_clock_is_refused(tmp_path: Path, override: str) -> None:
