@@ -148,15 +148,15 @@ def plan(run: RunFile, overrides: Sequence[str] = (), **machines: Any) -> dict[s
     """What a run would do and need: steps, memory by part, the ways to run, time, checkpoints, DeepSpeed config.
 
     `machines`: the fields of `launch.preview.Asked` (`workers`, `nodes`, `gpus_per_node`, `gpu`, `gpu_memory`, `host_memory`, `nvme`,
-    `network`, `price`, `node_hours`, `without_data`), sizes in bytes. Prepares the data where it is not yet; looks at no GPU and no
-    weights.
-    `fits` in it says whether the run as it stands should fit.
+    `network`, `price`, `node_hours`, `without_data`), sizes in bytes or as `80GB`. Prepares the data where it is not yet; looks at no
+    GPU and no weights.
+    `fits` in it says whether the run as it stands should fit. Raises UsageError, ConfigError, DataError, FitError.
     """
     from dstune.launch import preview, start
 
+    asked = preview.Asked.of(**machines)
     loaded = _loaded(run, overrides)
     start.check(loaded)
-    asked = preview.Asked(**machines)
     if preview.does_without_data(loaded, asked):
         return dict(preview.preview(loaded, None, asked))
     prepared = prepare(loaded)
@@ -207,7 +207,7 @@ def drive(run_directory: str | Path, *, address: str | None = None, progress: bo
     from dstune.launch import rundir
 
     paths = rundir.find(run_directory)
-    return _drive(rundir.load(paths), paths, address, progress, (None, None, None))
+    return _drive(rundir.load(paths), paths, address, progress, (None, None, None), ("planned", "queued"))
 
 
 def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
@@ -375,17 +375,25 @@ def _found_again(run: str | Path, overrides: Sequence[str], progress: bool = Fal
 
 
 def _drive(
-    loaded: LoadedRun, paths: "RunPaths", address: str | None, progress: bool, hooks: Sequence[Hook | None]
+    loaded: LoadedRun,
+    paths: "RunPaths",
+    address: str | None,
+    progress: bool,
+    hooks: Sequence[Hook | None],
+    waiting: Sequence[str] = ("planned",),
 ) -> RunResult:
+    """`waiting`: states in which a run is that nobody drives yet."""
     from dstune.launch import comparison, start
     from dstune.launch.driver import last_attempt
     from dstune.launch.observers import Watcher
+    from dstune.launch.status import told
 
-    prepared = start.open_prepared(loaded, paths)
-    shown = loaded.config.report.console if progress else None
-    with Watcher(start.total_steps(loaded, prepared), shown, *hooks) as observe:
-        observe.say(f"starting Ray{' at ' + address if address else ''} and the workers; logs: {paths.logs}")
-        end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
+    with told(paths, waiting):
+        prepared = start.open_prepared(loaded, paths)
+        shown = loaded.config.report.console if progress else None
+        with Watcher(start.total_steps(loaded, prepared), shown, *hooks) as observe:
+            observe.say(f"starting Ray{' at ' + address if address else ''} and the workers; logs: {paths.logs}")
+            end: DriveEnd = start.start(loaded, paths, prepared, address, observe)
     compared = comparison.compared(paths, last_attempt(paths))
     return RunResult(loaded.config.name, str(paths.root), end.state, end.step, end.exit_status, end.message, compared)
 

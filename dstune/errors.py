@@ -1,4 +1,5 @@
-"""What can go wrong for a user, each kind with its exit status (DESIGN: 1 failed, 2 command or run file, 3 data, 4 fit, 75 stopped).
+"""What can go wrong for a user, each kind with its exit status (DESIGN: 1 failed, 2 command or run file, 3 data, 4 fit, 75 stopped),
+and 130 as shells have it for Ctrl-C.
 
 A `DstuneError` reaches the user as its message alone; any other exception is a bug of ours and keeps its traceback.
 """
@@ -13,6 +14,7 @@ EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_FIT = 4
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
+from dstune.config.presets import preset_names
 from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
 from dstune.planning import deepspeed as planning
 from dstune.planning import zero_settings
-from dstune.planning.reachable import STREAMED
+from dstune.planning.reachable import STREAMED, fitted, left_out, small_buffers
 
-NAMES = planning.preset_names()
+NAMES = preset_names()
 SECTIONS: dict[str, Any] = {
     "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
     "offload_param": DeepSpeedZeroOffloadParamConfig,
@@ -236,6 +237,35 @@ def test_weights_on_nvme_are_let_go_of_at_once() -> None:
             _made("zero3", {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, **beside})
     with pytest.raises(ConfigError, match=r"offload_param\.nvme_path=/local_nvme: a directory"):
         _made("zero3", {"offload_param": {"device": "nvme"}})
+
+
+def test_buffers_that_nothing_goes_into_are_refused() -> None:
+    for name in ("offload_optimizer", "offload_param"):
+        (problem,) = refused({name: {"device": "nvme", "nvme_path": "/disk", "buffer_count": 0}})
+        assert problem.where.endswith(f"{name}.buffer_count") and problem.expected == "a whole number, 1 or more"
+    (problem,) = refused({"offload_param": {"device": "nvme", "nvme_path": "/disk", "buffer_size": 0}})
+    assert problem.where.endswith("buffer_size")
+    with pytest.raises(ConfigError, match=r"offload_optimizer\.buffer_count: 3; expected 4 or more"):
+        _made("zero3-nvme", {"offload_optimizer": {"nvme_path": "/disk", "buffer_count": 3}})
+
+
+def test_a_piece_of_the_largest_weight_has_to_go_into_a_buffer() -> None:
+    def said(size: int, workers: int, **more: Any) -> list[Problem]:
+        weights = {"device": "nvme", "nvme_path": "/disk", "buffer_size": size}
+        return small_buffers({"zero_optimization": {"stage": 3, "offload_param": weights}, **more}, 10**7, workers, 2)
+
+    (problem,) = said(10**6, 4)
+    assert problem.came.startswith("1,000,000, and") and problem.expected == "2,500,000 or more"
+    assert not said(2_500_000, 4) and not said(10**6, 10)
+    assert not said(1, 20)  # pieces below a mebibyte stay in memory
+    assert not said(10**6, 4, aio={"block_size": 8 << 20})
+
+
+def test_copies_within_machines_are_planned_for_where_there_will_be_any() -> None:
+    policy = planning.load_preset("zero++", shared_files("ds_configs"))
+    for workers, copies in ((8, 8), (16, 8), (12, 1), (4, 1)):
+        assert fitted(policy, workers)["zero_optimization"]["zero_hpz_partition_size"] == copies
+        assert bool(left_out(policy, workers)) == (copies == 1)
 
 
 def test_nvme_wants_to_be_told_which_disk() -> None:

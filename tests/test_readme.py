@@ -12,7 +12,7 @@ from dstune import errors
 from dstune.cli.main import COMMANDS
 from dstune.config import recipes
 from dstune.config.load import load_run
-from dstune.planning.deepspeed import preset_names
+from dstune.config.presets import preset_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "README.zh.md")

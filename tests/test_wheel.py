@@ -17,7 +17,8 @@ import dstune
 from dstune.config import recipes
 from dstune.data.builtin import records
 from dstune.paths import shared_files
-from dstune.planning.deepspeed import load_preset, preset_names
+from dstune.config.presets import preset_names
+from dstune.planning.deepspeed import load_preset
 from transformers import PreTrainedTokenizerFast
 
 here = Path(dstune.__file__).parent

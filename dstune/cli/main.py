@@ -10,7 +10,7 @@ from types import ModuleType
 
 from dstune import __version__, loggers
 from dstune.cli.output import printable
-from dstune.errors import EXIT_FAILED, EXIT_USAGE, DstuneError
+from dstune.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, DstuneError
 
 COMMANDS = {
     "init": "write a commented starter run file from a recipe",
@@ -34,10 +34,10 @@ COMMANDS = {
 """Every command a person types, with its line of help; the module of the same name in this package runs it."""
 
 _HIDDEN = ("drive",)
-_INTERRUPTED = 130
 
 _EPILOG = """\
-exit status: 0 done, 1 failed, 2 wrong command or run file, 3 data refused, 4 does not fit, 75 stopped and resumable
+exit status: 0 done, 1 failed, 2 wrong command or run file, 3 data refused, 4 does not fit, 75 stopped and resumable,
+             130 Ctrl-C before there was anything to save
 start with:  dstune init my-run && dstune train my-run/run.yaml"""
 
 
@@ -73,6 +73,7 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; logs stay on stderr")
     parser.add_argument("--verbose", action="store_true", help="more lines on stderr")
     command.add_arguments(parser)
+    _refuse_unknown_options(parser, words)
     args = parser.parse_intermixed_args(words)
     loggers.configure(verbose=args.verbose)
     try:
@@ -80,7 +81,7 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
     except DstuneError as error:
         return _say(args, str(error), error.exit_status)
     except KeyboardInterrupt:
-        return _say(args, "interrupted", _INTERRUPTED)
+        return _say(args, "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
@@ -89,6 +90,20 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _say(args, f"{place}{error.strerror or error}", EXIT_FAILED)
+
+
+def _refuse_unknown_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Ends with status 2 at an option that the command does not have: before argparse, which would first miss what was meant by it."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in words:
+        name = word.partition("=")[0]
+        if (
+            not name.startswith("--") or " " in word or name in ("--", *known)
+        ):  # with a blank in it, it is some option's value
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see --help"
+        parser.error(f"no option {name!r}; {'settings have no dashes: train.lr=1e-5' if '.' in name else hint}")
 
 
 def _say(args: argparse.Namespace, message: str, status: int) -> int:

@@ -1,7 +1,7 @@
 """What a run would do and need, without starting it: memory by part, the ways to run, time, checkpoints, the full DeepSpeed config."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from dstune.cli.output import add_run_file, emit
@@ -17,26 +17,24 @@ _RECOMPUTING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_file(parser)
-    parser.add_argument("--workers", type=_count, help="plan for so many workers (default: the run file's)")
-    parser.add_argument("--nodes", type=_count, help="machines")
-    parser.add_argument("--gpus-per-node", type=_count, metavar="N")
+    parser.add_argument("--workers", metavar="N", help="plan for so many workers (default: the run file's)")
+    parser.add_argument("--nodes", metavar="N", help="machines")
+    parser.add_argument("--gpus-per-node", metavar="N")
     parser.add_argument(
         "--gpu", metavar="NAME", help="h100-80gb, a100-40gb, rtx-4090, … (default: this machine's CPU or an h100-80gb)"
     )
-    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="80GB: another memory than that GPU's")
-    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="of one machine (default: this one's)")
-    parser.add_argument(
-        "--nvme", type=_size, metavar="SIZE", help="of one machine's fast disk, if states may lie there"
-    )
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="80GB: another memory than that GPU's")
+    parser.add_argument("--host-memory", metavar="SIZE", help="of one machine (default: this one's)")
+    parser.add_argument("--nvme", metavar="SIZE", help="of one machine's fast disk, if states may lie there")
     parser.add_argument(
         "--network",
-        type=_amount,
+        type=float,
         metavar="GBIT",
         help="Gbit/s of one machine to the others (default: 400 for each GPU)",
     )
-    parser.add_argument("--price", type=_amount, metavar="X", help="of one GPU and hour, for the price of the run")
+    parser.add_argument("--price", metavar="X", help="of one GPU and hour, for the price of the run")
     parser.add_argument(
-        "--mtbf", type=_amount, metavar="HOURS", help="of one machine between failures (default: 50,700 over its GPUs)"
+        "--mtbf", metavar="HOURS", help="of one machine between failures (default: 50,700 over its GPUs)"
     )
     parser.add_argument("--no-data", action="store_true", help="prepare nothing: take every row as full")
 
@@ -54,48 +52,13 @@ def run(args: argparse.Namespace) -> int:
         gpu_memory=args.gpu_memory,
         host_memory=args.host_memory,
         nvme=args.nvme,
-        network=args.network * _GIGABIT if args.network else None,
+        network=None if args.network is None else args.network * _GIGABIT,
         price=args.price,
         node_hours=args.mtbf,
         without_data=args.no_data,
     )
     emit(args, plan, _lines(plan))
     return EXIT_DONE if plan["fits"] else EXIT_FIT
-
-
-def _checked(check: Callable[[str], float]) -> Callable[[str], Any]:
-    def parse(text: str) -> float:
-        try:
-            return check(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
-
-
-def _parse_size(text: str) -> int:
-    from dstune.config.units import size_bytes
-
-    return size_bytes(text)
-
-
-def _parse_count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{text!r} is no count: at least 1")
-    return int(text)
-
-
-def _parse_amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{text!r} is no number above 0")
-    return value
-
-
-_size, _count, _amount = _checked(_parse_size), _checked(_parse_count), _checked(_parse_amount)
 
 
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -118,7 +81,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     for kernel in plan["kernels"]:
         yield f"{'kernel':<22} {kernel['name']}: {'on' if kernel['on'] else 'off'} ({kernel['why']})"
     yield ""
-    yield from _this_run(plan["this_run"])
+    yield from _this_run(plan["this_run"], "worker" if machines["device"] == "cpu" else "GPU")
     yield ""
     yield from _ways(plan)
     yield ""
@@ -126,7 +89,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     yield from _indented(plan["deepspeed"])
 
 
-def _this_run(this: dict[str, Any]) -> Iterator[str]:
+def _this_run(this: dict[str, Any], device: str) -> Iterator[str]:
     yield (
         f"this run: {this['preset']}, {this['micro_batches']} x {this['micro_batch_size']} rows a worker and step, "
         + _RECOMPUTING[this["activation_checkpointing"]]
@@ -148,7 +111,7 @@ def _this_run(this: dict[str, Any]) -> Iterator[str]:
     yield (
         f"  {'takes about':<24} {this['step_seconds']:.3g} s a step, {this['tokens_per_second']:,.0f} tokens/s"
         + (f", {hours:.3g} h" if hours is not None else "; how many steps, the data says, or train.max_steps")
-        + (f", {device_hours:.4g} GPU hours" if device_hours != hours else "")
+        + (f", {device_hours:.4g} {device} hours" if device_hours != hours else "")
         + (f", {this['price']:,.2f} to pay" if this["price"] is not None else "")
     )
     spent = {name: value for name, value in this["seconds"].items() if value}
@@ -181,7 +144,7 @@ def _ways(plan: dict[str, Any]) -> Iterator[str]:
             f"{_gib(way['device_bytes']):>12}{_gib(way['host_bytes']):>12}{way['step_seconds']:>10.3g}{way['tokens_per_second']:>12,.0f}"
             + (f"   no: {way['why']}" if way["why"] else "")
         )
-    yield f"  {plan['why']}"
+    yield f"  {'first, because' if plan['best'] else 'why'}: {plan['why']}"
     if more := plan["enough_machines"]:
         way = f"{more['preset']} and micro-batches of {more['micro_batch_size']}"
         yield f"  on {more['nodes']} of these machines the run would fit, with {way}"

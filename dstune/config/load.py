@@ -4,7 +4,7 @@ import difflib
 import io
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dstune.config.schema import RunConfig, SiteConfig
 from dstune.config.start import begun
+from dstune.config.units import shortened
 from dstune.errors import ConfigError, Problem, UsageError, first_line
 from dstune.paths import config_directory
 
@@ -24,6 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Path_ = tuple[str | int, ...]
 _MAX_FILE_BYTES = 4 << 20
 _MAX_VALUES = 100_000
+_LARGEST = 2**63 - 1
 _ELSEWHERE = {
     "learning_rate": "lr",
     "lr_scheduler_type": "schedule",
@@ -130,6 +132,16 @@ def validate(document: CommentedMap, model: type[Model], file: Path, overrides: 
         raise ConfigError(Problem(str(file), "nested too deeply")) from None
 
 
+def said(model: type[Model], values: Mapping[str, Any], named: Callable[[str], str]) -> Model:
+    """What a command line or a call says, as a `model`. `named` gives a field the name that who wrote it knows. Raises UsageError."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        problems = [_problem((named(str(detail["loc"][0])),), [detail], model, "") for detail in details]
+        raise UsageError(problems) from None
+
+
 def dump(model: BaseModel) -> str:
     """The model as YAML, every default written out; `load_model` gives an equal one back."""
     stream = io.StringIO()
@@ -142,12 +154,15 @@ def dump(model: BaseModel) -> str:
 
 
 class _Plain:
-    """Copies a document into plain values: so many at most, for a few lines of aliases can stand for billions."""
+    """Copies a document into plain values: so many at most, for a few lines of aliases can stand for billions; whole numbers of 64 bits,
+    for what is reckoned of larger ones leaves the numbers of a computer, wherever that is.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file, self._left = file, _MAX_VALUES
 
-    def copy(self, value: Any) -> Any:
+    def copy(self, value: Any, name: str = "") -> Any:
+        """`value`, which the document has under `name`."""
         self._left -= 1
         if self._left < 0:
             raise ConfigError(
@@ -156,11 +171,14 @@ class _Plain:
         if isinstance(value, Mapping):
             if strange := [key for key in value if not isinstance(key, str)]:
                 raise ConfigError(Problem(str(self._file), f"the key {strange[0]!r} is no text", "names of keys"))
-            return {str(key): self.copy(item) for key, item in value.items()}
+            return {str(key): self.copy(item, f"{name}.{key}") for key, item in value.items()}
         if isinstance(value, list):
-            return [self.copy(item) for item in value]
+            return [self.copy(item, f"{name}.{number}") for number, item in enumerate(value)]
         if isinstance(value, bool) or value is None:
             return value
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            came = f"{name.removeprefix('.')} is {shortened(value)}"
+            raise ConfigError(Problem(str(self._file), came, "a number of 64 bits"))
         for kind in (int, float, str):
             if isinstance(value, kind):
                 return kind(value)
@@ -231,7 +249,7 @@ def _problem(place: Path_, details: Sequence[Any], model: type[BaseModel], where
     expected = list(dict.fromkeys(_expectation(detail) for detail in details))
     if first["type"] in ("value_error", "assertion_error") and len(details) == 1:
         return Problem(where, f"{name or 'the file'}: {expected[0]}")
-    return Problem(where, f"{name} is {_shown(first['input'])}", " or ".join(expected))
+    return Problem(where, f"{name} is {shortened(first['input'])}", " or ".join(expected))
 
 
 def _expectation(detail: Any) -> str:
@@ -293,11 +311,6 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, typing.Annotated, tuple):
         return next((found for part in typing.get_args(annotation) if (found := _section(part))), None)
     return None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _kind(value: Any) -> str:

@@ -8,9 +8,10 @@ from dstune.config.adapter import AdapterSection
 from dstune.config.autotp import with_autotp
 from dstune.config.declined import no_deepcompile, no_fp8_weights
 from dstune.config.new_tokens import NewTokens, NewTokensSection
+from dstune.config.presets import known_preset
 from dstune.config.section import SECTION
 from dstune.config.train import TrainSection
-from dstune.config.units import parse_every, place, size_bytes
+from dstune.config.units import MOST_WORKERS, parse_every, place, size_bytes
 from dstune.paths import is_address
 
 _FILE = "file://"
@@ -201,7 +202,7 @@ class DataSection(Section):
 class DeepspeedSection(Section):
     """How states are partitioned and offloaded."""
 
-    preset: str = "auto"
+    preset: Annotated[str, AfterValidator(known_preset)] = "auto"
     """`auto` (what the planner takes for the model and the machines: `dstune plan` says which, and why), a name in ds_configs/ (zero1,
     zero2, zero3, zero3-offload-optimizer, …), or a JSON file of yours."""
     overrides: dict[str, Any] = {}
@@ -211,11 +212,11 @@ class DeepspeedSection(Section):
 class ClusterSection(Section):
     """Where it runs."""
 
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[int, int] = "auto"
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_WORKERS)] | tuple[int, int] = "auto"
     """`auto` (every GPU; without GPUs one), a number, or `[min, max]`."""
-    nodes: int | None = Field(default=None, ge=1)
+    nodes: int | None = Field(default=None, ge=1, le=MOST_WORKERS)
     """Number of machines; with `gpus_per_node`, in place of `workers`."""
-    gpus_per_node: int | None = Field(default=None, ge=1)
+    gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_WORKERS)
     """GPUs, and so workers, on each."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Workers that share each row (Ulysses), each with the activations of a piece of it: for rows too long for one GPU. Divides the
@@ -240,8 +241,8 @@ class ClusterSection(Section):
             raise ValueError("give either `workers` or `nodes` and `gpus_per_node`")
         if self.gpus_per_node is not None and self.nodes is None:
             raise ValueError("`gpus_per_node` wants `nodes` too")
-        if isinstance(self.workers, tuple) and not 1 <= self.workers[0] <= self.workers[1]:
-            raise ValueError("`workers: [min, max]` wants 1 <= min <= max")
+        if isinstance(self.workers, tuple) and not 1 <= self.workers[0] <= self.workers[1] <= MOST_WORKERS:
+            raise ValueError(f"`workers: [min, max]` wants 1 <= min <= max <= {MOST_WORKERS:,}")
         return self
 
     @model_validator(mode="after")
@@ -394,7 +395,8 @@ class SlurmSite(Section):
     signal_seconds: int = Field(default=180, ge=1)
     """Seconds before the time limit at which Slurm warns; allow a minute more than a save needs."""
     options: dict[str, str | int] = {}
-    """Further sbatch options by their long names (`{constraint: h100, mem: 0}`)."""
+    """Further sbatch options by their long names (`{constraint: h100}`). `mem: 0` is all of a node's memory: where a job does not say,
+    many clusters give it little for each core, and kill it when it takes more; `dstune plan` says what a machine needs."""
 
 
 class SiteConfig(Section):

@@ -19,6 +19,11 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)?")
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)/?|file://(?!/)")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 
+MOST_WORKERS = 10**6
+"""Machines, or workers: more are a slip of the keys, and what is reckoned of them leaves the numbers of a computer."""
+_MOST_BYTES = 10**18
+_MOST_SECONDS = 10 * 365 * 86400
+
 
 def duration_seconds(text: str) -> float:
     """`30min`, `45s`, `2h`, `1.5h`, `1d` in seconds. Raises ValueError for anything else."""
@@ -26,8 +31,8 @@ def duration_seconds(text: str) -> float:
     if not match or match.group(2) not in _SECONDS:
         raise ValueError(f"{text!r} is no duration; write 45s, 30min, 2h or 1d")
     seconds = float(match.group(1)) * _SECONDS[match.group(2)]
-    if seconds <= 0:
-        raise ValueError("a duration must be above zero")
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise ValueError("a duration must be above zero, and of ten years at most")
     return seconds
 
 
@@ -55,9 +60,20 @@ def place(written: str) -> str:
 
 
 def size_bytes(value: str | int) -> int:
-    """`5GB`, `500MB`, `2GiB`, or a number of bytes. Raises ValueError for anything else, or for nothing at all."""
+    """`5GB`, `500MB`, `2GiB`, or a number of bytes. Raises ValueError for anything else, for less than a byte, for more than 10^18."""
     match = _SIZE.fullmatch(str(value).strip())
     unit = (match.group(2) or "b").lower() if match else ""
-    if not match or unit not in _BYTES or float(match.group(1)) <= 0:
-        raise ValueError(f"{value!r} is no size; write 5GB, 500MB, 2GiB or a number of bytes")
-    return int(float(match.group(1)) * _BYTES[unit])
+    if not match or unit not in _BYTES:
+        raise ValueError(f"{shortened(value)} is no size; write 5GB, 500MB, 2GiB or a number of bytes")
+    count = float(match.group(1)) * _BYTES[unit]
+    if not 1 <= count <= _MOST_BYTES:
+        raise ValueError(
+            f"{shortened(value)} is no size of anything: from 1 byte to {_MOST_BYTES // _BYTES['tb']:,} TB"
+        )
+    return int(count)
+
+
+def shortened(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

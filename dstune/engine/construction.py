@@ -12,11 +12,16 @@ import torch.distributed as dist
 
 from dstune.engine.swapping import SwapFolder, load_async_io, require_async_io
 from dstune.errors import ConfigError, Problem
-from dstune.loggers import get_logger
 from dstune.planning.placement import WEIGHT_BUFFERS
-from dstune.planning.reachable import HPZ, streamed, unreachable, uses_nvme, weights_on_nvme, without_gpus
-
-log = get_logger(__name__)
+from dstune.planning.reachable import (
+    fitted,
+    small_buffers,
+    streamed,
+    unreachable,
+    uses_nvme,
+    weights_on_nvme,
+    without_gpus,
+)
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` of the run file as torch's."""
@@ -65,7 +70,7 @@ def complete(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
     ]
     problems += unreachable(config)
     problems += [] if torch.cuda.is_available() else without_gpus(config)
-    _fit_to_world(config)
+    config = fitted(config, dist.get_world_size()) if dist.is_initialized() else config
     _fill(config, required, problems)
     _fill(config, DEFAULTS, None)
     if problems:
@@ -82,16 +87,6 @@ def _fill(config: dict[str, Any], values: Mapping[str, Any], problems: list[Prob
             problems.append(
                 Problem(f"deepspeed: {path}{key}", f"{config[key]!r}", f"{value!r}, which dstune sets itself")
             )
-
-
-def _fit_to_world(config: dict[str, Any]) -> None:
-    """Leave hpZ's copies out where the workers do not divide into its groups: what is learnt is the same without them."""
-    if dist.is_initialized() and dist.get_world_size() % _copies(config):
-        config["zero_optimization"][HPZ] = 1
-
-
-def _copies(ds_config: Mapping[str, Any]) -> int:
-    return int((ds_config.get("zero_optimization") or {}).get(HPZ) or 1)
 
 
 def computes_fp16() -> bool:
@@ -135,11 +130,6 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype, largest: int 
     importlib.import_module("torch._dynamo")
 
     config = complete(ds_config, dtype)
-    if _copies(config) < _copies(ds_config):
-        log.warning(
-            "no copies of the weights within machines (%s: %d): %d workers do not divide into groups of that size",
-            HPZ, _copies(ds_config), dist.get_world_size(),
-        )  # fmt: skip
     if dtype is torch.float16 and not computes_fp16():
         raise ConfigError(
             Problem("model.dtype", "'fp16', which the processor of this machine cannot compute", "bf16 or fp32")
@@ -148,6 +138,8 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype, largest: int 
         if wanted:
             require_async_io(section)
             load_async_io()
+    if problems := small_buffers(config, largest or 0, dist.get_world_size(), dtype.itemsize):
+        raise ConfigError(problems)
     folder = _swap_weights(config, largest) if weights_on_nvme(config) else None
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -16,6 +16,7 @@ from dstune.errors import ConfigError, FitError, Problem
 from dstune.launch.sizes import Sizes
 from dstune.planning import choose, deepspeed, plan, reachable, reasons
 from dstune.planning.hardware import Cluster
+from dstune.planning.memory import DTYPE_BYTES
 from dstune.planning.reachable import without_gpus
 
 
@@ -125,7 +126,7 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
     named = policies.get(config.deepspeed.preset, {})
     if cluster.device.is_cpu and (problems := without_gpus(named)):
         raise ConfigError(problems)
-
+    require_buffers(config, named or policies[deepspeed.AUTO_PRESET], sizes, cluster.workers)
     path = nvme_path(config)
 
     def usable(preset: str) -> str:
@@ -139,6 +140,8 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
             return ""
         if reachable.unswappable(policy, config.train.optimizer):
             return f"{config.train.optimizer} cannot keep its states on NVMe"
+        if few := reachable.few_buffers(policy, config.train.optimizer):
+            return str(few[0]).splitlines()[0]
         return "" if cluster.nvme else "no NVMe is named (--nvme SIZE)"
 
     def ways(names: Sequence[str]) -> list[choose.Candidate]:
@@ -157,6 +160,13 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
         why=reasons.why(mine, cluster.device.is_cpu) if len(mine) > 1 else "",
         tokens_per_step=rows.tokens * config.train.global_batch_size / rows.num_rows,
     )
+
+
+def require_buffers(config: RunConfig, ds_config: Mapping[str, Any], sizes: Sizes, workers: int) -> None:
+    """Raises ConfigError where weights on NVMe would not go into the buffers that the run file gives them."""
+    size = DTYPE_BYTES[config.model.dtype]
+    if problems := reachable.small_buffers(ds_config, sizes.shape.largest, workers, size):
+        raise ConfigError(problems)
 
 
 def enough_machines(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Forecast | None:
@@ -213,11 +223,11 @@ def _load(config: RunConfig, rows: Rows, fused_loss: bool) -> choose.Load:
 
 
 def _policies(run: LoadedRun) -> dict[str, Mapping[str, Any]]:
-    """Every preset that could be taken, the user's own file or name first; the run's overrides over each. Raises ConfigError."""
+    """Every preset that could be taken, the user's own file first; the run's overrides over each. Raises ConfigError."""
     section = run.config.deepspeed
-    names = list(choose.PRESETS) if section.preset == "auto" else [section.preset, *choose.PRESETS]
+    names = choose.PRESETS if section.preset in ("auto", *choose.PRESETS) else (section.preset, *choose.PRESETS)
     found: dict[str, Mapping[str, Any]] = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         try:
             found[name] = deepspeed.policy_of(name, section.overrides, run.base)
         except ConfigError:

@@ -2,21 +2,26 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, BeforeValidator, Field
+
+from dstune.config import load
 from dstune.config.load import LoadedRun
-from dstune.config.schema import RunConfig
+from dstune.config.schema import ClusterSection, RunConfig
+from dstune.config.section import SECTION
+from dstune.config.units import MOST_WORKERS, size_bytes
 from dstune.data.shards import Prepared
 from dstune.data.task import is_seq2seq
 from dstune.data.tokenizer_files import has_tokenizer
-from dstune.errors import ConfigError
+from dstune.errors import ConfigError, Problem, UsageError
 from dstune.launch import machine, rundir, start
 from dstune.launch.forecast import Forecast, Rows, enough_machines, enough_sharing, forecast, nvme_path
 from dstune.launch.sizes import sizes
 from dstune.loggers import get_logger
-from dstune.planning import choose, deepspeed, hardware, plan, reasons, saving
+from dstune.planning import choose, deepspeed, hardware, plan, reachable, reasons, saving
 from dstune.planning.shapes import ModelShape
 
 log = get_logger(__name__)
@@ -29,25 +34,40 @@ _ASSUMED_STEPS = 1000
 """Of a run whose data is not here, and that names no `max_steps`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the command line says of the machines; None: as the run file says, or this machine is."""
+_Count = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
+_Bytes = Annotated[int, BeforeValidator(size_bytes)]
 
-    workers: int | None = None
-    nodes: int | None = None
-    gpus_per_node: int | None = None
+
+class Asked(BaseModel):
+    """What the command line, or a call of `api.plan`, says of the machines; None: as the run file says, or this machine is."""
+
+    model_config = SECTION
+
+    workers: _Count | None = None
+    nodes: _Count | None = None
+    gpus_per_node: _Count | None = None
     gpu: str | None = None
-    gpu_memory: int | None = None
-    host_memory: int | None = None
-    nvme: int | None = None
-    network: float | None = None
+    gpu_memory: _Bytes | None = None
+    """A size (`80GB`), or bytes; likewise the other two."""
+    host_memory: _Bytes | None = None
+    nvme: _Bytes | None = None
+    network: float | None = Field(default=None, ge=1e3, le=1e15, allow_inf_nan=False)
     """Bytes/s of one machine to the others."""
-    price: float | None = None
+    price: float | None = Field(default=None, gt=0, le=1e12, allow_inf_nan=False)
     """Of one GPU and hour, in whatever currency."""
-    node_hours: float | None = None
+    node_hours: float | None = Field(default=None, ge=1e-3, le=1e12, allow_inf_nan=False)
     """Mean hours of one machine between failures."""
     without_data: bool = False
     """Take every row as full instead of preparing the data."""
+
+    @classmethod
+    def of(cls, **said: Any) -> "Asked":
+        """The fields by name. Raises UsageError for values that are none of a machine's."""
+        return load.said(cls, said, lambda field: _FLAGS.get(field, f"--{field.replace('_', '-')}"))
+
+
+_FLAGS = {"node_hours": "--mtbf", "without_data": "--no-data", "network": "--network (as bytes/s)"}
+"""What the command line calls a field, where that is another name."""
 
 
 def does_without_data(run: LoadedRun, asked: Asked) -> bool:
@@ -149,7 +169,10 @@ def _deepspeed(seen: Forecast, base: Path) -> dict[str, Any]:
             update={"overrides": deepspeed.merged(config.deepspeed.overrides, overrides)}
         )
         config = config.model_copy(update={"deepspeed": section})
-    return deepspeed.make(config, base)
+    made = deepspeed.make(config, base)
+    if came := reachable.left_out(made, seen.cluster.workers):
+        log.warning("%s", came)
+    return reachable.fitted(made, seen.cluster.workers)
 
 
 def _rows(run: LoadedRun, prepared: Prepared | None) -> tuple[Rows, plan.DataFacts]:
@@ -171,12 +194,7 @@ def _rows(run: LoadedRun, prepared: Prepared | None) -> tuple[Rows, plan.DataFac
 
 def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
     section, here = config.cluster, machine.gpus()
-    nodes = asked.nodes or section.nodes or 1
-    per_node = asked.gpus_per_node or section.gpus_per_node
-    if asked.workers is not None:
-        per_node = math.ceil(asked.workers / nodes)
-    elif per_node is None:
-        per_node = math.ceil(start.workers_range(section, len(here) or 1)[1] / nodes)
+    nodes, per_node = _places(section, asked, len(here) or 1)
     named = asked.gpu or section.gpu
     is_here = named is None and asked.gpu_memory is None
     if not is_here:
@@ -200,6 +218,33 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
         nvme=asked.nvme or machine.nvme_bytes(config),
         cores=section.cpus_per_worker,
     )
+
+
+def _places(section: ClusterSection, asked: Asked, here: int) -> tuple[int, int]:
+    """Machines, and workers on each: as many on one as on the other. `here`: workers of a machine like this one.
+
+    Raises UsageError where so many workers are on no such machines.
+    """
+    nodes, per_node = asked.nodes or section.nodes or 1, asked.gpus_per_node
+    if asked.workers is None and (per_node := per_node or section.gpus_per_node) is not None:
+        return nodes, per_node
+    workers = asked.workers or start.workers_range(section, here)[1]
+    said = f"--workers {workers}" if asked.workers is not None else f"cluster.workers {workers}"
+    if per_node is not None:
+        _require_whole(said, workers, per_node, f"machines of {per_node} workers")
+        if asked.nodes not in (None, workers // per_node):
+            came = f"with --nodes {nodes} and --gpus-per-node {per_node}"
+            raise UsageError(Problem(said, came, f"{nodes * per_node} workers, or one of the three left away"))
+        return workers // per_node, per_node
+    if asked.workers is not None or section.workers != "auto":
+        _require_whole(said, workers, nodes, f"{nodes} machines, each with as many")
+    return nodes, math.ceil(workers / nodes)
+
+
+def _require_whole(where: str, workers: int, parts: int, places: str) -> None:
+    if less := workers % parts:
+        possible = [count for count in (workers - less, workers - less + parts) if count]
+        raise UsageError(Problem(where, f"on {places}", f"{' or '.join(map(str, possible))} workers"))
 
 
 def _model(shape: ModelShape) -> dict[str, Any]:

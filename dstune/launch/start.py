@@ -4,8 +4,10 @@ import glob
 import secrets
 import shutil
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dstune.checkpoint.owner import claimed
 from dstune.checkpoint.remote import Store
@@ -24,7 +26,7 @@ from dstune.launch.sizes import sizes
 from dstune.launch.status import read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
-from dstune.planning import deepspeed, hardware, plan, reasons
+from dstune.planning import deepspeed, hardware, plan, reachable, reasons
 from dstune.protocols import Executor
 from dstune.records.sinks import EventLog
 from dstune.selection.choose import prepared as prepare
@@ -72,7 +74,10 @@ class Planner:
             why=seen.why if seen else _UNKNOWN,
             predicted=seen.predicted(steps) if seen else None,
         )
-        plan.write(made, deepspeed.make(config, base), self.paths)
+        ds_config = deepspeed.make(config, base)
+        plan.write(made, ds_config, self.paths)
+        if came := reachable.left_out(ds_config, world_size):
+            log.warning("%s", came)
         told = {"plan": described(made), "why": made.why, "predicted": made.predicted}
         EventLog(self.paths.events).event("planned", attempt=attempt, **told)
         return made
@@ -137,7 +142,7 @@ def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
 
 def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
-    deepspeed.make(run.config, run.base)
+    _check_buffers(run, deepspeed.make(run.config, run.base))
     if not isinstance(run.config.model.kernels, str):
         from dstune.model.kernels import choice
 
@@ -165,6 +170,13 @@ def check(run: LoadedRun) -> None:
         from dstune.model.footprint import footprint
 
         footprint(model, run.base, freeze)
+
+
+def _check_buffers(run: LoadedRun, ds_config: Mapping[str, Any]) -> None:
+    """As far as it is known here how many workers there will be at most; each attempt's plan looks again."""
+    if "buffer_size" in (ds_config["zero_optimization"].get("offload_param") or {}):
+        most = workers_range(run.config.cluster, local_gpus() or 1)[1]
+        forecast.require_buffers(run.config, ds_config, sizes(run.config, run.base, "cpu"), most)
 
 
 def require_sharing(run: LoadedRun) -> None:

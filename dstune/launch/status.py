@@ -1,14 +1,16 @@
 """status.json: where a run stands, written whole by its driver and read by anybody."""
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dstune.atomic import write_json
-from dstune.errors import Problem, UsageError
+from dstune.errors import DstuneError, Problem, UsageError, first_line
 from dstune.paths import RunPaths
 
 ACTIVE = ("queued", "running")
@@ -58,6 +60,22 @@ def read_status(paths: RunPaths) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("state"), str):
         raise UsageError(Problem(str(paths.status), "is damaged", do="`dstune resume` writes it anew"))
     return value
+
+
+@contextlib.contextmanager
+def told(paths: RunPaths, waiting: Sequence[str] = ("planned",)) -> Iterator[None]:
+    """Has status.json say what kept a run that was `waiting` from being driven: its driver was not there yet to write it."""
+    try:
+        yield
+    except DstuneError as error:
+        with contextlib.suppress(UsageError):
+            before = read_status(paths)
+            if before["state"] in waiting and not driver_lives(paths):
+                status = StatusFile(paths)
+                status.adopt(before)
+                reason = f"not started: {first_line(error)}; `dstune resume {paths.root}` tries again"
+                status.write(state="failed", reason=reason, message=str(error), exit_status=error.exit_status)
+        raise
 
 
 def driver_lives(paths: RunPaths) -> bool:

@@ -1,6 +1,8 @@
 """Runs that were handed to Ray Jobs or Slurm, and those that were not: where they stand, what they said, how to stop them."""
 
 import json
+import math
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,8 +11,8 @@ from typing import Any
 
 from dstune.atomic import write_json
 from dstune.config.schema import RunConfig, SiteConfig
-from dstune.errors import Problem, UsageError
-from dstune.launch import control, ray_job, slurm
+from dstune.errors import Problem, UsageError, first_line
+from dstune.launch import control, fence, ray_job, slurm
 from dstune.launch.status import ACTIVE, FINAL, StatusFile, driver_lives, read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
@@ -18,7 +20,10 @@ from dstune.paths import RunPaths
 log = get_logger(__name__)
 
 _LOOK_SECONDS = 0.5
+_NOT_STARTED = "nothing drives it; `dstune resume` starts it"
 _INTERRUPTED = "its driver is gone without a word; `dstune resume` goes on from the newest committed step"
+
+_ASK_THERE = "ask `dstune status` there; where that machine is gone, `dstune resume` goes on"
 
 
 def describe(paths: RunPaths, config: RunConfig, to: str, site: SiteConfig, address: str | None) -> str:
@@ -45,8 +50,12 @@ def submit(paths: RunPaths, config: RunConfig, to: str, site: SiteConfig, addres
             sent = slurm.submit(paths, site, allocation(config))
         else:
             sent = ray_job.submit(paths, ray_job.request(paths, address, site.env))
-    except BaseException:
-        status.write(**{name: before.get(name) for name in ("state", "reason", "message")})
+    except BaseException as error:
+        told = {name: before.get(name) for name in ("reason", "message")}
+        if before["state"] == "planned":
+            do = f"`dstune resume {paths.root} --to {to}` hands it over again"
+            told = {"reason": f"not submitted to {to}: {first_line(error)}; {do}", "message": str(error)}
+        status.write(state=before["state"], **told)
         raise
     write_json(paths.submission, sent | {"time": round(time.time(), 3)})
     return {"id": sent["job_id"], "to": to, "run_directory": str(paths.root)} | sent
@@ -75,15 +84,19 @@ def submission(paths: RunPaths) -> dict[str, Any] | None:
 def status(paths: RunPaths) -> dict[str, Any]:
     """Where the run stands: status.json, corrected by who drives it and by the queue it is in.
 
-    `state` stays one of planned, queued, running, succeeded, failed, stopped, preempted; `interrupted` is true where a driver died.
+    `state` is one of planned, queued, running, succeeded, failed, stopped, preempted. A run whose driver died has failed, and
+    `interrupted` is true then; of a driver on another machine that holds no lock here, nobody knows, and the run's own word stays.
     """
     shown = {"name": paths.root.name, "run_directory": str(paths.root)} | read_status(paths)
     shown |= {"interrupted": False}
     sent = submission(paths)
-    if shown["state"] not in (*ACTIVE, "preempted") or driver_lives(paths):
+    if shown["state"] == "planned" and not shown.get("reason"):
+        shown |= {"reason": None if driver_lives(paths) else _NOT_STARTED}
+    if shown["state"] not in (*ACTIVE, "preempted") or driver_lives(paths) or _is_being_submitted(shown, sent):
         return shown
     if sent is None:
-        return shown | _gone(shown["state"])
+        host = shown.get("host")
+        return shown | (_gone(shown["state"]) if host == socket.gethostname() else _elsewhere(shown["state"], host))
     job = _job_state(sent)
     shown["job"] = {"to": sent["to"], "id": sent["job_id"]} | job
     if job["state"] == "queued":
@@ -99,7 +112,7 @@ def stop(paths: RunPaths, wait: bool = False, seconds: float | None = None) -> d
     `wait` returns when it has stopped (after at most `seconds`). Raises UsageError for a run that is over or was never started.
     """
     now = status(paths)
-    if now["state"] in FINAL:
+    if now["state"] in FINAL and not now["interrupted"]:
         raise UsageError(Problem(str(paths.root), f"the run is over already ({now['state']} at step {now['step']})"))
     if now["state"] == "planned" or now["interrupted"]:
         raise UsageError(Problem(str(paths.root), "nothing drives this run", do="`dstune resume` goes on with it"))
@@ -156,15 +169,14 @@ def _lines(file: Path, paths: RunPaths, follow: bool) -> Iterator[str]:
 
 
 def _goes_on(paths: RunPaths) -> bool:
-    now = status(paths)
-    return now["state"] in ACTIVE and not now["interrupted"]
+    return status(paths)["state"] in ACTIVE
 
 
 def _await_end(paths: RunPaths, seconds: float | None) -> dict[str, Any]:
     began, pause = time.monotonic(), threading.Event()
     while True:
         now = status(paths)
-        if now["state"] not in ACTIVE or now["interrupted"]:
+        if now["state"] not in ACTIVE:
             return now
         if seconds is not None and time.monotonic() - began > seconds:
             return now
@@ -172,7 +184,23 @@ def _await_end(paths: RunPaths, seconds: float | None) -> dict[str, Any]:
 
 
 def _gone(state: str) -> dict[str, Any]:
-    return {"interrupted": True, "reason": _INTERRUPTED} if state in ACTIVE else {}
+    return {"state": "failed", "interrupted": True, "reason": _INTERRUPTED} if state in ACTIVE else {}
+
+
+def _is_being_submitted(shown: dict[str, Any], sent: dict[str, Any] | None) -> bool:
+    """Whether who wrote that it is queued waits for the queue's answer, with which submission.json comes."""
+    if shown["state"] != "queued" or shown.get("host") != socket.gethostname():
+        return False
+    return (sent is None or sent.get("time", math.inf) < shown["time"]) and fence.started(int(shown["pid"])) is not None
+
+
+def _elsewhere(state: str, host: Any) -> dict[str, Any]:
+    """Locks are not seen from every machine: what drives a run on another one may live."""
+    return (
+        {"reason": f"its driver was on {host}, and holds no lock that is seen here: {_ASK_THERE}"}
+        if state in ACTIVE
+        else {}
+    )
 
 
 def _job_state(sent: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +225,7 @@ def _refuse_active(paths: RunPaths, to: str, address: str | None) -> None:
     """`to` and `address`: where the run is to go."""
     now = status(paths)
     lives = driver_lives(paths)
-    if not lives and (now["state"] not in ACTIVE or now["interrupted"]):
+    if not lives and (now["state"] not in ACTIVE or submission(paths) is None):
         return
     do = f"watch it with `dstune status {paths.root.name}`, or end it with `dstune stop {paths.root.name}`"
     if not lives and now.get("job", {}).get("state") == "unreachable":

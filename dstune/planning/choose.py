@@ -11,6 +11,7 @@ from dstune.planning.hardware import Cluster
 from dstune.planning.memory import Memory, Work, estimate
 from dstune.planning.placement import Placement
 from dstune.planning.process import CPU_PROCESS, GPU_PROCESS
+from dstune.planning.reachable import fitted
 from dstune.planning.shapes import ModelShape
 
 PRESETS = ("zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all", "zero3-nvme")
@@ -122,7 +123,18 @@ def candidates(
     does not know), or nothing.
     """
     found = [
-        _candidate(shape, cluster, load, preset, Placement.of(policy), size, again, split, settled, usable(preset))
+        _candidate(
+            shape,
+            cluster,
+            load,
+            preset,
+            Placement.of(fitted(policy, cluster.workers)),
+            size,
+            again,
+            split,
+            settled,
+            usable(preset),
+        )
         for split in settled.sequence_parallel
         # One that the run file says is not a choice; machines that are not full count as full ones here.
         if len(settled.sequence_parallel) == 1 or cluster.workers % (split * settled.tensor_parallel) == 0

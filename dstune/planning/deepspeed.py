@@ -12,7 +12,7 @@ from dstune.config.schema import RunConfig
 from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
 from dstune.planning import tensor_parallel, zero_settings
-from dstune.planning.reachable import streamed, unreachable, unswappable
+from dstune.planning.reachable import few_buffers, streamed, unreachable, unswappable
 
 AUTO_PRESET = "zero3"
 CUT_PRESET = "zero2"
@@ -51,11 +51,6 @@ _OWN_KEYS = {
 }
 
 
-def preset_names() -> list[str]:
-    """The presets in ds_configs/."""
-    return sorted(path.stem for path in shared_files("ds_configs").glob("*.json"))
-
-
 def load_preset(name: str, base: Path) -> dict[str, Any]:
     """A preset by name, or the user's own JSON file; `auto` is ZeRO-3. Raises ConfigError."""
     own_file = resolve(name, base)
@@ -64,11 +59,7 @@ def load_preset(name: str, base: Path) -> dict[str, Any]:
     else:
         path = shared_files("ds_configs") / f"{AUTO_PRESET if name == 'auto' else name}.json"
     if not path.is_file():
-        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}, or a JSON file of yours"
-        )
-        raise ConfigError(Problem(f"deepspeed.preset {name!r}", "no such preset", do=hint))
+        raise ConfigError(Problem(f"deepspeed.preset {name!r}", "no such file", do=f"looked for {path}"))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -90,7 +81,8 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
     if (members := config.cluster.tensor_parallel) > 1 and not problems:
         policy = merged(policy, {"tensor_parallel": tensor_parallel.settings(members)})
     optimizer = config.train.optimizer
-    problems += unreachable(policy) + unswappable(policy, optimizer) + tensor_parallel.uncuttable(policy, optimizer)
+    problems += unreachable(policy) + unswappable(policy, optimizer) + few_buffers(policy, optimizer)
+    problems += tensor_parallel.uncuttable(policy, optimizer)
     if problems:
         raise ConfigError(problems)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")

@@ -16,7 +16,8 @@ from dstune.planning.process import NOT_ALLOCATED, Process
 from dstune.planning.shapes import ModelShape
 
 _FP32 = 4
-_DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""`model.dtype` -> bytes of one element."""
 _STATES: Mapping[str, float] = {
     "adamw": 8, "muon": 8, "lion": 4, "sgd": 4, "adagrad": 4, "adafactor": 0, "adamw8bit": 2 + 8 / 256
 }  # fmt: skip
@@ -111,7 +112,7 @@ class Memory:
 
 def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) -> Memory:
     """The memory of one worker."""
-    size = _DTYPE_BYTES[work.dtype]
+    size = DTYPE_BYTES[work.dtype]
     saved, workers, loaded = saved_bytes(shape, work), work.world_size, size * shape.parameters
     shape, work = of_a_member(shape, work)
     weights = _weights(shape, place, work.world_size, size)
@@ -144,7 +145,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
 def of_a_member(shape: ModelShape, work: Work) -> tuple[ModelShape, Work]:
     """The model and the world as a worker sees them that holds a part of each layer: its part, and the workers that have the same one."""
     mine = replace(work, world_size=work.world_size // work.tensor_parallel, tensor_parallel=1)
-    return shape.part(work.tensor_parallel, _DTYPE_BYTES[work.dtype]), mine
+    return shape.part(work.tensor_parallel, DTYPE_BYTES[work.dtype]), mine
 
 
 def lasting_bytes(shape: ModelShape, work: Work) -> int:
@@ -285,7 +286,7 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
     held = {"process": process.host, "weights": weights if place.offload_param == "cpu" else 0}
     pinned = Counter([weights] if place.offload_param == "cpu" else [])
     if place.offload_param == "nvme":
-        size = _DTYPE_BYTES[work.dtype]
+        size = DTYPE_BYTES[work.dtype]
         kept = size * min(share, place.weights_in_host)
         held |= {"weights": kept, "weights' buffers": _weight_buffers(shape, place, work.world_size, size)}
         pinned[kept] += 1

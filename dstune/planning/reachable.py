@@ -49,6 +49,30 @@ _UNSWAPPABLE: Mapping[str, str] = {
 }
 
 
+_SWAPPED_MASTER_AND_GRADIENT = 2
+_SWAPPED_STATES: Mapping[str, int] = {"adamw": 2, "muon": 2, "lion": 1, "adagrad": 1, "sgd": 1}
+"""`train.optimizer` -> tensors that it keeps of each weight, at most."""
+_LEAST_SWAPPED = 1 << 20
+"""Bytes below which DeepSpeed leaves a weight's piece in memory, where `aio.block_size` is no larger."""
+
+
+def left_out(ds_config: Mapping[str, Any], world_size: int) -> str:
+    """What of a DeepSpeed config `fitted` leaves out for so many workers, in words; empty where nothing is."""
+    copies = int((ds_config.get("zero_optimization") or {}).get(HPZ) or 1)
+    if world_size % copies == 0:
+        return ""
+    return f"no copies of the weights within machines ({HPZ}: {copies}): {world_size} workers do not divide into groups of that size"
+
+
+def fitted(ds_config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """`ds_config` without hpZ's copies where the workers do not divide into its groups: what is learnt is the same without them, and a
+    run goes on with however many workers are left.
+    """
+    if not left_out(ds_config, world_size):
+        return dict(ds_config)
+    return {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], HPZ: 1}}
+
+
 def without_gpus(ds_config: Mapping[str, Any]) -> list[Problem]:
     """What of a DeepSpeed config works on GPUs alone, for workers that have none."""
     zero = ds_config.get("zero_optimization") or {}
@@ -134,6 +158,31 @@ def unswappable(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
         return []
     do = f"{optimizer} {_UNSWAPPABLE[optimizer]}. The preset zero3-offload-optimizer keeps them in main memory; adamw's may be on NVMe."
     return [Problem(f"{_WHERE}offload_optimizer.device", f"'nvme' with train.optimizer {optimizer}", "none or cpu", do)]
+
+
+def few_buffers(ds_config: Mapping[str, Any], optimizer: str) -> list[Problem]:
+    """What is wrong with the buffers of states on NVMe: DeepSpeed stops in the first update where all of one weight's need more."""
+    count = ((ds_config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("buffer_count")
+    needed = _SWAPPED_MASTER_AND_GRADIENT + _SWAPPED_STATES.get(optimizer, 0)
+    if not uses_nvme(ds_config) or count is None or count >= needed:
+        return []
+    do = f"The master weights, the gradients and each state of {optimizer} take one."
+    return [Problem(f"{_WHERE}offload_optimizer.buffer_count", f"{count}", f"{needed} or more", do)]
+
+
+def small_buffers(ds_config: Mapping[str, Any], largest: int, world_size: int, element_bytes: int) -> list[Problem]:
+    """What is wrong with the buffers of weights on NVMe for a model whose largest weight has so many elements, each of so many bytes:
+    a worker's piece of it has to go into one.
+    """
+    if not weights_on_nvme(ds_config):
+        return []
+    size, piece = ds_config["zero_optimization"]["offload_param"].get("buffer_size"), -(-largest // world_size)
+    least = max(_LEAST_SWAPPED, int((ds_config.get("aio") or {}).get("block_size") or 0))
+    if size is None or size >= piece or piece * element_bytes < least:
+        return []
+    came = f"{size:,.0f}, and a worker's piece of the largest weight has {piece:,} elements ({world_size} workers)"
+    do = "Without it, buffers are as large as they have to be."
+    return [Problem(f"{_WHERE}offload_param.buffer_size", came, f"{piece:,} or more", do)]
 
 
 def _parameters(zero: Mapping[str, Any]) -> list[Problem]:

@@ -18,14 +18,16 @@ def named(one: Candidate) -> str:
 
 
 def why(found: Sequence[Candidate], is_cpu: bool) -> str:
-    """Why the first of `found` comes before the next other way; or what stands in the way of all."""
+    """Why the first of `found` comes before the next other way; or what stands in the way of all. Where all are of one preset, it was
+    named, and nothing is said of others.
+    """
     first = found[0]
     if not first.fits:
         close = nearest(found)
         return f"nothing fits; nearest comes {named(close)}: {lacking(close)}"
     others = [one for one in found[1:] if one.fits]
     if not others:
-        return f"the only way that fits, with {headroom(first)}"
+        return f"the only way{'' if _is_open(found) else f' of {first.preset}'} that fits, with {headroom(first)}"
     if is_cpu:
         return _on_cpu(found)
     second = min(others, key=lambda one: one.seconds.step)
@@ -38,7 +40,15 @@ def _on_cpu(found: Sequence[Candidate]) -> str:
     tight = ""
     if first.recompute or any(one.micro_batch_size > first.micro_batch_size and not one.recompute for one in larger):
         tight = "; keeping more does not fit this machine's memory"
-    return f"on CPUs the presets take about the same time, and this is what a cluster runs; {headroom(first)}{tight}"
+    way = "on CPUs the presets take about the same time, and this is what a cluster runs"
+    if not _is_open(found):
+        way = f"of {first.preset} the largest micro-batch" + ("" if first.recompute else " that keeps its activations")
+    return f"{way}; {headroom(first)}{tight}"
+
+
+def _is_open(found: Sequence[Candidate]) -> bool:
+    """Whether there was a choice of presets."""
+    return len({one.preset for one in found}) > 1
 
 
 def _against(first: Candidate, second: Candidate) -> str:

@@ -106,7 +106,7 @@ INNER: Mapping[str, Mapping[str, _Kind]] = {
     "offload_optimizer": {
         "device": _DEVICE,
         "nvme_path": _PATH,
-        "buffer_count": _COUNT,
+        "buffer_count": _SIZE,
         "pin_memory": _SWITCH,
         "pipeline_read": _SWITCH,
         "pipeline_write": _SWITCH,
@@ -118,8 +118,8 @@ INNER: Mapping[str, Mapping[str, _Kind]] = {
     "offload_param": {
         "device": _DEVICE,
         "nvme_path": _PATH,
-        "buffer_count": _COUNT,
-        "buffer_size": _COUNT,
+        "buffer_count": _SIZE,
+        "buffer_size": _SIZE,
         "max_in_cpu": _COUNT,
         "pin_memory": _SWITCH,
     },

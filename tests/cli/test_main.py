@@ -35,12 +35,43 @@ def test_a_typo_names_its_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'train'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan", "run.yaml", "--wokers", "2"], "no option '--wokers'; did you mean '--workers'?"),
+        (["submit", "run.yaml", "--too=slurm"], "did you mean '--to'?"),
+        (["logs", "run", "--folow"], "did you mean '--follow'?"),
+        (["train", "run.yaml", "--train.lr=1e-4"], "settings have no dashes: train.lr=1e-5"),
+        (["status", "run", "--fast"], "no option '--fast'; see --help"),
+    ],
+)
+def test_a_typo_in_an_option_names_its_neighbour(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_value_with_dashes_is_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", str(tmp_path / "none.yaml"), "--to", "ray", "--site=--place", "--address", "-- here"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
 def test_a_missing_run_file_is_a_usage_error(tmp_path: Path) -> None:
     for command in ("prepare", "train", "plan", "preview"):
         result = dstune(command, str(tmp_path / "none.yaml"))
         assert result.returncode == 2, result.stderr
         assert "no such file" in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_an_interrupt_before_there_is_anything_to_save_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dstune.api.plan", interrupted)
+    assert main(["plan", "run.yaml"]) == 130
 
 
 def test_errors_are_json_too(tmp_path: Path) -> None:

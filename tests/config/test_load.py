@@ -227,3 +227,28 @@ def test_a_resume_may_compile_but_not_round(tmp_path: Path) -> None:
     compiled = identity.fingerprints(load_run(file, ["model.compile=layers"]).config, "data")
     tiled = load_run(file, ["model.mlp_tile=auto"]).config  # does not go with compiled layers
     assert identity.differences(compiled, tiled) == {}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"cluster.workers={'9' * 400}",
+        f"cluster.workers=[1, {'9' * 400}]",
+        f"cluster.host_memory={'9' * 400}GB",
+        "cluster.host_memory=0.1B",
+        f"checkpoint.every={'9' * 400}min",
+        f"train.max_steps={'9' * 400}",
+        f"deepspeed.overrides={{zero_optimization: {{reduce_bucket_size: -{'9' * 400}}}}}",
+    ],
+)
+def test_no_number_of_a_machine_or_a_clock_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(write(tmp_path, GOOD), [override])
+    assert len(str(caught.value).partition("': ")[2]) < 300
+
+
+@pytest.mark.parametrize(("name", "said"), [("zeroo3", "did you mean 'zero3'"), ("fastest", "presets: zero")])
+def test_a_preset_that_there_is_not_is_refused_where_the_file_is_read(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run.yaml:7: deepspeed.preset: no such preset as '{name}'; {said}"):
+        load_run(write(tmp_path, GOOD + f"deepspeed: {{preset: {name}}}\n"))
+    assert load_run(write(tmp_path, GOOD + "deepspeed: {preset: mine.json}\n"))

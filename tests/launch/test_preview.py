@@ -6,7 +6,9 @@ import os
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dstune import api
 from dstune.cli.main import main
+from dstune.errors import ConfigError, UsageError
 from dstune.launch import machine
 
 RUN = """
@@ -66,6 +68,27 @@ def test_weights_on_nvme_are_on_the_disk_with_their_buffers_in_memory(run_file, 
     assert "offload_param.device: 'nvme' below stage 3" in below
 
 
+def test_buffers_on_nvme_that_are_too_small_are_found_before_a_worker_is(run_file, capsys):
+    disk = "deepspeed.overrides.zero_optimization={offload_param: {device: nvme, nvme_path: /disk, buffer_size: 1000}}"
+    assert main(["plan", run_file, *EIGHT, "--no-data", "--nvme", "4TB", disk]) == 2
+    assert "piece of the largest weight has" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"elements \(4 workers\); expected 131,334,144 or more"):
+        api.train(run_file, [disk, "cluster.workers=4"])
+    few = "deepspeed.overrides.zero_optimization.offload_optimizer={nvme_path: /disk, buffer_count: 2}"
+    found = planned(capsys, run_file, *EIGHT, "--no-data", "--nvme", "4TB", few)
+    (swapped,) = [way for way in found["ways"] if way["preset"] == "zero3-nvme"]
+    assert "buffer_count: 2; expected 4 or more" in swapped["why"]
+
+
+def test_copies_that_are_left_out_are_said_to_be(run_file, capsys):
+    four = ["--nodes", "1", "--gpus-per-node", "4", *EIGHT[4:], "--no-data", "deepspeed.preset=zero++"]
+    found = planned(capsys, run_file, *four)
+    assert found["deepspeed"]["zero_optimization"]["zero_hpz_partition_size"] == 1
+    assert "weights' copy within machines" not in {
+        name for name, size in found["this_run"]["device_parts"].items() if size
+    }
+
+
 SMALL = ["--gpus-per-node", "1", "--gpu", "rtx-4090"]
 
 
@@ -122,6 +145,24 @@ def test_a_person_reads_parts_ways_and_time(run_file, capsys):
         assert words in out
 
 
+def test_of_a_preset_that_is_named_no_other_is_spoken_of(run_file, capsys):
+    small = ["--workers", "2", "--no-data", "train.max_steps=50000", "model.overrides={}"]
+    named = planned(capsys, run_file, *small, "deepspeed.preset=zero2")["this_run"]
+    assert named["chosen_because"].startswith("of zero2 the largest micro-batch that keeps its activations; ")
+    assert planned(capsys, run_file, *small)["this_run"]["chosen_because"].startswith("on CPUs the presets")
+    assert main(["plan", run_file, *small]) == 0
+    out = capsys.readouterr().out
+    assert " worker hours" in out and "GPU hours" not in out and "  first, because: on CPUs" in out
+
+
+@pytest.mark.parametrize("preset", ["auto", "zero2", "zero3"])
+def test_of_ways_that_tie_the_simpler_preset_comes_first(run_file, capsys, preset):
+    tiny = ["--workers", "1", "--gpu", "h100-80gb", "--no-data", "model.overrides={}"]
+    ways = planned(capsys, run_file, *tiny, f"deepspeed.preset={preset}")["ways"]
+    presets = [way["preset"] for way in ways if way["micro_batch_size"] == ways[0]["micro_batch_size"] and way["fits"]]
+    assert presets[:3] == ["zero1", "zero2", "zero3"]
+
+
 def test_a_slow_network_is_waited_for_and_an_assumed_one_says_so(run_file, capsys):
     two = ["--nodes", "2", *EIGHT[2:], "deepspeed.preset=zero3"]
     usual, slow = (planned(capsys, run_file, *two, *words) for words in ([], ["--network", "25"]))
@@ -151,7 +192,8 @@ def test_workers_share_the_cores_that_there_are():
     [
         (["--gpu", "h10"], "did you mean"),
         (["--gpu-memory", "lots"], "is no size"),
-        (["--workers", "0"], "is no count"),
+        (["--workers", "0"], "--workers is '0'; expected greater than or equal to 1"),
+        (["--network", "0"], "--network (as bytes/s) is 0.0; expected greater"),
         (["--gpu", "a100-80gb", "model.fp8=true"], "too old"),
     ],
 )
@@ -161,3 +203,72 @@ def test_what_nobody_can_plan_for_is_refused(run_file, capsys, words, said):
     except SystemExit as end:
         status = end.code
     assert status == 2 and said in capsys.readouterr().err
+
+
+NO_NUMBERS = ["0", "-1", "nan", "inf", "9" * 400, "0.0000001", "1e-300", "1e300", ""]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_no_number_of_a_machine_is_refused_wherever_it_comes_in(run_file, capsys, value):
+    refused = {
+        "workers": "--workers", "nodes": "--nodes", "gpus_per_node": "--gpus-per-node", "gpu_memory": "--gpu-memory",
+        "host_memory": "--host-memory", "nvme": "--nvme", "network": "--network", "node_hours": "--mtbf",
+    }  # fmt: skip
+    cheap = value in ("0.0000001", "1e-300")
+    for name, flag in refused.items() if cheap else (refused | {"price": "--price"}).items():
+        with pytest.raises(UsageError, match=flag):
+            api.plan(run_file, **{name: value})
+        try:
+            status = main(["plan", run_file, f"{flag}={value}"])
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr().err
+        assert status == 2 and flag in said and "Traceback" not in said
+
+
+def test_the_largest_machines_that_may_be_named_are_planned_for(run_file, capsys):
+    words = [
+        *EIGHT,
+        "--gpu-memory",
+        "1000TB",
+        "--nvme",
+        "1000TB",
+        "--network",
+        "1000000",
+        "--mtbf",
+        "0.001",
+        "--no-data",
+    ]
+    assert planned(capsys, run_file, *words)["fits"]
+    many = ["--nodes", "1000000", "--gpus-per-node", "8", "--no-data"]
+    assert main(["plan", run_file, *many]) == 4
+
+
+def test_a_call_names_what_it_does_not_know(run_file):
+    with pytest.raises(UsageError, match=r"unknown key '--wokers'\n.*did you mean 'workers'"):
+        api.plan(run_file, wokers=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workers", "7", "--nodes", "2"], "--workers 7: on 2 machines, each with as many; expected 6 or 8 workers"),
+        (["--workers", "1", "--nodes", "2"], "expected 2 workers"),
+        (["cluster.workers=[1, 7]", "--nodes", "2"], "cluster.workers 7: on 2 machines"),
+        (["--workers", "7", "--gpus-per-node", "2"], "--workers 7: on machines of 2 workers; expected 6 or 8 workers"),
+        (
+            ["--workers", "8", "--nodes", "3", "--gpus-per-node", "4"],
+            "expected 12 workers, or one of the three left away",
+        ),
+    ],
+)
+def test_workers_that_are_on_no_equal_machines_are_refused(run_file, capsys, words, said):
+    assert main(["plan", run_file, "--gpu", "h200", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_machines_follow_from_workers_and_what_each_holds(run_file, capsys):
+    found = planned(capsys, run_file, "--gpu", "h200", "--workers", "8", "--gpus-per-node", "4")
+    assert (found["workers"], found["machines"]["nodes"]) == (8, 2)
+    found = planned(capsys, run_file, "--gpu", "h200", "--workers", "8", "cluster={nodes: 2, gpus_per_node: 8}")
+    assert (found["workers"], found["machines"]["workers_per_node"]) == (8, 4)

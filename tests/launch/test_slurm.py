@@ -65,6 +65,12 @@ def test_a_value_that_would_leave_its_place_is_refused(tmp_path, site):
         rendered(RunPaths(tmp_path / "a\\b"))
 
 
+def test_what_a_site_says_of_memory_stands_in_the_script(tmp_path):
+    paths = RunPaths(tmp_path / "run")
+    assert "#SBATCH --mem=0" in rendered(paths, slurm={"options": {"mem": 0}}).splitlines()
+    assert "--mem" not in rendered(paths)  # what a node has is the place's to give out: jobs may share it
+
+
 def test_a_dry_run_is_the_script_and_writes_nothing(tmp_path):
     paths = RunPaths(tmp_path / "run")
     shown = submission.describe(paths, config(nodes=2, gpus_per_node=4), "slurm", SiteConfig(), None)

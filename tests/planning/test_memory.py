@@ -433,6 +433,7 @@ def test_the_fastest_leads_unless_it_is_a_tight_fit():
     roomy = choose.candidates(BILLION, cluster(80), LOAD, POLICIES)
     assert roomy[0].seconds.step == min(one.seconds.step for one in roomy if one.fits)
     assert reasons.why(roomy, is_cpu=False).startswith("as fast as zero1, micro-batch 4")
+    assert reasons.why(roomy[:1], is_cpu=False).startswith(f"the only way of {roomy[0].preset} that fits, with ")
     gave_way = 0
     for gigabytes in range(90, 400, 10):
         found = choose.candidates(BILLION, cluster(gigabytes), LOAD, POLICIES)

@@ -119,8 +119,7 @@ def test_presets_and_overrides_become_a_whole_deepspeed_config() -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"preset": "zeroo3"}, "did you mean 'zero3'"),
-        ({"preset": "none.json"}, "no such preset"),
+        ({"preset": "none.json"}, "no such file\n    looked for /none.json"),
         ({"overrides": {"zero_optimisation": {}}}, "did you mean 'zero_optimization'"),
         ({"overrides": {"train_batch_size": 8}}, "set train.global_batch_size"),
         ({"overrides": {"optimizer": {"type": "Adam"}}}, "set train.optimizer"),

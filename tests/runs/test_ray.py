@@ -57,7 +57,7 @@ def test_a_worker_killed_is_replaced_and_everything_killed_is_resumed_by_hand_an
     process.communicate(timeout=60)
 
     status = dstune("status", paths.root, "--json").communicate(timeout=60)[0]
-    assert json.loads(status)["interrupted"] is True
+    assert (json.loads(status)["state"], json.loads(status)["interrupted"]) == ("failed", True)
 
     again = dstune("train", run)
     assert again.wait(60) == 2, "an existing run is never silently continued"
