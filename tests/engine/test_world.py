@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dstune.engine.world import World, expand_hosts, tasks_per_node
 from dstune.errors import UsageError
@@ -41,6 +42,18 @@ def test_the_four_variables_of_srun_are_enough() -> None:
     env = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODELIST": "n1"}
     world = World.from_environment(env)
     assert (world.rank, world.world_size, world.local_world_size, world.master_address) == (1, 2, 2, "n1")
+
+
+def test_a_task_that_sees_one_gpu_alone_tells_deepspeed_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's --gpus-per-task: it is number 0 to each of them. DeepSpeed takes LOCAL_RANK for the device."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for visible, number in ((1, "0"), (4, "3")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        world = World(rank=3, world_size=4, local_rank=3, local_world_size=4)
+        world._export()
+        assert os.environ["LOCAL_RANK"] == number and world.device == torch.device("cuda", int(number))
+        assert os.environ["LOCAL_SIZE"] == "4"
 
 
 @pytest.mark.parametrize(
