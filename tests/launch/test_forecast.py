@@ -60,6 +60,20 @@ def test_what_gpus_alone_can_do_is_refused_for_processors(tmp_path, monkeypatch)
     assert planner(tmp_path / "there", elsewhere=True, deepspeed={"preset": "zero++"})(1, 2, None, 0).preset == "zero++"
 
 
+@pytest.mark.parametrize(
+    ("named", "count"),
+    [(None, 8), ("2", 1), ("0,1", 2), ("", 0), ("-1", 0), ("3,-1,2", 1), (" GPU-4f2c, GPU-9d11", 2)],
+)
+def test_gpus_that_cuda_hides_take_no_workers(monkeypatch, named, count):
+    """Ray counts as CUDA does; an eight-GPU machine of which a run may use one has one worker."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(machine, "gpus", lambda: (machine.Gpu("NVIDIA H200", 143771 << 20),) * 8)
+    monkeypatch.setattr(start.glob, "glob", lambda pattern: [f"/dev/nvidia{number}" for number in (*range(8), "ctl")])
+    assert (len(machine.usable()), start.local_gpus()) == (count, count)
+
+
 def test_predicted_stands_beside_measured(tmp_path):
     make = planner(tmp_path)
     predicted = make(3, 2, None, 10).predicted
