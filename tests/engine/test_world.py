@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
+from dstune.engine.quiet import start_deepspeed
 from dstune.engine.world import World, expand_hosts, tasks_per_node
 from dstune.errors import UsageError
 from tests.spawn import free_port, run_workers, start_worker
@@ -97,6 +99,22 @@ def test_control_says_the_same_to_all() -> None:
         assert told == ["from", 0]
         assert (local_size, cross_size) == ("3", "1")
         assert no_shared_memory
+
+
+@pytest.mark.parametrize(("backend", "tried"), [("nccl", False), ("gloo", True)])
+def test_deepspeed_tries_compilers_only_where_something_must_be_kept_from_them(
+    backend: str, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To import `__compatible_ops__` is to try: on a GPU for each of DeepSpeed's kernels, with lines on stdout."""
+    import deepspeed
+
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    asked: list[None] = []
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: asked.append(None) or {})
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **settings: None)
+    start_deepspeed(backend, timedelta(seconds=1))
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    assert bool(asked) == tried
 
 
 def _say_who_is_there() -> None:
