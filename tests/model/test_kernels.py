@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError
-from dstune.model import failures
+from dstune.model import build, failures
 from dstune.model.adapters import attach
 from dstune.model.kernels import choice, fused_head, liger, linear_cross_entropy, proof
 from dstune.model.kernels.fused_head import FusedLoss
@@ -257,6 +257,21 @@ def test_a_kernel_that_is_named_and_cannot_be_had_is_an_error(monkeypatch):
     by_default = choice.planned(section("auto"), Path(), "cuda")
     assert [one.on for one in by_default] == [True, False, False, False]
     assert "pip install liger-kernel" in by_default[1].why
+
+
+def test_who_plans_touches_no_gpu(monkeypatch):
+    """A driver that did would hold half a gigabyte of the first GPU for as long as the run lasts. The worker's model has storage."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(liger, "missing", lambda: None)
+    monkeypatch.setattr(liger.LigerLayers, "_patch", lambda self, kind: object())
+    monkeypatch.setattr(liger, "_disproof", lambda config, layers: asked.append("cuda"))
+    monkeypatch.setattr(proof, "prove", lambda config, function, device: asked.append(device) or Logits())
+    outline = build.skeleton(tiny_config("llama"), section("auto"))
+    assert all(one.on for one in choice.chosen(section("auto"), outline, "cuda"))
+    assert asked == ["cpu"]
+    choice.chosen(section("auto"), tiny("llama"), "cuda")
+    assert asked[1:] == ["cuda"] * 4
 
 
 @pytest.mark.parametrize(("dtype", "frozen"), [(torch.float16, False), (torch.bfloat16, True)])

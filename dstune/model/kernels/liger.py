@@ -14,7 +14,7 @@ from dstune.errors import first_line
 from dstune.model import isolation
 from dstune.model.failures import of_kernels
 from dstune.model.kernels import proof
-from dstune.model.kernels.kernel import Finding, TokenLoss
+from dstune.model.kernels.kernel import Finding, TokenLoss, shows_on_gpu
 from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cross_entropy
 from dstune.model.loss import IGNORED, summed_token_loss
 from dstune.model.remembered import Remembered
@@ -73,7 +73,7 @@ class LigerLayers:
             return Finding(False, reason)
         if self._patch(model.config.model_type) is None:
             return Finding(False, f"liger-kernel has none for {model.config.model_type}")
-        if not torch.cuda.is_available():
+        if not shows_on_gpu(model):
             return Finding(True, "Liger; shown on the GPU before training")
         reason = _disproof(model.config, self)
         return Finding(reason is None, reason or "Liger")
