@@ -90,7 +90,8 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Clu
     `elsewhere`: the workers may be on other machines than this one. A machine without GPUs then says nothing, unless the run file
     names them (`cluster.gpu`). Raises UsageError for a device that nobody knows.
     """
-    section, here = config.cluster, gpus() if elsewhere else usable()
+    # A task that sees its own GPU alone is still one of several on this machine.
+    section, here = config.cluster, gpus() if elsewhere or usable() else ()
     if section.gpu is not None:
         device = hardware.find_device(section.gpu)
     elif here:
