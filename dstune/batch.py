@@ -63,10 +63,17 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         moved = {
-            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            key: _moved(value, device) if isinstance(value, torch.Tensor) else value
             for key, value in self.inputs.items()
         }
-        return replace(self, inputs=moved, targets=self.targets.to(device, non_blocking=True))
+        return replace(self, inputs=moved, targets=_moved(self.targets, device))
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """NOTE: a copy of memory that is not pinned may wait for all that the GPU was asked before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def collate(

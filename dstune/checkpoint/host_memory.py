@@ -19,10 +19,8 @@ class HostMemory:
         size = len(self._map)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         """uint8 [whole pages]"""
-        if pinned and (status := torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0)) != 0:
-            raise RunFailed(
-                f"{size} bytes of host memory could not be pinned for checkpoints: CUDA error {int(status)}"
-            )
+        if pinned and (status := int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0))) != 0:
+            raise RunFailed(f"{size} bytes of host memory could not be pinned for checkpoints: CUDA error {status}")
 
     @property
     def view(self) -> memoryview:

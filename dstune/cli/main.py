@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -95,11 +96,10 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
 def _refuse_unknown_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Ends with status 2 at an option that the command does not have: before argparse, which would first miss what was meant by it."""
     known = [name for action in parser._actions for name in action.option_strings]
-    for word in words:
+    for word in itertools.takewhile("--".__ne__, words):
         name = word.partition("=")[0]
-        if (
-            not name.startswith("--") or " " in word or name in ("--", *known)
-        ):  # with a blank in it, it is some option's value
+        # With a blank in it, it is some option's value.
+        if not name.startswith("--") or " " in word or name in known:
             continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see --help"

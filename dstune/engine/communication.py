@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from dstune.engine.exchange import DirectBackend
+from dstune.engine.partitions import is_bf16_class
 
 _COLLECTIVES = (
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_reduce_coalesced",
@@ -173,9 +174,12 @@ def watch(zero: Any, stage: int, clock: Clock) -> None:
 
 
 def streams(zero: Any, stage: int) -> list[tuple[Any, str]]:
-    """Where `zero` keeps them: objects and names of attributes. On a CPU there are none, and the attributes are None."""
+    """Where `zero` keeps them: objects and names of attributes. On a CPU there are none, and the attributes are None.
+
+    DeepSpeed's class for ZeRO-1 in bf16 has none at all: it sums its gradients where they are computed.
+    """
     if stage < 3:
-        return [(zero, "reduction_stream")]
+        return [] if is_bf16_class(zero) else [(zero, "reduction_stream")]
     gathering = (zero.parameter_offload.param_coordinator, "_PartitionedParameterCoordinator__allgather_stream")
     return [gathering, (zero, "reduce_and_partition_stream")]
 

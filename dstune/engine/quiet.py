@@ -24,10 +24,13 @@ def start_deepspeed(backend: str, timeout: timedelta) -> None:
     # DeepSpeed still calls collectives by the names that torch renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compatible_ops
 
-    # NOTE: the shared-memory collective is compiled wherever a compiler is found, and busy-waits for ever on a dead peer.
-    compatible_ops["deepspeed_shm_comm"] = False
+    if backend == "gloo":
+        # Asked for here alone: to find out what can be built DeepSpeed tries compilers, and on a GPU for a score of its kernels.
+        from deepspeed.ops import __compatible_ops__ as compatible_ops
+
+        # NOTE: the shared-memory collective is compiled wherever a compiler is found, and busy-waits for ever on a dead peer.
+        compatible_ops["deepspeed_shm_comm"] = False
     # DeepSpeed writes to stdout, which belongs to `--json`: its lines go where everybody's go.
     chatter = logging.getLogger("DeepSpeed")
     chatter.handlers.clear()

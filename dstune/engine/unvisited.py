@@ -50,10 +50,15 @@ class Unvisited:
             sums[parameter.ds_id].zero_()
 
     def _hand_over(self, parameters: Sequence[Any]) -> None:
-        """Their sums to the offloaded optimizer, as DeepSpeed does with those of the last micro-batch."""
-        zero, sums = self._zero, sums_of(self._zero)
+        """Their sums to the offloaded optimizer, as DeepSpeed does with those of the last micro-batch.
+
+        NOTE: from the device, where DeepSpeed has the others: their norms are added up, and a sum begun in main memory takes no GPU's.
+        """
+        from deepspeed.accelerator import get_accelerator
+
+        zero, sums, device = self._zero, sums_of(self._zero), get_accelerator().current_device_name()
         gradients: dict[int, list[torch.Tensor]] = {}
         offsets: dict[int, list[int]] = {}
         for parameter in parameters:
-            zero._offload_grad_partition_at_boundary(parameter, sums[parameter.ds_id], gradients, offsets)
+            zero._offload_grad_partition_at_boundary(parameter, sums[parameter.ds_id].to(device), gradients, offsets)
         zero._swap_out_offload_fp32_gradients(gradients, offsets)

@@ -101,11 +101,15 @@ class World:
             dist.destroy_process_group()
 
     def _export(self) -> None:
-        """Tell libraries below what they look for in the environment (torch's names, and DeepSpeed's for the machine)."""
+        """Tell libraries below what they look for in the environment (torch's names, and DeepSpeed's for the machine).
+
+        NOTE: DeepSpeed takes LOCAL_RANK for the GPU's number, which is another one where a task sees its own GPU alone.
+        """
+        device = self.device
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
-            LOCAL_RANK=str(self.local_rank),
+            LOCAL_RANK=str(self.local_rank if device.index is None else device.index),
             LOCAL_WORLD_SIZE=str(self.local_world_size),
             MASTER_ADDR=self.master_address,
             MASTER_PORT=str(self.master_port),

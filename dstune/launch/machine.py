@@ -1,7 +1,9 @@
 """What this machine has, without torch: its memory, its GPUs as their driver names them; and so what a run's machines are."""
 
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -13,6 +15,8 @@ from dstune.launch.forecast import nodes_of, nvme_path
 from dstune.planning import hardware
 
 _SECONDS = 20.0
+_DEVICE = re.compile(r"\s*(\d+|(GPU|MIG)-\S+)\s*")
+"""In CUDA_VISIBLE_DEVICES: a number, or an identifier."""
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -32,6 +36,21 @@ def gpus() -> tuple[Gpu, ...]:
         listed = subprocess.run(words, capture_output=True, text=True, check=True, timeout=_SECONDS).stdout
         return tuple(_gpu(line) for line in listed.splitlines() if line.strip())
     return ()
+
+
+def visible(count: int) -> int:
+    """Of `count` GPUs of this machine, how many CUDA shows to programs that this one starts (CUDA_VISIBLE_DEVICES)."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return count
+    # What comes behind the first that is none (an empty one, -1) does not count.
+    return min(count, sum(1 for _ in itertools.takewhile(_DEVICE.fullmatch, named.split(","))))
+
+
+def usable() -> tuple[Gpu, ...]:
+    """Those of `gpus` that workers on this machine get."""
+    found = gpus()
+    return found[: visible(len(found))]
 
 
 def _gpu(line: str) -> Gpu:
@@ -71,7 +90,8 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Clu
     `elsewhere`: the workers may be on other machines than this one. A machine without GPUs then says nothing, unless the run file
     names them (`cluster.gpu`). Raises UsageError for a device that nobody knows.
     """
-    section, here = config.cluster, gpus()
+    # A task that sees its own GPU alone is still one of several on this machine.
+    section, here = config.cluster, gpus() if elsewhere or usable() else ()
     if section.gpu is not None:
         device = hardware.find_device(section.gpu)
     elif here:

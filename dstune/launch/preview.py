@@ -193,7 +193,7 @@ def _rows(run: LoadedRun, prepared: Prepared | None) -> tuple[Rows, plan.DataFac
 
 
 def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
-    section, here = config.cluster, machine.gpus()
+    section, here = config.cluster, machine.usable()
     nodes, per_node = _places(section, asked, len(here) or 1)
     named = asked.gpu or section.gpu
     is_here = named is None and asked.gpu_memory is None
@@ -275,7 +275,7 @@ def _machines(cluster: hardware.Cluster, config: RunConfig, asked: Asked) -> dic
 def _device_name(cluster: hardware.Cluster, config: RunConfig, asked: Asked) -> str:
     if cluster.device.is_cpu:
         return "cpu"
-    here = machine.gpus()
+    here = machine.usable()
     return asked.gpu or config.cluster.gpu or (here[0].name if here and asked.gpu_memory is None else _ASSUMED)
 
 

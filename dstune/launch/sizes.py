@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 _FORMAT = 9
 """Of what is kept, and of how it is counted."""
-_COUNTED_BY = ("torch", "transformers", "peft")
+_COUNTED_BY = ("torch", "transformers", "peft", "liger-kernel")
 
 
 @dataclass(frozen=True)

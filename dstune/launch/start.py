@@ -348,5 +348,6 @@ def workers_range(cluster: ClusterSection, auto: int) -> tuple[int, int]:
 
 
 def local_gpus() -> int:
-    """NVIDIA GPUs of this machine, found without importing torch."""
-    return len([path for path in glob.glob("/dev/nvidia[0-9]*") if path.removeprefix("/dev/nvidia").isdigit()])  # noqa: PTH207
+    """NVIDIA GPUs of this machine that its workers get, found without importing torch."""
+    found = [path for path in glob.glob("/dev/nvidia[0-9]*") if path.removeprefix("/dev/nvidia").isdigit()]  # noqa: PTH207
+    return machine.visible(len(found))

@@ -29,6 +29,11 @@ _NETWORK_SHARE = 0.8
 """Of what a machine's network cards state that a ring over all of them moves."""
 _LAUNCH_SECONDS = 0.004
 """What a micro-batch costs whatever its size."""
+_LAYER_SECONDS = 0.003
+"""What a layer takes Python and DeepSpeed to call, forward and backward, whatever its size: on GPUs beside their arithmetic, which may be
+shorter. Not measured."""
+_LAYER_SECONDS_CPU = 0.01
+"""The same on a CPU, where nothing runs beside it; measured (`tools/bench step` with few tokens)."""
 _HALF_TOKENS = 900
 """Tokens of a micro-batch at which a GPU reaches half of what it reaches with many."""
 _FP32 = 4
@@ -86,9 +91,8 @@ def step_seconds(
     tiles = 2.0 * shape.tiled * tokens  # their forward pass comes twice
     one = flops(shape, tokens, tokens * squares_per_token, work.recompute) + tiles
     size, rate = (4, device.flops * _FP32_SHARE) if work.dtype == "fp32" else (2, device.flops)
-    compute = micro_batches * (
-        faster(work.compiled, work.fp8, device.is_cpu) * one / (rate * reached * filled) + _LAUNCH_SECONDS
-    )
+    arithmetic = faster(work.compiled, work.fp8, device.is_cpu) * one / (rate * reached * filled)
+    compute = micro_batches * (_LAUNCH_SECONDS + _beside_calls(arithmetic, shape, work, device.is_cpu))
     communication = _communication(shape, place, work, cluster, size, micro_batches) if cluster.workers > 1 else 0.0
     offload, update = _offload(shape, place, work, cluster, size, micro_batches)
     exposed = max(0.0, communication - _HIDDEN * compute) if place.stage == 3 else communication
@@ -100,6 +104,14 @@ def step_seconds(
         read = 2 * micro_batches * size * shape.parameters / cluster.workers * cluster.per_node
         hidden_offload += (read + size * shape.trained / cluster.nodes) / cluster.nvme_rate
     return Seconds(compute=compute, communication=exposed, offload=hidden_offload, update=update)
+
+
+def _beside_calls(arithmetic: float, shape: ModelShape, work: Work, is_cpu: bool) -> float:
+    """Seconds of a micro-batch's `arithmetic` and of calling it, layer by layer."""
+    passes = 4 / 3 if work.recompute else 1.0
+    if is_cpu:
+        return arithmetic + passes * _LAYER_SECONDS_CPU * shape.layers
+    return max(arithmetic, passes * _LAYER_SECONDS * shape.layers)
 
 
 def faster(compiled: bool, fp8: bool, is_cpu: bool) -> float:

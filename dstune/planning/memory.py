@@ -31,8 +31,6 @@ _FUSED_CHUNK = 128 << 20
 """Bytes of logits at once of the fused loss (`model.kernels.linear_cross_entropy`)."""
 _CHUNK_TOKENS = 512
 """Targets whose logits are in fp32 at once (`model.loss`)."""
-_HEAP = 32 << 20
-"""Bytes of the largest tensor that glibc may take from its heap, which it does not give back; larger ones it maps and unmaps."""
 _SHARED_ROWS = 4.0
 """How many times the pieces of a heap are the usual ones where workers share a row; measured on one shape (`tools/bench memory`)."""
 
@@ -186,24 +184,14 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     arriving = _arriving(shape, place, work, process, size)
     workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
-        mapped = int(activations * shape.share_beyond(_HEAP, work.own_tokens))
-        workspace = int(workspace * (1 - mapped / max(1, activations)))
-        gathered = _gathered(shape, place, work, process, size)
-        forward = mapped + arriving + _mapped(logits) + int(gathered * _share_mapped(shape, size))
-        sent = _reduced(shape, place, work, waiting, size)
-        heaped = 0
-        if place.stage == 3:
-            sent.append(_still_gathered(shape, gathered, waiting, size))
-            # The room that activations leave is in pieces.
-            heaped = int(size * waiting * (1 - _share_mapped(shape, size)))
-        moving = activations - mapped + workspace + heaped + int(gathered * (1 - _share_mapped(shape, size)))
+        sent = sum(_reduced(shape, place, work, waiting, size))
         return {
             "activations": activations,
             "weights on their way": arriving,
             "logits": sum(logits),
             "workspace": workspace,
-            "holes in the heap": int(process.holes * moving),
-            "gradients on their way": heaped + max(0, _mapped(sent) - forward, _mapped([update]) - forward),
+            "holes in the heap": int(process.holes * activations),
+            "gradients on their way": max(sent, update),
         }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)
     sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
@@ -256,27 +244,10 @@ def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size
         return [whole]
     if place.stage == 3:
         theirs = size * waiting * (work.world_size - 1) // work.world_size
-        return [int(size * waiting * _share_mapped(shape, size)), theirs]
+        return [size * waiting, theirs]
     sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
     in_order = [size * waiting] if work.world_size > 1 else []
     return [size * waiting, whole if size < _FP32 else 0, *in_order, *sums]
-
-
-def _mapped(tensors: Sequence[int]) -> int:
-    """Bytes of those of `tensors` that a C library gives back when they are freed."""
-    return sum(count for count in tensors if count > _HEAP)
-
-
-def _share_mapped(shape: ModelShape, size: int) -> float:
-    """The same of all weights, as a share."""
-    return shape.in_larger_than(_HEAP // size) / max(1, shape.parameters)
-
-
-def _still_gathered(shape: ModelShape, gathered: int, waiting: int, size: int) -> int:
-    """Bytes of weights that are mapped and not let go of when the first bucket is sent: where that holds all gradients, the embedding's."""
-    if not gathered or waiting < shape.trained:
-        return int(gathered * _share_mapped(shape, size))
-    return min(gathered, _mapped([size * shape.largest]))
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:

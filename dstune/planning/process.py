@@ -40,15 +40,15 @@ class Process:
 
 
 CPU_PROCESS = Process(
-    fixed=565 << 20,
+    fixed=530 << 20,
     workspace=5.5,
     workspace_beside_gradients=2.2,
     compiled_workspace=2.0,
-    each_expert=20 << 20,
-    compiled_products=640 << 20,
+    each_expert=27 << 20,
+    compiled_products=1000 << 20,
     compiler=60 << 20,
     fragments=0.0,
-    holes=0.3,
+    holes=0.2,
     whole_buckets=False,
     retains=True,
     attends_apart=True,

@@ -5,6 +5,8 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, Protocol
 
 import numpy as np
@@ -143,7 +145,7 @@ class Loop:
         )
         supervised = int(self.prepared.rows_supervised[rows].sum())
         scale = self._share.counted / supervised
-        total, squares, nonfinite, clock = 0.0, 0, list[int](), PhaseClock(self.device)
+        squares, clock, losses = 0, PhaseClock(self.device), list[torch.Tensor]()
         micro_batches = self._share.micro_batches(rows, plan.micro_batch_size)
         for number, micro in enumerate(micro_batches):
             with clock.phase("data"):
@@ -154,12 +156,13 @@ class Loop:
                 loss_sum = self.loss(self.engine.module, batch)
             with clock.phase("backward"):
                 self.engine.backward(loss_sum * scale, last=number == len(micro_batches) - 1)
-            value = float(loss_sum.detach())
-            total += value
-            if not math.isfinite(value):
-                nonfinite += [row for row in micro if row is not None]
+            losses.append(loss_sum.detach())  # to look at it now would be to wait for the GPU
         with clock.phase("optimizer"):
             result = self.engine.step(learning_rate(self.config.train, step, plan.total_steps))
+        values = [float(loss) for loss in losses]
+        total = reduce(add, values, 0.0)  # one by one: Python's own sum of floats is another one from 3.12 on
+        bad = [micro for micro, value in zip(micro_batches, values, strict=True) if not math.isfinite(value)]
+        nonfinite = [row for micro in bad for row in micro if row is not None]
         mine = {
             "loss": total * self._share.counts if math.isfinite(total) else None,
             "nonfinite": nonfinite,

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
+from dstune.engine.quiet import start_deepspeed
 from dstune.engine.world import World, expand_hosts, tasks_per_node
 from dstune.errors import UsageError
 from tests.spawn import free_port, run_workers, start_worker
@@ -41,6 +44,18 @@ def test_the_four_variables_of_srun_are_enough() -> None:
     env = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODELIST": "n1"}
     world = World.from_environment(env)
     assert (world.rank, world.world_size, world.local_world_size, world.master_address) == (1, 2, 2, "n1")
+
+
+def test_a_task_that_sees_one_gpu_alone_tells_deepspeed_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's --gpus-per-task: it is number 0 to each of them. DeepSpeed takes LOCAL_RANK for the device."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for visible, number in ((1, "0"), (4, "3")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        world = World(rank=3, world_size=4, local_rank=3, local_world_size=4)
+        world._export()
+        assert os.environ["LOCAL_RANK"] == number and world.device == torch.device("cuda", int(number))
+        assert os.environ["LOCAL_SIZE"] == "4"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +99,22 @@ def test_control_says_the_same_to_all() -> None:
         assert told == ["from", 0]
         assert (local_size, cross_size) == ("3", "1")
         assert no_shared_memory
+
+
+@pytest.mark.parametrize(("backend", "tried"), [("nccl", False), ("gloo", True)])
+def test_deepspeed_tries_compilers_only_where_something_must_be_kept_from_them(
+    backend: str, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To import `__compatible_ops__` is to try: on a GPU for each of DeepSpeed's kernels, with lines on stdout."""
+    import deepspeed
+
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    asked: list[None] = []
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: asked.append(None) or {})
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **settings: None)
+    start_deepspeed(backend, timedelta(seconds=1))
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    assert bool(asked) == tried
 
 
 def _say_who_is_there() -> None:

@@ -1,6 +1,7 @@
 """What an attempt's plan settles where the run file says `auto`, and how a prediction meets what was measured."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,26 @@ def test_what_gpus_alone_can_do_is_refused_for_processors(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"(?s)quantized_weights: is on, and there is no GPU.*quantized_gradients"):
         planner(tmp_path / "here", deepspeed={"preset": "zero++"})(1, 2, None, 0)
     assert planner(tmp_path / "there", elsewhere=True, deepspeed={"preset": "zero++"})(1, 2, None, 0).preset == "zero++"
+
+
+@pytest.mark.parametrize(
+    ("named", "count"),
+    [(None, 8), ("2", 1), ("0,1", 2), ("", 0), ("-1", 0), ("3,-1,2", 1), (" GPU-4f2c, GPU-9d11", 2)],
+)
+def test_gpus_that_cuda_hides_take_no_workers(tmp_path, monkeypatch, named, count):
+    """Ray counts as CUDA does; an eight-GPU machine of which a run may use one has one worker."""
+    config = load_run(write_run(tmp_path)).config
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(machine, "gpus", lambda: (machine.Gpu("NVIDIA H200", 143771 << 20),) * 8)
+    monkeypatch.setattr(
+        start, "glob", SimpleNamespace(glob=lambda pattern: [f"/dev/nvidia{number}" for number in (*range(8), "ctl")])
+    )
+    assert (len(machine.usable()), start.local_gpus()) == (count, count)
+    found = machine.cluster_of(config, 8, elsewhere=False)
+    assert (found.nodes, found.per_node, found.device.is_cpu) == (1, 8, not count)
+    assert not machine.cluster_of(config, 8, elsewhere=True).device.is_cpu
 
 
 def test_predicted_stands_beside_measured(tmp_path):

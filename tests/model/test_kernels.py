@@ -1,6 +1,8 @@
 """Kernels beside what they stand for: the fused loss against fp32 and each model's own logits, what is refused, and who chooses."""
 
 from pathlib import Path
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoConfig
 from dstune.batch import collate
 from dstune.config.schema import ModelSection
 from dstune.errors import ConfigError
+from dstune.model import build, failures
 from dstune.model.adapters import attach
 from dstune.model.kernels import choice, fused_head, liger, linear_cross_entropy, proof
 from dstune.model.kernels.fused_head import FusedLoss
@@ -254,6 +257,65 @@ def test_a_kernel_that_is_named_and_cannot_be_had_is_an_error(monkeypatch):
     by_default = choice.planned(section("auto"), Path(), "cuda")
     assert [one.on for one in by_default] == [True, False, False, False]
     assert "pip install liger-kernel" in by_default[1].why
+
+
+def test_who_plans_touches_no_gpu(monkeypatch):
+    """A driver that did would hold half a gigabyte of the first GPU for as long as the run lasts. The worker's model has storage."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(liger, "missing", lambda: None)
+    monkeypatch.setattr(liger.LigerLayers, "_patch", lambda self, kind: object())
+    monkeypatch.setattr(liger, "_disproof", lambda config, layers: asked.append("cuda"))
+    monkeypatch.setattr(proof, "prove", lambda config, function, device: asked.append(device) or Logits())
+    outline = build.skeleton(tiny_config("llama"), section("auto"))
+    assert all(one.on for one in choice.chosen(section("auto"), outline, "cuda"))
+    assert asked == ["cpu"]
+    choice.chosen(section("auto"), tiny("llama"), "cuda")
+    assert asked[1:] == ["cuda"] * 4
+
+
+@pytest.mark.parametrize(("dtype", "frozen"), [(torch.float16, False), (torch.bfloat16, True)])
+def test_torch_computes_what_liger_would_get_wrong(dtype, frozen, monkeypatch):
+    """Liger gives a head whose hidden states learn nothing no gradient, and loses small derivatives in fp16."""
+    monkeypatch.setattr(liger, "importlib", None)
+    (hidden, weight), targets = drawn(60, dtype, False)
+    hidden = hidden.detach() if frozen else hidden
+    learning = [weight] if frozen else [hidden, weight]
+    found = torch.autograd.grad(liger.linear_cross_entropy(hidden, weight, None, targets, Logits()), learning)
+    wanted = torch.autograd.grad(summed_linear_cross_entropy(hidden, weight, None, targets, Logits()), learning)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_what_liger_is_called_with(monkeypatch):
+    """In the places of its forward pass, as of 0.8: input, weight, target, bias, class weights, the token that is none, …"""
+    seen = []
+    function = SimpleNamespace(apply=lambda *given: seen.append(given) or [torch.zeros(())])
+    module = SimpleNamespace(LigerFusedLinearCrossEntropyFunction=function)
+    monkeypatch.setattr(liger, "importlib", SimpleNamespace(import_module=lambda name: module))
+    (hidden, weight), targets = drawn(60, torch.bfloat16, False)
+    liger.linear_cross_entropy(hidden, weight, None, targets, Logits(cap=3.0))
+    with torch.no_grad():  # validation
+        liger.linear_cross_entropy(hidden.detach(), weight, None, targets, Logits(cap=3.0))
+    for given in seen:
+        assert torch.equal(given[0], hidden) and given[1] is weight and given[2] is targets
+        assert given[3:] == (None, None, IGNORED, 0.0, 0.0, "sum", 3.0, False, torch.float32)
+    assert len(seen) == 2
+
+
+def test_a_kernel_that_triton_cannot_compile_here_is_left_out(monkeypatch):
+    """No headers, a cache that cannot be written, a device too small: the run goes on without."""
+    too_small = type("OutOfResources", (Exception,), {})
+    monkeypatch.setattr(failures, "find_spec", lambda name: object())
+    errors = SimpleNamespace(TritonError=too_small)
+    monkeypatch.setattr(failures, "importlib", SimpleNamespace(import_module=lambda name: errors))
+    for error in (too_small("shared memory"), PermissionError("cache"), CalledProcessError(1, "gcc")):
+
+        def fails(*given, error=error):
+            raise error
+
+        proof._proven.cache_clear()
+        assert "fails with a fused head" in proof.prove(tiny_config("llama"), fails, "cpu")
+    proof._proven.cache_clear()
 
 
 @needs_gpu

@@ -16,6 +16,7 @@ is of steps on batches that lie on the device: what reading and records cost a s
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -37,7 +38,7 @@ A machine with torch but without a network and without what dstune wants takes i
 is published as source, and becomes a pure wheel; pydantic-core alone is for one Python, there 3.12):
 
   take="pip download --no-deps -c tools/constraints.txt -d wheels"
-  $take transformers peft pydantic annotated-types typing-inspection ruamel.yaml hjson liger-kernel
+  $take transformers peft pydantic annotated-types typing-extensions typing-inspection ruamel.yaml hjson liger-kernel
   $take --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 pydantic-core
   DS_BUILD_OPS=0 pip wheel --no-deps -c tools/constraints.txt -w wheels deepspeed
 
@@ -111,8 +112,10 @@ def _work(where: str, arguments: tuple[Any, ...], result: str, log: str) -> None
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    # Where main memory runs out, this process shall go and not the one that waits for it.
-    Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    with contextlib.suppress(
+        OSError
+    ):  # where main memory runs out, this process shall go and not the one that waits for it
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     Path(result).write_text(json.dumps(call(where, *arguments)), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()

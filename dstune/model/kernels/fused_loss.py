@@ -1,11 +1,10 @@
 """The kernel of the loss: head and cross-entropy fused over the supervised tokens."""
 
-import torch
 from transformers import PreTrainedModel
 
 from dstune.model.kernels import liger, proof
 from dstune.model.kernels.fused_head import FusedLoss, obstacle
-from dstune.model.kernels.kernel import Finding, TokenLoss
+from dstune.model.kernels.kernel import Finding, TokenLoss, shows_on_gpu
 from dstune.model.kernels.linear_cross_entropy import LinearCrossEntropy, Logits, summed_linear_cross_entropy
 
 
@@ -41,7 +40,7 @@ class FusedLossKernel:
 
 
 def _proven(model: PreTrainedModel, device: str) -> Logits | str:
-    """Shown on the device where there is one: who plans for a cluster may not have it, and the worker shows it again."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Shown on the device that trains; for who plans, on the CPU: the worker shows it again."""
+    if device == "cuda" and not shows_on_gpu(model):
         return proof.prove(model.config, summed_linear_cross_entropy, "cpu")
     return proof.prove(model.config, fastest(device), device)

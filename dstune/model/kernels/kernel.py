@@ -45,3 +45,11 @@ class Kernel(Protocol):
         Nothing to do where that is as much as without it. Only after `find` said it works; no value that `model` then gives is read.
         """
         ...
+
+
+def shows_on_gpu(model: PreTrainedModel) -> bool:
+    """Whether what is asked of `model` can be, and is to be, shown on a GPU: not for one without storage, which somebody plans with.
+
+    NOTE: who plans a run may wait for it as long as it lasts, and once it has touched a GPU it holds half a gigabyte of it.
+    """
+    return torch.cuda.is_available() and not any(parameter.is_meta for parameter in model.parameters())

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.errors import first_line
 from dstune.model import isolation
-from dstune.model.failures import FAILURES
+from dstune.model.failures import of_kernels
 from dstune.model.kernels import proof
-from dstune.model.kernels.kernel import Finding, TokenLoss
+from dstune.model.kernels.kernel import Finding, TokenLoss, shows_on_gpu
 from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cross_entropy
 from dstune.model.loss import IGNORED, summed_token_loss
 from dstune.model.remembered import Remembered
@@ -35,8 +35,13 @@ def missing() -> str | None:
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, logits: Logits
 ) -> torch.Tensor:
-    """`summed_linear_cross_entropy` by Liger, the weight's gradient summed in fp32. The scale goes into the hidden states and the bias."""
-    if len(targets) == 0:
+    """`summed_linear_cross_entropy` by Liger, the weight's gradient summed in fp32. The scale goes into the hidden states and the bias.
+
+    By torch where Liger would give other gradients: it makes none where the hidden states want none (all but the head is frozen), and
+    has nothing that keeps small derivatives in fp16.
+    """
+    frozen = torch.is_grad_enabled() and not hidden.requires_grad
+    if len(targets) == 0 or frozen or weight.dtype is torch.float16:
         return summed_linear_cross_entropy(hidden, weight, bias, targets, logits)
     function: Any = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
     if logits.scale != 1.0:
@@ -68,7 +73,7 @@ class LigerLayers:
             return Finding(False, reason)
         if self._patch(model.config.model_type) is None:
             return Finding(False, f"liger-kernel has none for {model.config.model_type}")
-        if not torch.cuda.is_available():
+        if not shows_on_gpu(model):
             return Finding(True, "Liger; shown on the GPU before training")
         reason = _disproof(model.config, self)
         return Finding(reason is None, reason or "Liger")
@@ -121,7 +126,7 @@ def _disproof(config: PretrainedConfig, layers: LigerLayers) -> str | None:
             wanted = proof.gradients(model, proof.plain_loss(model, batch))
             layers.put_in(model, "cuda", summed_token_loss)
             difference = proof.difference(proof.gradients(model, proof.plain_loss(model, batch)), wanted)
-        except FAILURES as error:
+        except of_kernels() as error:
             return f"its small model fails with it ({first_line(error)})"
         finally:
             if rotary is not None:

@@ -37,9 +37,10 @@ class Logits:
         if self.scale != 1.0:
             values.mul_(self.scale)
         if self.cap is None:
-            return None if self.scale == 1.0 else values.new_tensor(self.scale)
+            return None if self.scale == 1.0 else values.new_full((), self.scale)
         values.div_(self.cap).tanh_()
-        slope = torch.addcmul(values.new_tensor(1.0), values, values, value=-1.0).mul_(self.scale)
+        # NOTE: a GPU makes `new_full` by itself; for `new_tensor` it would be waited for.
+        slope = torch.addcmul(values.new_full((), 1.0), values, values, value=-1.0).mul_(self.scale)
         values.mul_(self.cap)
         return slope
 
@@ -160,23 +161,23 @@ class _Work:
     def _add_to_weight(self, derivative: torch.Tensor, hidden: torch.Tensor, first: bool) -> None:
         """Add `derivative`^T @ `hidden` to the weight's gradient."""
         assert self.of_weight is not None
-        into = self.of_weight
         for rows in _blocks(self.weight):
-            part = derivative[:, rows].t()
+            part, into = derivative[:, rows].t(), self.of_weight[rows]
             if not into.is_cuda:  # a processor's product packs a transposed operand twice as slowly as this copies it
                 part = part.contiguous()
             if into.dtype is derivative.dtype and first:
-                torch.mm(part, hidden, out=into[rows])
+                torch.mm(part, hidden, out=into)
             elif into.dtype is derivative.dtype:
-                into[rows].addmm_(part, hidden)
+                into.addmm_(part, hidden)
             elif into.is_cuda and not first:
-                torch.addmm(into[rows], part, hidden, out_dtype=torch.float32, out=into[rows])
+                # NOTE: two tensors of one place would be copied onto each other before: as many bytes again as the product moves.
+                torch.addmm(into, part, hidden, out_dtype=torch.float32, out=into)
             elif into.is_cuda:
-                torch.mm(part, hidden, out_dtype=torch.float32, out=into[rows])
+                torch.mm(part, hidden, out_dtype=torch.float32, out=into)
             elif first:
-                into[rows] = torch.mm(part, hidden)
+                into.copy_(torch.mm(part, hidden))
             else:
-                into[rows] += torch.mm(part, hidden)
+                into += torch.mm(part, hidden)
 
     def gradients(self, upstream: torch.Tensor) -> list[torch.Tensor | None]:
         """Of the hidden states, the weight and the bias, for the loss's own gradient `upstream`."""

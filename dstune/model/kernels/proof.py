@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.errors import first_line
 from dstune.model import isolation
-from dstune.model.failures import FAILURES
+from dstune.model.failures import FAILURES, of_kernels
 from dstune.model.kernels.fused_head import FusedLoss, candidates, obstacle
 from dstune.model.kernels.linear_cross_entropy import LinearCrossEntropy, Logits
 from dstune.model.loss import IGNORED, forward_arguments
@@ -58,7 +58,7 @@ def _proven(config: PretrainedConfig, function: LinearCrossEntropy, device: str)
             try:
                 loss, count = FusedLoss(model, function, logits)(model, batch)
                 found = gradients(model, loss)
-            except FAILURES as error:
+            except of_kernels() as error:
                 reason = f"its small model fails with a fused head ({first_line(error)})"
                 continue
             assert count == int((batch.targets != IGNORED).sum())
