@@ -10,5 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dstune import api
+    from dstune.engine import heap
+    from dstune.launch import start
 
+    if not start.local_gpus():
+        heap.start_again()
     return api.work(args.run, args.overrides)

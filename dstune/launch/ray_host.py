@@ -27,6 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from dstune.atomic import write_json
+from dstune.engine import heap
 from dstune.errors import first_line
 from dstune.launch import fence
 from dstune.launch.local import HostSettings
@@ -170,7 +171,8 @@ class Host:
         paths, attempt = RunPaths(Path(request["run_directory"])), request["attempt"]
         resources = self._resources()
         alone = resources == {"CPU": 1.0}
-        environment = (_ON_A_PROCESSOR if alone else {}) | request["environment"]
+        on_processors = {} if "GPU" in resources else dict(heap.at_start())
+        environment = on_processors | (_ON_A_PROCESSOR if alone else {}) | request["environment"]
         trainer = DataParallelTrainer(
             train_function,
             train_loop_config={"entry": request["entry"], "run_directory": str(paths.root), "attempt": attempt},

@@ -71,3 +71,16 @@ def test_what_a_step_frees_the_next_one_finds_touched(case: str, settings: dict[
     work = [sys.executable, "-c", _LARGE_ONES, case]
     done = subprocess.run(work, env=clean | settings, capture_output=True, text=True, check=True)
     assert (int(done.stdout) > 1000) is touched
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=2"])
+def test_a_worker_starts_again_with_what_glibc_reads_at_the_start_alone(own: str | None) -> None:
+    """Once, with its own words, and only where nobody else has set it."""
+    program = "import os, sys; from dstune.engine import heap; heap.start_again(); print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    settings = {} if own is None else {"GLIBC_TUNABLES": own}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "a word"], env=clean | settings, stdout=subprocess.PIPE, text=True
+    ) as started:
+        out, _ = started.communicate()
+    assert out.split(maxsplit=2) == [str(started.pid), own or "glibc.malloc.tcache_count=0", "['a word']\n"]

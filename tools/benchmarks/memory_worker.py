@@ -2,7 +2,10 @@
 
 import sys
 
-from dstune import worker
+from dstune.engine import heap
 
 if __name__ == "__main__":
+    heap.start_again()
+    from dstune import worker
+
     worker.main(sys.argv[1], 1)
