@@ -7,7 +7,7 @@ vocabulary of 256,000 a process took half as much again. So what is free goes ba
 
 Two habits of glibc leave pieces between tensors of one size where the next one of that size does not fit, for it looks for the alignment on
 top: torch's huge pages (THP_MEM_ALLOC_ENABLE) align to 2 MiB (150 M parameters, rows of 2,048: 6.0 GiB where it is 4.7 without, and a fifth
-more time), and a thread's cache takes the crumbs beside a tensor that would complete its room (a LoRA run: 3.8 GiB where it is 2.8 without).
+more time), and a thread's cache takes the crumbs beside a tensor that would complete its room (a LoRA run: 3.8 GiB, 2.8 without).
 """
 
 import ctypes

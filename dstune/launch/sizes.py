@@ -18,7 +18,7 @@ from dstune.planning.shapes import ModelShape
 
 log = get_logger(__name__)
 
-_FORMAT = 9
+_FORMAT = 10
 """Of what is kept, and of how it is counted."""
 _COUNTED_BY = ("torch", "transformers", "peft", "liger-kernel")
 

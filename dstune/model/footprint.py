@@ -75,7 +75,6 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = (), devic
         vocabulary=int(text.vocab_size),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         layer_activations=(seen.a_layer(layers) if seen else _estimate(text, model)) - tiles.activations,
-        layer_tensors=seen.tensors(layers) if seen else {},
         compiled_activations=_compiled(seen, layers, _width(text) * _bytes(module)) if seen else 0,
         layer_input=_width(text) * _bytes(module),
         other_activations=seen.elsewhere // _TOKENS if seen else 8 * _width(text),
@@ -167,13 +166,6 @@ class _Seen:
     def a_layer(self, layers: Sequence[torch.nn.Module]) -> int:
         """Bytes of one token in one layer."""
         return sum(self._layers.values()) // (_TOKENS * max(1, len(layers)))
-
-    def tensors(self, layers: Sequence[torch.nn.Module]) -> dict[int, int]:
-        """Bytes a token of a tensor -> bytes a token and layer in tensors of that length."""
-        found: Counter[int] = Counter()
-        for count in self._layers.values():
-            found[count // _TOKENS] += count
-        return {each: total // (_TOKENS * max(1, len(layers))) for each, total in found.items()}
 
     def of_products(self, layers: Sequence[torch.nn.Module]) -> int:
         """Those of `a_layer` that matrix products read or made, and their copies in 8 bits."""

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -46,10 +47,13 @@ DEVICES: Mapping[str, Device] = {
     "a100-80gb": Device(80 * GIB, 312e12, 2039 * GB, 24 * GB, 250 * GB, fp8=False),
     "h100-80gb": Device(80 * GIB, 989e12, 3350 * GB),
     "h100-pcie": Device(80 * GIB, 756e12, 2000 * GB, 55 * GB, 50 * GB),
+    "h100-nvl": Device(93 * GIB, 835e12, 3900 * GB, 55 * GB, 250 * GB),
+    "gh200": Device(95 * GIB, 989e12, 4000 * GB, 400 * GB, 400 * GB),
     "h200": Device(140 * GIB, 989e12, 4800 * GB),
     "h20": Device(95 * GIB, 148e12, 4000 * GB),
     "b200": Device(178 * GIB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
     "l40s": Device(45 * GIB, 362e12, 864 * GB, 24 * GB, 24 * GB),
+    "l40": Device(45 * GIB, 181e12, 864 * GB, 24 * GB, 24 * GB),
     "a10g": Device(22 * GIB, 70e12, 600 * GB, 24 * GB, 24 * GB, fp8=False),
     "l4": Device(22 * GIB, 121e12, 300 * GB, 24 * GB, 24 * GB),
     "rtx-3090": Device(24 * GIB, 71e12, 936 * GB, 24 * GB, 24 * GB, fp8=False),
@@ -126,7 +130,7 @@ def recognised(name: str, memory: int) -> Device:
     """The device that a driver calls `name` (`NVIDIA H100 80GB HBM3`), with its memory; an unknown one is reckoned as an A100."""
     words = name.lower().replace("-", " ").split()
     for key, known in DEVICES.items():
-        if all(any(word.startswith(part) for word in words) for part in key.split("-")):
+        if all(any(re.match(rf"{part}(?!\d)", word) for word in words) for part in key.split("-")):
             return replace(known, memory=memory)
     return replace(DEVICES["a100-80gb"], memory=memory, fp8=True)  # a worker finds out
 

@@ -8,7 +8,7 @@ count 16 with sums in 16 bits. On a CPU device and host are one, and what a proc
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dstune.planning.placement import Placement

@@ -1,11 +1,9 @@
 """What planning knows of a model: how many numbers of which kind, counted without any weights (`model.footprint`)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-_MAPPINGS = ("sizes", "layer_tensors")
-"""Fields whose keys are numbers, which JSON does not have."""
 _WHOLE_INPUTS = 6
 """Tensors as wide as a layer's input that it keeps whole, where its matrices are cut: before and behind its norms, and behind its sums."""
 
@@ -40,8 +38,6 @@ class ModelShape:
     """Bytes a token and layer that remain where activations are recomputed."""
     other_activations: int
     """Bytes a token outside the layers, logits left out."""
-    layer_tensors: Mapping[int, int] = field(default_factory=dict)
-    """Bytes a token of a tensor -> bytes a token and layer in tensors of that length, of what is kept without tiles; empty: not known."""
     compiled_activations: int = 0
     """`layer_activations` where torch compiles the layers."""
     attention_activations: int = 0
@@ -79,15 +75,6 @@ class ModelShape:
         """Elements in parameters of at most `threshold` elements: what ZeRO-3 leaves whole on every worker."""
         return sum(size * count for size, count in self.sizes.items() if size <= threshold)
 
-    def in_larger_than(self, limit: int) -> int:
-        """Elements in parameters of more than `limit` elements."""
-        return self.parameters - self.no_larger_than(limit)
-
-    def share_beyond(self, limit: int, tokens: int) -> float:
-        """Of the activations of `tokens` tokens in the layers, the share in tensors of more than `limit` bytes."""
-        whole = sum(self.layer_tensors.values())
-        return sum(kept for each, kept in self.layer_tensors.items() if each * tokens > limit) / max(1, whole)
-
     def part(self, members: int, element_bytes: int) -> "ModelShape":
         """What each of `members` workers holds of it that cut its layers (not its embeddings, nor its head), roughly: of what a layer
         keeps for the backward pass its input and what the norms make of it are whole.
@@ -117,13 +104,12 @@ class ModelShape:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-like; `from_dict` gives an equal one back."""
-        return asdict(self) | {name: sorted(map(list, getattr(self, name).items())) for name in _MAPPINGS}
+        """JSON-like, where keys are no numbers; `from_dict` gives an equal one back."""
+        return asdict(self) | {"sizes": sorted(map(list, self.sizes.items()))}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "ModelShape":
-        values: dict[str, Any] = {**value, **{name: dict(value[name]) for name in _MAPPINGS}}
-        return cls(**values)
+        return cls(**{**value, "sizes": dict(value["sizes"])})
 
 
 def _cut(kept: int, whole: int, members: int) -> int:

@@ -76,7 +76,8 @@ def test_what_a_step_frees_the_next_one_finds_touched(case: str, settings: dict[
 @pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=2"])
 def test_a_worker_starts_again_with_what_glibc_reads_at_the_start_alone(own: str | None) -> None:
     """Once, with its own words, and only where nobody else has set it."""
-    program = "import os, sys; from dstune.engine import heap; heap.start_again(); print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    program = "import os, sys; from dstune.engine import heap; heap.start_again()"
+    program += "; print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
     clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     settings = {} if own is None else {"GLIBC_TUNABLES": own}
     with subprocess.Popen(
