@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _ROOM = 1.05
-"""Over what a process takes without holes, where that is more than was planned."""
+"""Over what was planned, and over what a process takes without holes where that is more."""
 _STATM = Path("/proc/self/statm")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -72,7 +72,7 @@ class Heap:
         """`resident`: the bytes that the process has in memory; `trim` gives back what is free. None: this process's own."""
         self._resident = resident or resident_bytes
         self._trim = trim or _trim
-        self._most = planned
+        self._most = int(_ROOM * planned)
 
     def look(self) -> None:
         """To be called between two passes of a step. What a process needs is no hole: with more than was planned it is let be."""

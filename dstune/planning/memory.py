@@ -190,7 +190,6 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
             "weights on their way": arriving,
             "logits": sum(logits),
             "workspace": workspace,
-            "holes in the heap": int(process.holes * activations),
             "gradients on their way": max(sent, update),
         }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)
@@ -235,9 +234,9 @@ def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process
 def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size: int) -> list[int]:
     """Bytes of the tensors that there are on a CPU only while `waiting` gradients are reduced (and in the update no more than these).
 
-    Stage 1 has a copy of them; stage 2 the bucket in the weights' own precision, a copy of it in fp32 and, with several workers, in
-    their order, and from then on the sums; stage 3 the gradients as the backward pass makes them, and what others send of theirs
-    (`engine.reduction`).
+    Stage 1 has a copy of them; stage 2 the gradients as the backward pass made them, the bucket that they go to, a copy of it in fp32
+    and, with several workers, in their order, and from then on the sums; stage 3 the gradients as they were made, and what others send
+    of theirs (`engine.reduction`). All of it beside the activations, whose room is in pieces when they are let go of.
     """
     whole = _FP32 * waiting
     if place.stage == 1:
@@ -247,7 +246,7 @@ def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size
         return [size * waiting, theirs]
     sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
     in_order = [size * waiting] if work.world_size > 1 else []
-    return [size * waiting, whole if size < _FP32 else 0, *in_order, *sums]
+    return [size * waiting, size * waiting, whole if size < _FP32 else 0, *in_order, *sums]
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:

@@ -17,10 +17,7 @@ class Process:
     whole_buckets: bool
     """Whether a bucket takes its room before it is filled."""
     retains: bool = False
-    """Whether what was freed stays resident: a C library's heap, of all but the largest tensors. (To have glibc map all from 2 MiB on
-    took a quarter of the peak and 18 to 42% of a step's processor time, in huge pages too: workers leave it as it is.)"""
-    holes: float = 0.0
-    """Where `retains`: share of what comes and goes there within a step that is idle, once a run has made some steps (`engine.heap`)."""
+    """Whether what was freed stays resident, in pieces that little else fits into (`engine.heap`)."""
     host: int = 0
     """Bytes of the host's memory, whatever it trains, where that is another memory."""
     attends_apart: bool = False
@@ -40,7 +37,7 @@ class Process:
 
 
 CPU_PROCESS = Process(
-    fixed=530 << 20,
+    fixed=515 << 20,
     workspace=5.5,
     workspace_beside_gradients=2.2,
     compiled_workspace=2.0,
@@ -48,7 +45,6 @@ CPU_PROCESS = Process(
     compiled_products=1000 << 20,
     compiler=60 << 20,
     fragments=0.0,
-    holes=0.2,
     whole_buckets=False,
     retains=True,
     attends_apart=True,
