@@ -211,17 +211,17 @@ def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process
     """Bytes a token, in 16 bits.
 
     A heap is left in pieces, too short for what comes next, by all that lives for a moment between what stays: copies for the workers
-    that share a row, tiles that are computed again within a layer that is.
+    that share a row or hold a layer between them, results of what is frozen, tiles that are computed again within a layer that is.
     """
     layer = _layer(shape, work)
     if not process.retains:
         return process.workspace * layer
+    layer *= shape.members
     layers = process.workspace
     if place.stage == 3:
-        # The gradients that wait are counted; what is frozen has none, and leaves as many pieces as below stage 3.
-        frozen = 0.0 if work.recompute else 1 - shape.trained / max(1, shape.parameters)
+        frozen = 1 - shape.trained / max(1, shape.parameters)
         layers = process.workspace_beside_gradients
-        layers += frozen * max(0.0, process.workspace - process.workspace_beside_gradients)
+        layers += max(frozen * process.workspace_frozen, work.recompute * process.workspace_recomputed)
     if work.compiled:
         layers = process.compiled_workspace
     if work.sequence_parallel > 1:

@@ -24,6 +24,10 @@ class Process:
     """Whether each packed example is attended to by itself, short ones in fp32, and the results put together (`model.per_example`)."""
     workspace_beside_gradients: float = 0.0
     """The same of stage 3 where `retains`: its gradients wait as the backward pass made them (`engine.reduction`), and are counted."""
+    workspace_frozen: float = 0.0
+    """In as many layers, what comes to it where all is frozen (of an adapter's run nearly all is)."""
+    workspace_recomputed: float = 0.0
+    """The same where layers are computed again."""
     compiled_workspace: float = 1.0
     """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
     each_expert: int = 0
@@ -40,6 +44,8 @@ CPU_PROCESS = Process(
     fixed=515 << 20,
     workspace=5.5,
     workspace_beside_gradients=2.2,
+    workspace_frozen=2.0,
+    workspace_recomputed=1.1,
     compiled_workspace=2.0,
     each_expert=27 << 20,
     compiled_products=1000 << 20,

@@ -58,6 +58,8 @@ class ModelShape:
     """Whether the layer that makes the logits is updated."""
     head_tied: bool = False
     """Whether that layer is the input embedding too."""
+    members: int = 1
+    """Workers that hold it between them: the sizes are those of one's part (`part`)."""
     counted: bool
     """Whether the activations were counted on the model itself, or only estimated from its sizes (mixtures of experts)."""
 
@@ -90,6 +92,7 @@ class ModelShape:
         whole = _WHOLE_INPUTS * self.layer_input
         return replace(
             smaller,
+            members=members,
             trained=self.trained * smaller.parameters // max(1, self.parameters),
             hidden=self.hidden // members,
             active=table + max(0, self.active - table) // members,
