@@ -112,7 +112,8 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "ModelShape":
-        return cls(**{**value, "sizes": dict(value["sizes"])})
+        values: dict[str, Any] = {**value, "sizes": dict(value["sizes"])}
+        return cls(**values)
 
 
 def _cut(kept: int, whole: int, members: int) -> int:
