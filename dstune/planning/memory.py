@@ -177,8 +177,8 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     trained, share = shape.trained, -(-shape.trained // work.world_size)
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
     waiting = min(max(bucket, shape.largest), trained)
-    in_steps = place.stage == 3 and place.offload_optimizer == "none"
-    update = _FP32 * min(share, place.sub_group) * _UPDATE_COPIES.get(work.optimizer, 0) if in_steps else 0
+    copies = _UPDATE_COPIES.get(work.optimizer, 0) if place.offload_optimizer == "none" else int(process.retains)
+    update = _FP32 * min(share, place.sub_group) * copies if place.stage == 3 else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
     arriving = _arriving(shape, place, work, process, size)
@@ -246,7 +246,8 @@ def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size
         return [size * waiting, theirs]
     sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
     in_order = [size * waiting] if work.world_size > 1 else []
-    return [size * waiting, size * waiting, whole if size < _FP32 else 0, *in_order, *sums]
+    in_fp32 = [size * waiting, whole] if size < _FP32 else []
+    return [size * waiting, *in_fp32, *in_order, *sums]
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:
