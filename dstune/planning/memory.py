@@ -184,13 +184,15 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     arriving = _arriving(shape, place, work, process, size)
     workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
-        sent = sum(_reduced(shape, place, work, waiting, size))
+        sent = max(update, sum(_reduced(shape, place, work, waiting, size)))
+        # For the backward pass they come once more, and take the room of gradients that are not there yet.
+        again = min(_gathered(shape, place, work, process, size), size * place.prefetch)
         return {
             "activations": activations,
-            "weights on their way": arriving,
+            "weights on their way": max(arriving, again - sent),
             "logits": sum(logits),
             "workspace": workspace,
-            "gradients on their way": max(sent, update),
+            "gradients on their way": sent,
         }
     copies = _FP32 * _copies_of_bucket(place, work.world_size)
     sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
