@@ -213,7 +213,8 @@ def drive(run_directory: str | Path, *, address: str | None = None, progress: bo
 def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
     """This process's part of a run that torchrun or srun started; worker 0's process drives it too. The exit status.
 
-    A run file starts a new run; a run directory (or a restart by torchrun or Slurm itself) goes on with one.
+    A run file starts a new run; a run directory (or a restart by torchrun or Slurm itself) goes on with one. On CPUs start your program
+    as `engine.heap.at_start` says: memory is planned for that.
     """
     from dstune import worker
     from dstune.engine.threads import compute_here

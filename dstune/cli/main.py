@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import importlib
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -96,10 +95,10 @@ def _run(name: str, command: ModuleType, words: Sequence[str]) -> int:
 def _refuse_unknown_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Ends with status 2 at an option that the command does not have: before argparse, which would first miss what was meant by it."""
     known = [name for action in parser._actions for name in action.option_strings]
-    for word in itertools.takewhile("--".__ne__, words):
+    for word in words:
         name = word.partition("=")[0]
         # With a blank in it, it is some option's value.
-        if not name.startswith("--") or " " in word or name in known:
+        if not name.startswith("--") or " " in word or name in ("--", *known):
             continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see --help"

@@ -1,6 +1,7 @@
 """One worker of a run. Ray, torchrun or srun start it on each rank; under the latter two, worker 0 also plans the attempt."""
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -9,10 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dstune import api
     from dstune.engine import heap
     from dstune.launch import start
 
-    if not start.local_gpus():
+    if not start.local_gpus() and "worker" in sys.orig_argv:  # or somebody else's program would begin again
         heap.start_again()
+    from dstune import api
+
     return api.work(args.run, args.overrides)

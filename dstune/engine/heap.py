@@ -12,6 +12,7 @@ more time), and a thread's cache takes the crumbs beside a tensor that would com
 
 import ctypes
 import mmap
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -23,26 +24,41 @@ _STATM = Path("/proc/self/statm")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Of mallopt(3)."""
 _WITHOUT_CACHES = "glibc.malloc.tcache_count=0"
+_MARK = "DSTUNE_STARTED_AGAIN"
+"""In the environment of a program that did."""
 _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
-def at_start() -> Mapping[str, str]:
-    """Of the environment that a worker on a processor starts with: what glibc reads then alone. Nothing where somebody else set it."""
-    return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": _WITHOUT_CACHES}
+def at_start(processors: float) -> Mapping[str, str]:
+    """Of the environment that a worker on so many processors starts with: what glibc reads then alone. `${NAME}` stands for what the
+    variable is where the worker starts, which is kept.
+
+    All threads share one heap where they take turns anyway: a thread's own is in pieces too small for tensors, and who trains may be any
+    of them (Ray's, and worker 0's where it is the driver too: a quarter of a step's time). Several processors would wait for each other
+    at it (two for a fifth of a step): there large tensors are mapped and unmapped as ever.
+    """
+    shared = {"MALLOC_ARENA_MAX": "1"} if processors == 1 else {}
+    return {"GLIBC_TUNABLES": f"{_WITHOUT_CACHES}:${{GLIBC_TUNABLES}}", **shared}
 
 
 def start_again() -> None:
-    """Have this program, which has done nothing yet, run from its first line with `at_start`; return where it does."""
-    if settings := at_start():
-        os.environ.update(settings)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    """Have this program, which has done nothing yet, run once more from its first line with `at_start`. Returns in that second run, and
+    where there is no other C library to start with, or another program to start.
+    """
+    glibc = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    if not glibc or _MARK in os.environ or not sys.executable or multiprocessing.parent_process() is not None:
+        return
+    threads = float(os.environ.get("OMP_NUM_THREADS") or 0)
+    settings = {name: os.path.expandvars(value) for name, value in at_start(threads).items()}
+    settings["GLIBC_TUNABLES"] = settings["GLIBC_TUNABLES"].removesuffix(":${GLIBC_TUNABLES}")
+    os.environ.update({_MARK: "1", **settings})
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def keep_what_is_freed() -> None:
     """From here on memory comes from the heap and stays there, unless the environment says something of it.
 
-    NOTE: glibc alone has this. A thread's own heap is in pieces of 64 MiB: threads share one under MALLOC_ARENA_MAX=1, which can only be
-    set before a process starts (`launch.ray_host`).
+    NOTE: glibc alone has this, and for the one heap that it begins with (`at_start`).
     """
     library = ctypes.CDLL(None)
     tunables = os.environ.get("GLIBC_TUNABLES", "").replace(_WITHOUT_CACHES, "")

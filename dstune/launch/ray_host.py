@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from dstune.launch.local import HostSettings
 from dstune.paths import RunPaths
 
 _OBJECT_STORE_BYTES = 128 << 20
-_ON_A_PROCESSOR = {"MALLOC_ARENA_MAX": "1"}
-"""Ray trains in a thread, whose own heap would be in pieces too small for tensors (`engine.heap`): a quarter of a step's time. Not on
-several processors: their threads would wait for each other at the one heap, two of them for a fifth of a step."""
+
+
+def _at_start(resources: Mapping[str, float]) -> Mapping[str, str]:
+    """What a worker's process starts with that has these resources of Ray."""
+    return {} if "GPU" in resources else heap.at_start(resources["CPU"])
 
 
 class WorldConfig(BackendConfig):
@@ -170,9 +173,7 @@ class Host:
     def _fit(self, request: dict[str, Any]) -> dict[str, Any]:
         paths, attempt = RunPaths(Path(request["run_directory"])), request["attempt"]
         resources = self._resources()
-        alone = resources == {"CPU": 1.0}
-        on_processors = {} if "GPU" in resources else dict(heap.at_start())
-        environment = on_processors | (_ON_A_PROCESSOR if alone else {}) | request["environment"]
+        environment = {**_at_start(resources), **request["environment"]}
         trainer = DataParallelTrainer(
             train_function,
             train_loop_config={"entry": request["entry"], "run_directory": str(paths.root), "attempt": attempt},

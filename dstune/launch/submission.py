@@ -224,8 +224,8 @@ def _stop_job(paths: RunPaths, sent: dict[str, Any]) -> str:
 def _refuse_active(paths: RunPaths, to: str, address: str | None) -> None:
     """`to` and `address`: where the run is to go."""
     now = status(paths)
-    lives = driver_lives(paths)
-    if not lives and (now["state"] not in ACTIVE or submission(paths) is None):
+    lives, before = driver_lives(paths), submission(paths)
+    if not lives and not _is_being_submitted(now, before) and (now["state"] not in ACTIVE or before is None):
         return
     do = f"watch it with `dstune status {paths.root.name}`, or end it with `dstune stop {paths.root.name}`"
     if not lives and now.get("job", {}).get("state") == "unreachable":

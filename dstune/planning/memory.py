@@ -168,7 +168,7 @@ def _states(shape: ModelShape, place: Placement, work: Work, process: Process) -
     share = -(-shape.trained // work.world_size)
     sums = shape.trained if place.stage == 1 else share  # DeepSpeed's stage 1 with fp32 sums keeps all of them
     found = {"masters and moments": lasting_bytes(shape, work)}
-    # Stage 2 frees them after each update, and a CPU's memory with them (`_reduced`).
+    # Stage 2 frees them after each update; on a CPU they count where they come (`_reduced`).
     return found if place.stage == 2 and process.retains else found | {"gradient sums": _FP32 * sums}
 
 
@@ -177,14 +177,14 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     trained, share = shape.trained, -(-shape.trained // work.world_size)
     bucket = place.reduce_bucket if process.whole_buckets else min(place.reduce_bucket, trained)
     waiting = min(max(bucket, shape.largest), trained)
-    copies = _UPDATE_COPIES.get(work.optimizer, 0) if place.offload_optimizer == "none" else int(process.retains)
-    update = _FP32 * min(share, place.sub_group) * copies if place.stage == 3 else 0
+    made = _UPDATE_COPIES.get(work.optimizer, 0) if place.offload_optimizer == "none" else int(process.retains)
+    update = _FP32 * min(share, place.sub_group) * made if place.stage == 3 else 0
     activations = _activations(shape, work, process)
     logits = _logits(shape, work, size)
     arriving = _arriving(shape, place, work, process, size)
     workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
-        sent = max(update, sum(_reduced(shape, place, work, waiting, size)))
+        sent = max(update, _reduced(shape, place, work, waiting, size))
         # For the backward pass they come once more, and take the room of gradients that are not there yet.
         again = min(_gathered(shape, place, work, process, size), size * place.prefetch)
         return {
@@ -233,8 +233,8 @@ def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process
     return layers * layer
 
 
-def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size: int) -> list[int]:
-    """Bytes of the tensors that there are on a CPU only while `waiting` gradients are reduced (and in the update no more than these).
+def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size: int) -> int:
+    """Bytes of the tensors that there are on a CPU only while `waiting` gradients are reduced.
 
     Stage 1 has a copy of them; stage 2 the gradients as the backward pass made them, the bucket that they go to, a copy of it in fp32
     and, with several workers, in their order, and from then on the sums; stage 3 the gradients as they were made, and what others send
@@ -242,14 +242,14 @@ def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size
     """
     whole = _FP32 * waiting
     if place.stage == 1:
-        return [whole]
+        return whole
     if place.stage == 3:
         theirs = size * waiting * (work.world_size - 1) // work.world_size
-        return [size * waiting, theirs]
-    sums = [] if place.offload_optimizer != "none" else [_FP32 * -(-shape.trained // work.world_size)]
-    in_order = [size * waiting] if work.world_size > 1 else []
-    in_fp32 = [size * waiting, whole] if size < _FP32 else []
-    return [size * waiting, *in_fp32, *in_order, *sums]
+        return size * waiting + theirs
+    sums = 0 if place.offload_optimizer != "none" else _FP32 * -(-shape.trained // work.world_size)
+    in_order = size * waiting if work.world_size > 1 else 0
+    in_fp32 = size * waiting + whole if size < _FP32 else 0
+    return size * waiting + in_fp32 + in_order + sums
 
 
 def _host(shape: ModelShape, place: Placement, work: Work, process: Process, weights: int) -> dict[str, int]:

@@ -10,8 +10,8 @@ class Process:
     fixed: int
     """Bytes, whatever it trains."""
     workspace: float
-    """Of the backward pass, in the 16-bit activations of one layer: gradients on their way, and heap between large tensors. As many
-    bytes in fp32: norms and attention make fp32 of 16 bits for a moment anyway."""
+    """Of the backward pass, in the 16-bit activations of one layer: gradients on their way; where `retains`, the pieces that they leave.
+    As many bytes in fp32: norms and attention make fp32 of 16 bits for a moment anyway."""
     fragments: float
     """Share of everything that lies idle in the allocator."""
     whole_buckets: bool

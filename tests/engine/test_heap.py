@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from dstune.engine.heap import Heap, kept_heap, resident_bytes
+from dstune.engine.heap import Heap, at_start, kept_heap, resident_bytes
 
 
 def _trimmed_at(planned: int, resident: Sequence[int]) -> list[int]:
@@ -74,15 +74,32 @@ def test_what_a_step_frees_the_next_one_finds_touched(case: str, settings: dict[
     assert (int(done.stdout) > 1000) is touched
 
 
-@pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=2"])
-def test_a_worker_starts_again_with_what_glibc_reads_at_the_start_alone(own: str | None) -> None:
-    """Once, with its own words, and only where nobody else has set it."""
-    program = "import os, sys; from dstune.engine import heap; heap.start_again()"
-    program += "; print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
-    clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    settings = {} if own is None else {"GLIBC_TUNABLES": own}
-    with subprocess.Popen(
-        [sys.executable, "-c", program, "a word"], env=clean | settings, stdout=subprocess.PIPE, text=True
-    ) as started:
-        out, _ = started.communicate()
-    assert out.split(maxsplit=2) == [str(started.pid), own or "glibc.malloc.tcache_count=0", "['a word']\n"]
+_STARTED = """
+import os, sys
+from pathlib import Path
+from dstune.engine import heap
+heap.start_again()
+# glibc cuts its variable in pieces as it reads it.
+began_with = Path("/proc/self/environ").read_text().replace(":", chr(0)).split(chr(0))
+print(os.getpid(), sys.argv[1:], sorted(each for each in began_with if each.startswith(("GLIBC_", "MALLOC_", "glibc."))))
+"""
+
+
+@pytest.mark.parametrize(("before", "began_with"), [
+    ({}, ["GLIBC_TUNABLES=glibc.malloc.tcache_count=0"]),
+    ({"GLIBC_TUNABLES": "glibc.rtld.nns=3"}, ["GLIBC_TUNABLES=glibc.malloc.tcache_count=0", "glibc.rtld.nns=3"]),
+    ({"OMP_NUM_THREADS": "1"}, ["GLIBC_TUNABLES=glibc.malloc.tcache_count=0", "MALLOC_ARENA_MAX=1"]),
+])  # fmt: skip
+def test_a_worker_starts_again_with_what_glibc_reads_at_the_start_alone(
+    before: dict[str, str], began_with: list[str]
+) -> None:
+    """Once, as the same process, with its own words, and with what it had of such settings."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("GLIBC_", "MALLOC_", "OMP_"))}
+    program = [sys.executable, "-c", _STARTED, "a word"]
+    with subprocess.Popen(program, env=clean | before, stdout=subprocess.PIPE, text=True) as started:
+        out, _ = started.communicate(timeout=60)
+    assert out == f"{started.pid} ['a word'] {began_with}\n"
+
+
+def test_threads_share_a_heap_where_a_worker_has_one_processor() -> None:
+    assert "MALLOC_ARENA_MAX" in at_start(1.0) and "MALLOC_ARENA_MAX" not in at_start(2.0)

@@ -93,10 +93,20 @@ def test_a_killed_worker_is_named_and_the_run_goes_on_until_one_raises_and_is_qu
 
 
 def test_kill_ends_the_workers_at_once(tmp_path, executor):
+    """They began with what a heap wants that keeps what is freed (`engine.heap`)."""
     paths = stub_run(tmp_path, steps=100_000, seconds=0.1)
-    when_training(paths, executor.kill)
+    began_with = []
+
+    def act():
+        for seat in json.loads(paths.workers(1).read_text()):
+            began_with.append(Path(f"/proc/{seat['pid']}/environ").read_text())
+        executor.kill()
+
+    when_training(paths, act)
     outcome = attempt(executor, paths)
     assert outcome.kind == "lost" and outcome.message == "killed by the driver"
+    assert len(began_with) == 2
+    assert all("glibc.malloc.tcache_count=0" in text and "MALLOC_ARENA_MAX=1" in text for text in began_with)
     workers = [seat["pid"] for seat in json.loads(paths.workers(1).read_text())]
     for _ in ticks(20):
         if not any(lives(pid) for pid in workers):

@@ -178,7 +178,7 @@ def test_workers_that_share_a_sequence_share_its_activations_but_not_the_states(
 def test_every_byte_of_one_small_model():
     """Two layers of 1,000 numbers and an embedding of 100 x 10, the head too; two ZeRO-3 workers, 64 tokens, half of them targets.
 
-    A bucket of gradients waits in 16 bits; the copies of them on their way are small enough for the heap.
+    A bucket of gradients waits in 16 bits, and beside it what the other worker sends of its own.
     """
     small = replace(
         BILLION,
