@@ -186,7 +186,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     if process.retains:
         sent = max(update, _reduced(shape, place, work, waiting, size))
         # For the backward pass they come once more, and take the room of gradients that are not there yet.
-        again = min(_gathered(shape, place, work, process, size), size * place.prefetch)
+        again = _gathered(shape, place, work, process, size)
         return {
             "activations": activations,
             "weights on their way": max(arriving, again - sent),
