@@ -185,11 +185,11 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
         sent = max(update, _reduced(shape, place, work, waiting, size))
-        # For the backward pass they come once more, and take the room of gradients that are not there yet.
-        again = _gathered(shape, place, work, process, size)
+        # For the backward pass weights come once more, where they have gradients into the room that is counted for these.
+        again = int(_frozen(shape) * _gathered(shape, place, work, process, size))
         return {
             "activations": activations,
-            "weights on their way": max(arriving, again - sent),
+            "weights on their way": max(arriving, again),
             "logits": sum(logits),
             "workspace": workspace,
             "gradients on their way": sent,
@@ -221,9 +221,8 @@ def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process
     layer *= shape.members
     layers = process.workspace
     if place.stage == 3:
-        frozen = 1 - shape.trained / max(1, shape.parameters)
         layers = process.workspace_beside_gradients
-        layers += max(frozen * process.workspace_frozen, work.recompute * process.workspace_recomputed)
+        layers += max(_frozen(shape) * process.workspace_frozen, work.recompute * process.workspace_recomputed)
     if work.compiled:
         layers = process.compiled_workspace
     if work.sequence_parallel > 1:
@@ -231,6 +230,11 @@ def _workspace(shape: ModelShape, place: Placement, work: Work, process: Process
     if work.recompute and shape.tile_activations:
         return layers * (layer + shape.tile_activations)
     return layers * layer
+
+
+def _frozen(shape: ModelShape) -> float:
+    """Share of the weights."""
+    return 1 - shape.trained / max(1, shape.parameters)
 
 
 def _reduced(shape: ModelShape, place: Placement, work: Work, waiting: int, size: int) -> int:
