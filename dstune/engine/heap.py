@@ -30,8 +30,8 @@ _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOL
 
 
 def at_start(processors: float) -> Mapping[str, str]:
-    """Of the environment that a worker on so many processors starts with: what glibc reads then alone. `${NAME}` stands for what the
-    variable is where the worker starts, which is kept.
+    """Of the environment that a worker on so many processors (0: not known) starts with: what glibc reads then alone. `${NAME}` stands for
+    what the variable is where the worker starts, which is kept.
 
     All threads share one heap where they take turns anyway: a thread's own is in pieces too small for tensors, and who trains may be any
     of them (Ray's, and worker 0's where it is the driver too: a quarter of a step's time). Several processors would wait for each other
@@ -48,8 +48,8 @@ def start_again() -> None:
     glibc = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
     if not glibc or _MARK in os.environ or not sys.executable or multiprocessing.parent_process() is not None:
         return
-    threads = float(os.environ.get("OMP_NUM_THREADS") or 0)
-    settings = {name: os.path.expandvars(value) for name, value in at_start(threads).items()}
+    alone = os.environ.get("OMP_NUM_THREADS", "").strip() == "1"  # it may be a list, of nested threads
+    settings = {name: os.path.expandvars(value) for name, value in at_start(1 if alone else 0).items()}
     settings["GLIBC_TUNABLES"] = settings["GLIBC_TUNABLES"].removesuffix(":${GLIBC_TUNABLES}")
     os.environ.update({_MARK: "1", **settings})
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

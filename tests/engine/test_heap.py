@@ -87,6 +87,7 @@ print(os.getpid(), sys.argv[1:], sorted(each for each in began_with if each.star
 
 @pytest.mark.parametrize(("before", "began_with"), [
     ({}, ["GLIBC_TUNABLES=glibc.malloc.tcache_count=0"]),
+    ({"OMP_NUM_THREADS": "4,1"}, ["GLIBC_TUNABLES=glibc.malloc.tcache_count=0"]),
     ({"GLIBC_TUNABLES": "glibc.rtld.nns=3"}, ["GLIBC_TUNABLES=glibc.malloc.tcache_count=0", "glibc.rtld.nns=3"]),
     ({"OMP_NUM_THREADS": "1"}, ["GLIBC_TUNABLES=glibc.malloc.tcache_count=0", "MALLOC_ARENA_MAX=1"]),
 ])  # fmt: skip
