@@ -183,8 +183,10 @@ class DataSection(Section):
     """A record that cannot be read or understood: stop, or list it in rejects.jsonl and go on."""
     lossy_text: Literal["error", "skip", "allow"] = "error"
     """Text that this tokenizer cannot give back (lost characters): stop, drop and list, or only count."""
-    validation: Annotated[float, Field(ge=0, lt=1)] | list[Source] = 0.0
-    """A fraction of the examples, drawn by seed, or sources of their own."""
+    validation: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | list[Source], AfterValidator(lambda some: some or 0.0)
+    ] = 0.0
+    """A fraction of the examples, drawn by seed, or sources of their own; an empty list is none."""
     num_processes: int | None = Field(default=None, ge=1)
     """Processes that render and tokenise; default: the cores of this machine. Does not change the result."""
     workers: Literal["local", "ray"] = "local"

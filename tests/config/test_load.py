@@ -71,6 +71,7 @@ def test_overrides_go_over_the_file_and_are_named_in_errors(tmp_path: Path) -> N
     assert run.config.cluster.workers == (1, 4)
     assert run.config.data.sources[0].repeat == 0.5
     assert run.config.train.lr == 3e-4
+    assert load_run(path, ["data.validation=[]"]).config.data.validation == 0, "no sources are none, and no empty set"
     with pytest.raises(ConfigError, match=r"override 'train\.seed=abc'"):
         load_run(path, ["train.seed=abc"])
     for near in ("lrr", "learning_rate", "lerning_rate"):
