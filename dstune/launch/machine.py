@@ -84,11 +84,11 @@ def _limits() -> list[int]:
     return found
 
 
-def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Cluster | None:
+def cluster_of(config: RunConfig, workers: int, elsewhere: bool, by_ray: bool) -> hardware.Cluster | None:
     """The machines of `workers` workers, as far as they are known here; None where they are not.
 
     `elsewhere`: the workers may be on other machines than this one. A machine without GPUs then says nothing, unless the run file
-    names them (`cluster.gpu`). Raises UsageError for a device that nobody knows.
+    names them (`cluster.gpu`). `by_ray`: Ray starts them. Raises UsageError for a device that nobody knows.
     """
     # A task that sees its own GPU alone is still one of several on this machine.
     section, here = config.cluster, gpus() if elsewhere or usable() else ()
@@ -112,6 +112,7 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool) -> hardware.Clu
         nvme=nvme_bytes(config),
         host_assumed=assumed,
         cores=section.cpus_per_worker,
+        by_ray=by_ray,
     )
 
 

@@ -53,6 +53,7 @@ class Planner:
     data: plan.DataFacts
     elsewhere: bool = False
     """Whether workers may be on other machines than this one."""
+    by_ray: bool = True
 
     def __call__(self, attempt: int, world_size: int, resume_from: Path | None, start_step: int) -> plan.Plan:
         run, base = self.run, self.run.base
@@ -84,7 +85,7 @@ class Planner:
 
     def _forecast(self, world_size: int) -> forecast.Forecast | None:
         """What the workers should take; None where their machines are not known."""
-        cluster = machine.cluster_of(self.run.config, world_size, self.elsewhere)
+        cluster = machine.cluster_of(self.run.config, world_size, self.elsewhere, self.by_ray)
         if cluster is None:
             return None
         rows = forecast.Rows.of(Prepared.open(self.data.directory))
@@ -318,7 +319,7 @@ def drive_with(
         return drive(
             paths,
             executor,
-            Planner(run, paths, data_facts(run.config, prepared), elsewhere),
+            Planner(run, paths, data_facts(run.config, prepared), elsewhere, isinstance(executor, RayExecutor)),
             limits,
             observe,
             checkpoints=checkpoints,

@@ -10,7 +10,7 @@ from dstune.planning.deepspeed import AUTO_PRESET
 from dstune.planning.hardware import Cluster
 from dstune.planning.memory import Memory, Work, estimate
 from dstune.planning.placement import Placement
-from dstune.planning.process import CPU_PROCESS, GPU_PROCESS
+from dstune.planning.process import of_worker
 from dstune.planning.reachable import fitted
 from dstune.planning.shapes import ModelShape
 
@@ -233,7 +233,7 @@ def _candidate(
         sequence_parallel=split,
         tensor_parallel=settled.tensor_parallel,
     )
-    memory = estimate(shape, place, work, CPU_PROCESS if cluster.device.is_cpu else GPU_PROCESS)
+    memory = estimate(shape, place, work, of_worker(is_cpu=cluster.device.is_cpu, by_ray=cluster.by_ray))
     micro_batches = math.ceil(_share(load, cluster, split * settled.tensor_parallel) / size)
     return Candidate(
         preset=preset,

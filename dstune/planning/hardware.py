@@ -90,6 +90,8 @@ class Cluster:
 
     host_assumed: bool = False
     """Whether nobody said what the host's memory is."""
+    by_ray: bool = True
+    """Whether Ray starts the workers."""
     network_assumed: bool = True
     """Whether nobody said what `network` is."""
 

@@ -1,6 +1,6 @@
 """What a worker's process takes of its machine beside the tensors that can be counted: measured, on each kind of device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ CPU_PROCESS = Process(
     retains=True,
     attends_apart=True,
 )
-"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`, and some more for Ray."""
+"""Python, torch, transformers, DeepSpeed and gloo, mapped libraries included; measured by `tools/bench memory`."""
 GPU_PROCESS = Process(
     fixed=1200 << 20,
     workspace=2.0,
@@ -65,5 +65,13 @@ GPU_PROCESS = Process(
     pins=True,
 )
 """The CUDA context, NCCL's and cuBLAS's buffers, the caching allocator's fragments, and on the host CUDA's libraries: not measured."""
+_RAY = 90 << 20
+"""Bytes of Ray's libraries, and of what they load, in a worker that Ray starts: the quickstart's run measured with and without it."""
 NOT_ALLOCATED = ("process", "fragments")
 """Parts of a GPU's memory that torch's allocator does not count as allocated."""
+
+
+def of_worker(*, is_cpu: bool, by_ray: bool) -> Process:
+    """What a worker on such a device takes; `by_ray`: Ray starts it."""
+    process, more = CPU_PROCESS if is_cpu else GPU_PROCESS, _RAY if by_ray else 0
+    return replace(process, fixed=process.fixed + more) if is_cpu else replace(process, host=process.host + more)

@@ -1,5 +1,6 @@
 """What an attempt's plan settles where the run file says `auto`, and how a prediction meets what was measured."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -76,9 +77,15 @@ def test_gpus_that_cuda_hides_take_no_workers(tmp_path, monkeypatch, named, coun
         start, "glob", SimpleNamespace(glob=lambda pattern: [f"/dev/nvidia{number}" for number in (*range(8), "ctl")])
     )
     assert (len(machine.usable()), start.local_gpus()) == (count, count)
-    found = machine.cluster_of(config, 8, elsewhere=False)
+    found = machine.cluster_of(config, 8, elsewhere=False, by_ray=True)
     assert (found.nodes, found.per_node, found.device.is_cpu) == (1, 8, not count)
-    assert not machine.cluster_of(config, 8, elsewhere=True).device.is_cpu
+    assert not machine.cluster_of(config, 8, elsewhere=True, by_ray=True).device.is_cpu
+
+
+def test_rays_libraries_are_counted_where_ray_starts_the_workers(tmp_path):
+    make = planner(tmp_path)
+    by_ray, by_torchrun = make(1, 2, None, 0), dataclasses.replace(make, by_ray=False)(2, 2, None, 0)
+    assert by_ray.planned_bytes - by_torchrun.planned_bytes == 90 << 20
 
 
 def test_predicted_stands_beside_measured(tmp_path):

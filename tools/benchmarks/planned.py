@@ -47,7 +47,7 @@ def make_run(
     run = load_run(path)
     prepared = api.prepare(run)
     paths = rundir.create(run)
-    start.Planner(run, paths, start.data_facts(run.config, prepared))(1, workers, None, 0)
+    start.Planner(run, paths, start.data_facts(run.config, prepared), by_ray=False)(1, workers, None, 0)
     return paths.root
 
 
