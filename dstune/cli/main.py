@@ -101,8 +101,20 @@ def _refuse_unknown_options(parser: argparse.ArgumentParser, words: Sequence[str
         if not name.startswith("--") or " " in word or name in ("--", *known):
             continue
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see --help"
-        parser.error(f"no option {name!r}; {'settings have no dashes: train.lr=1e-5' if '.' in name else hint}")
+        if near and "." not in name:
+            parser.error(f"no option {name!r}; did you mean {near[0]!r}?")
+        setting = "train.lr=1e-5" if "." in name else _setting(parser, name)
+        parser.error(f"no option {name!r}; {f'settings have no dashes: {setting}' if setting else 'see --help'}")
+
+
+def _setting(parser: argparse.ArgumentParser, option: str) -> str | None:
+    """How the command is told what somebody put into an option that it lacks; None where it takes no settings, or none is called so."""
+    if not any(action.dest == "overrides" for action in parser._actions):
+        return None
+    from dstune.config import names, schema
+
+    found = names.in_sections(schema.RunConfig, option.removeprefix("--").replace("-", "_"))
+    return " or ".join(f"{each}=…" for each in found) or None
 
 
 def _say(args: argparse.Namespace, message: str, status: int) -> int:

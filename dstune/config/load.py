@@ -1,9 +1,6 @@
 """Read a YAML 1.2 file into a typed model: every problem of the file at once, each with its line and nearest key."""
 
-import difflib
 import io
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from dstune.config.names import Path_, fields_at, meant
 from dstune.config.schema import RunConfig, SiteConfig
 from dstune.config.start import begun
 from dstune.config.units import shortened
@@ -22,34 +20,9 @@ from dstune.errors import ConfigError, Problem, UsageError, first_line
 from dstune.paths import config_directory
 
 Model = TypeVar("Model", bound=BaseModel)
-Path_ = tuple[str | int, ...]
 _MAX_FILE_BYTES = 4 << 20
 _MAX_VALUES = 100_000
 _LARGEST = 2**63 - 1
-_ELSEWHERE = {
-    "learning_rate": "lr",
-    "lr_scheduler_type": "schedule",
-    "num_train_epochs": "epochs",
-    "batch_size": "global_batch_size",
-    "train_batch_size": "global_batch_size",
-    "gradient_accumulation_steps": "global_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "max_seq_length": "max_length",
-    "cutoff_len": "max_length",
-    "model_name_or_path": "path",
-    "gradient_checkpointing": "activation_checkpointing",
-    "save_steps": "every",
-    "eval_steps": "every",
-    "save_total_limit": "keep",
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_target": "targets",
-    "target_modules": "targets",
-}
-"""What other trainers call a key of ours."""
 
 
 @dataclass(frozen=True)
@@ -236,14 +209,9 @@ def _problem(place: Path_, details: Sequence[Any], model: type[BaseModel], where
     name = ".".join(str(part) for part in place)
     first = details[0]
     if first["type"] == "extra_forbidden":
-        fields = fields_at(model, place[:-1])
-        others = [other for other, ours in _ELSEWHERE.items() if ours in fields]
-        close = difflib.get_close_matches(str(place[-1]).lower(), [*fields, *others], n=1, cutoff=0.5)
-        near = [each if each in fields else _ELSEWHERE[each] for each in close]
-        known = ", ".join(fields)
-        return Problem(
-            where, f"unknown key {name!r}", do=f"did you mean {near[0]!r}?" if near else f"known keys: {known}"
-        )
+        known = ", ".join(fields_at(model, place[:-1]))
+        near = " or ".join(repr(each) for each in meant(model, place))
+        return Problem(where, f"unknown key {name!r}", do=f"did you mean {near}?" if near else f"known keys: {known}")
     if first["type"] == "missing":
         return Problem(where, f"{name!r} is missing")
     expected = list(dict.fromkeys(_expectation(detail) for detail in details))
@@ -292,25 +260,6 @@ def _where(document: CommentedMap, place: Path_, file: Path, overridden: Mapping
             line = data[part][0] + 1
         here = here[part]
     return f"{file}:{line}"
-
-
-def fields_at(model: type[BaseModel], place: Path_) -> list[str]:
-    """The keys that the model knows at a path of the document."""
-    current: type[BaseModel] | None = model
-    for part in place:
-        if isinstance(part, int) or current is None:
-            continue
-        field = next((f for n, f in current.model_fields.items() if part in (n, f.alias)), None)
-        current = _section(field.annotation) if field else None
-    return [field.alias or name for name, field in current.model_fields.items()] if current else []
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, typing.Annotated, tuple):
-        return next((found for part in typing.get_args(annotation) if (found := _section(part))), None)
-    return None
 
 
 def _kind(value: Any) -> str:

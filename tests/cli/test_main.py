@@ -42,6 +42,11 @@ def test_a_typo_names_its_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
         (["submit", "run.yaml", "--too=slurm"], "did you mean '--to'?"),
         (["logs", "run", "--folow"], "did you mean '--follow'?"),
         (["train", "run.yaml", "--train.lr=1e-4"], "settings have no dashes: train.lr=1e-5"),
+        (
+            ["train", "run.yaml", "--workers", "2"],
+            "no option '--workers'; settings have no dashes: data.workers=… or cluster.workers=…",
+        ),
+        (["train", "run.yaml", "--learning-rate=1e-4"], "settings have no dashes: train.lr=…"),
         (["status", "run", "--fast"], "no option '--fast'; see --help"),
     ],
 )

@@ -77,6 +77,13 @@ def test_overrides_go_over_the_file_and_are_named_in_errors(tmp_path: Path) -> N
     for near in ("lrr", "learning_rate", "lerning_rate"):
         with pytest.raises(ConfigError, match="did you mean 'lr'"):
             load_run(path, [f"train.{near}=1"])
+    for key, whole in (
+        ("workers", "data.workers' or 'cluster.workers"),
+        ("epochs", "train.epochs"),
+        ("learning_rate", "train.lr"),
+    ):
+        with pytest.raises(ConfigError, match=f"unknown key '{key}'\n.*did you mean '{whole}'"):
+            load_run(path, [f"{key}=1"])
     for nonsense in ("train.lr", "=3", "data.sources.7.path=x", "name.first=x"):
         with pytest.raises(UsageError, match="override"):
             load_run(path, [nonsense])
