@@ -98,7 +98,7 @@ def skeleton(config: PretrainedConfig, model: ModelSection, attention: str = "ea
         with no_init_weights(), torch.device("meta"):
             module = _instance(copy.deepcopy(config), model, attention)
     except FAILURES as error:
-        text = " ".join(str(error).split())
+        text = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ConfigError(
             Problem(
                 "model.path", f"transformers cannot build {config.model_type} with {attention} attention: {text[:400]}"
