@@ -5,15 +5,18 @@ the oldest we support is pinned from that Python on; below it the registry's new
 """
 
 import re
+import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
+_APART = Path(sys.prefix, "liger")
+"""What `tools/install --dev` puts beside the rest."""
 OLDEST = (3, 10)
 OWN = {"dstune", "pip", "setuptools", "wheel"}
 
 
 def lines() -> list[str]:
-    found = {d.metadata["Name"].lower().replace("_", "-"): d for d in distributions()}
+    found = {d.metadata["Name"].lower().replace("_", "-"): d for d in distributions(path=[*sys.path, str(_APART)])}
     return [
         f"{name}=={dist.version.partition('+')[0]}{_marker(dist.metadata.get('Requires-Python') or '')}"
         for name, dist in sorted(found.items())

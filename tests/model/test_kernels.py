@@ -265,7 +265,7 @@ def test_who_plans_touches_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(liger, "missing", lambda: None)
     monkeypatch.setattr(liger.LigerLayers, "_patch", lambda self, kind: object())
-    monkeypatch.setattr(liger, "_disproof", lambda config, layers: asked.append("cuda"))
+    monkeypatch.setattr(liger, "_disproof", lambda config, layers, device: asked.append(device))
     monkeypatch.setattr(proof, "prove", lambda config, function, device: asked.append(device) or Logits())
     outline = build.skeleton(tiny_config("llama"), section("auto"))
     assert all(one.on for one in choice.chosen(section("auto"), outline, "cuda"))

@@ -75,7 +75,7 @@ class LigerLayers:
             return Finding(False, f"liger-kernel has none for {model.config.model_type}")
         if not shows_on_gpu(model):
             return Finding(True, "Liger; shown on the GPU before training")
-        reason = _disproof(model.config, self)
+        reason = _disproof(model.config, self, device)
         return Finding(reason is None, reason or "Liger")
 
     def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
@@ -110,8 +110,8 @@ class LigerLayers:
 
 
 @Remembered
-def _disproof(config: PretrainedConfig, layers: LigerLayers) -> str | None:
-    """Why a tiny model of this class cannot be computed so on the GPU; None where it gives the same gradients."""
+def _disproof(config: PretrainedConfig, layers: LigerLayers, device: str) -> str | None:
+    """Why a tiny model of this class cannot be computed so on this device; None where it gives the same gradients."""
     small = isolation.smallest_that_builds(config)
     if small is None:
         return "no small model of this class can be built, so nothing is shown"
@@ -121,10 +121,10 @@ def _disproof(config: PretrainedConfig, layers: LigerLayers) -> str | None:
         file: Any = sys.modules[type(model).__module__]
         rotary = getattr(file, _ROTARY, None)
         try:
-            batch = proof.small_batch(small, "cuda")
-            model.to("cuda")
+            batch = proof.small_batch(small, device)
+            model.to(device)
             wanted = proof.gradients(model, proof.plain_loss(model, batch))
-            layers.put_in(model, "cuda", summed_token_loss)
+            layers.put_in(model, device, summed_token_loss)
             difference = proof.difference(proof.gradients(model, proof.plain_loss(model, batch)), wanted)
         except of_kernels() as error:
             return f"its small model fails with it ({first_line(error)})"
