@@ -34,6 +34,8 @@ _LAYER_SECONDS = 0.002
 shorter. Not measured."""
 _LAYER_SECONDS_CPU = 0.01
 """The same on a CPU, where nothing runs beside it; measured (`tools/bench step` with few tokens)."""
+_COLLECTIVES_SECONDS_CPU = 0.025
+"""What stage 3's calls between workers on CPUs cost a micro-batch, whatever they carry; measured as that."""
 _HALF_TOKENS = 900
 """Tokens of a micro-batch at which a GPU reaches half of what it reaches with many."""
 _FP32 = 4
@@ -96,6 +98,8 @@ def step_seconds(
     communication = _communication(shape, place, work, cluster, size, micro_batches) if cluster.workers > 1 else 0.0
     offload, update = _offload(shape, place, work, cluster, size, micro_batches)
     exposed = max(0.0, communication - _HIDDEN * compute) if place.stage == 3 else communication
+    if device.is_cpu and place.stage == 3 and cluster.workers > 1:
+        exposed += micro_batches * _COLLECTIVES_SECONDS_CPU
     exposed += _sequence_traffic(shape, work, cluster, size, micro_batches) + cut
     hidden_offload = max(0.0, offload - _HIDDEN * compute)
     if work.offload_inputs and not device.is_cpu:  # on the stream that computes: nothing of it hides
