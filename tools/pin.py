@@ -11,7 +11,7 @@ from pathlib import Path
 
 _APART = Path(sys.prefix, "liger")
 """What `tools/install --dev` puts beside the rest."""
-OLDEST = (3, 10)
+OLDEST = (3, 11)
 OWN = {"dstune", "pip", "setuptools", "wheel"}
 
 

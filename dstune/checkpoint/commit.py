@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def seal(directory: Path, intent: Intent, records: Sequence[FileRecord], held: I
         raise CheckpointError("the workers' slices do not make whole parameters: " + "; ".join(problems[:5]))
     files = {paths.shard(rank, len(records)).name: record for rank, record in enumerate(records)}
     files[paths.state.name] = _write(paths.state, dump_json(dict(intent.state)))
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest(intent.step, len(records), now, files, tensors, intent.fingerprints, intent.metrics)
     _write(paths.manifest, manifest.dump())
     return manifest

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from dstune.atomic import commit_directory, dump_json, durable_file
@@ -147,7 +147,7 @@ class Store:
 
     def claim(self, host: str) -> None:
         """From now on `owner` alone puts checkpoints there: a run that still goes on elsewhere is refused at its next save."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         self._objects.put(_OWNER, dump_json({"owner": self._owner, "host": host, "time": now}).encode("utf-8"))
 
     def require_ours(self) -> None:

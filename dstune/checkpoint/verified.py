@@ -7,7 +7,7 @@ change or inode than before the reading counts as never read. A record that is d
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Verified:
 
     def note(self, whole: Mapping[str, str | None], others: Iterable[str] = ()) -> str:
         """Remember those that are `whole`, each with its stamp of before the reading, and forget `others`; the time noted."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         before = self._entries()
         gone = {*others, *(place for place, stamp in whole.items() if stamp is None)}
         fresh = {place: {"time": now, "stamp": stamp} for place, stamp in whole.items()}
