@@ -1,6 +1,7 @@
 """What this machine has, without torch: its memory, its GPUs as their driver names them; and so what a run's machines are."""
 
 import contextlib
+import importlib.metadata
 import itertools
 import os
 import re
@@ -65,7 +66,14 @@ def processor(cores: int, workers: int) -> hardware.Device:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     flops = next(rate for flag, rate in hardware.CORE_FLOPS.items() if flag in flags or not flag)
-    return hardware.cpu(min(cores, (os.cpu_count() or 1) / workers), memory_bytes(), flops)
+    return hardware.cpu(
+        min(cores, (os.cpu_count() or 1) / workers), memory_bytes(), flops, cuda_build=_built_for_cuda()
+    )
+
+
+def _built_for_cuda() -> bool:
+    """Whether the torch that is installed here wants NVIDIA's libraries."""
+    return any(wanted.startswith("nvidia-") for wanted in importlib.metadata.requires("torch") or ())
 
 
 def memory_bytes() -> int:

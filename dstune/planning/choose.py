@@ -233,7 +233,7 @@ def _candidate(
         sequence_parallel=split,
         tensor_parallel=settled.tensor_parallel,
     )
-    memory = estimate(shape, place, work, of_worker(is_cpu=cluster.device.is_cpu, by_ray=cluster.by_ray))
+    memory = estimate(shape, place, work, of_worker(cluster.device, by_ray=cluster.by_ray))
     micro_batches = math.ceil(_share(load, cluster, split * settled.tensor_parallel) / size)
     return Candidate(
         preset=preset,

@@ -29,6 +29,8 @@ class Device:
     is_cpu: bool = False
     fp8: bool = True
     """Whether it multiplies 8-bit floats of the formats that `model.fp8` takes."""
+    cuda_build: bool = False
+    """Of a CPU: whether the torch that computes on it was built for CUDA, whose libraries it loads all the same."""
 
     @property
     def kind(self) -> str:
@@ -137,6 +139,8 @@ def recognised(name: str, memory: int) -> Device:
     return replace(DEVICES["a100-80gb"], memory=memory, fp8=True)  # a worker finds out
 
 
-def cpu(cores: float, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"]) -> Device:
+def cpu(cores: float, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"], *, cuda_build: bool = False) -> Device:
     """The share of a machine's CPU that one worker has: so many cores, or less than one."""
-    return Device(memory, core_flops * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True)
+    return Device(
+        memory, core_flops * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True, cuda_build=cuda_build
+    )

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from dstune.planning.hardware import Device
+
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
@@ -67,11 +69,15 @@ GPU_PROCESS = Process(
 """The CUDA context, NCCL's and cuBLAS's buffers, the caching allocator's fragments, and on the host CUDA's libraries: not measured."""
 _RAY = 90 << 20
 """Bytes of Ray's libraries, and of what they load, in a worker that Ray starts: the quickstart's run measured with and without it."""
+_CUDA_BUILD = 320 << 20
+"""Bytes of CUDA's libraries and Triton in a worker that computes on a CPU, where torch came with them; measured in the same way."""
 NOT_ALLOCATED = ("process", "fragments")
 """Parts of a GPU's memory that torch's allocator does not count as allocated."""
 
 
-def of_worker(*, is_cpu: bool, by_ray: bool) -> Process:
+def of_worker(device: Device, *, by_ray: bool) -> Process:
     """What a worker on such a device takes; `by_ray`: Ray starts it."""
-    process, more = CPU_PROCESS if is_cpu else GPU_PROCESS, _RAY if by_ray else 0
-    return replace(process, fixed=process.fixed + more) if is_cpu else replace(process, host=process.host + more)
+    more = _RAY if by_ray else 0
+    if not device.is_cpu:
+        return replace(GPU_PROCESS, host=GPU_PROCESS.host + more)
+    return replace(CPU_PROCESS, fixed=CPU_PROCESS.fixed + more + (_CUDA_BUILD if device.cuda_build else 0))

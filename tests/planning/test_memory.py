@@ -9,7 +9,7 @@ from dstune.errors import UsageError
 from dstune.planning import choose, cost, hardware, reasons, saving
 from dstune.planning.memory import Work, estimate
 from dstune.planning.placement import Placement
-from dstune.planning.process import CPU_PROCESS, GPU_PROCESS, Process
+from dstune.planning.process import CPU_PROCESS, GPU_PROCESS, Process, of_worker
 from dstune.planning.shapes import ModelShape
 
 GB = 10**9
@@ -52,6 +52,12 @@ def work(**changes) -> Work:
 def cluster(memory_gb: int, host_gb: int = 1000, nodes: int = 1) -> hardware.Cluster:
     device = hardware.find_device("h100-80gb", memory_gb * GB)
     return hardware.Cluster(nodes=nodes, per_node=4, device=device, host_memory=host_gb * GB)
+
+
+def test_a_torch_built_for_cuda_is_more_of_a_processors_worker():
+    one, other = hardware.cpu(1, 10**10), hardware.cpu(1, 10**10, cuda_build=True)
+    assert of_worker(other, by_ray=True).fixed - of_worker(one, by_ray=True).fixed == 320 << 20
+    assert of_worker(one, by_ray=False) == CPU_PROCESS
 
 
 def test_a_table_is_gathered_whole_however_large_it_is():
