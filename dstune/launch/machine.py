@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +73,11 @@ def processor(cores: int, workers: int) -> hardware.Device:
 
 
 def _built_for_cuda() -> bool:
-    """Whether the torch that is installed here wants NVIDIA's libraries."""
-    return any(wanted.startswith("nvidia-") for wanted in importlib.metadata.requires("torch") or ())
+    """Whether the torch that is installed here wants NVIDIA's libraries: its builds for other systems name them as well."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # one that nobody installed as a package
+        wanted = importlib.metadata.requires("torch") or ()
+        return sys.platform == "linux" and any(name.startswith("nvidia-") for name in wanted)
+    return False
 
 
 def memory_bytes() -> int:

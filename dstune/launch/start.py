@@ -54,6 +54,7 @@ class Planner:
     elsewhere: bool = False
     """Whether workers may be on other machines than this one."""
     by_ray: bool = True
+    """Whether Ray starts them."""
 
     def __call__(self, attempt: int, world_size: int, resume_from: Path | None, start_step: int) -> plan.Plan:
         run, base = self.run, self.run.base

@@ -88,6 +88,28 @@ def test_rays_libraries_are_counted_where_ray_starts_the_workers(tmp_path):
     assert by_ray.planned_bytes - by_torchrun.planned_bytes == 90 << 20
 
 
+@pytest.mark.parametrize(
+    ("system", "wanted", "cuda"),
+    [
+        ("linux", ["nvidia-nccl-cu13==2.29.7; platform_system == 'Linux'"], True),
+        ("darwin", ["nvidia-nccl-cu13==2.29.7; platform_system == 'Linux'"], False),
+        ("linux", ["filelock"], False),
+        ("linux", None, False),
+    ],
+)
+def test_how_torch_was_built_is_seen_without_it(system, wanted, cuda, monkeypatch):
+    """None: a torch that was not installed as a package."""
+
+    def requires(name):
+        if wanted is None:
+            raise machine.importlib.metadata.PackageNotFoundError(name)
+        return wanted
+
+    monkeypatch.setattr(machine.importlib.metadata, "requires", requires)
+    monkeypatch.setattr(machine.sys, "platform", system)
+    assert machine.processor(1, 2).cuda_build is cuda
+
+
 def test_predicted_stands_beside_measured(tmp_path):
     make = planner(tmp_path)
     predicted = make(3, 2, None, 10).predicted
