@@ -36,7 +36,7 @@ _ALIKE, _SOMEWHAT_ALIKE = 0.75, 0.5
 
 
 def meant(model: type[BaseModel], place: Path_) -> list[str]:
-    """The keys that somebody meant who wrote one at `place` that is not there: one like it beside it, or the same in sections."""
+    """The keys that somebody meant who wrote one at `place` that is not there: one like it beside it, or in sections."""
     fields, key = fields_at(model, place[:-1]), str(place[-1]).lower()
     others = [other for other, ours in _ELSEWHERE.items() if ours in fields]
 
@@ -48,9 +48,13 @@ def meant(model: type[BaseModel], place: Path_) -> list[str]:
 
 
 def in_sections(model: type[BaseModel], key: str) -> list[str]:
-    """`section.key` of the sections that have it, by our name or another trainer's."""
-    ours = _ELSEWHERE.get(key, key)
-    return [f"{section}.{ours}" for section in model.model_fields if ours in _in_section(model, section)]
+    """`section.key` of the sections that have it, or one like it, by our name or another trainer's."""
+    places: dict[str, list[str]] = {}
+    for section in model.model_fields:
+        for each in _in_section(model, section):
+            places.setdefault(each, []).append(f"{section}.{each}")
+    close = difflib.get_close_matches(_ELSEWHERE.get(key, key), places, n=1, cutoff=_ALIKE)
+    return places[close[0]] if close else []
 
 
 def _in_section(model: type[BaseModel], name: str) -> list[str]:

@@ -79,7 +79,7 @@ def test_overrides_go_over_the_file_and_are_named_in_errors(tmp_path: Path) -> N
             load_run(path, [f"train.{near}=1"])
     for key, whole in (
         ("workers", "data.workers' or 'cluster.workers"),
-        ("epochs", "train.epochs"),
+        ("epoch", "train.epochs"),
         ("learning_rate", "train.lr"),
     ):
         with pytest.raises(ConfigError, match=f"unknown key '{key}'\n.*did you mean '{whole}'"):
