@@ -146,7 +146,8 @@ def construction(ds_config: Mapping[str, Any], dtype: torch.dtype, largest: int 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        made = Unsent(config_dict_or_path=config, dtype=dtype, enabled=stage_of(config) == 3)
+        # NOTE: of a `dtype` given here DeepSpeed makes bf16 on every processor that cannot compute fp16; the config's it takes as it is.
+        made = Unsent(config_dict_or_path=config, enabled=stage_of(config) == 3)
         made.folder = folder
         with made:
             yield

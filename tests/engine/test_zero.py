@@ -11,10 +11,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from dstune.checkpoint.layout import SliceEntry, tile
 from dstune.engine import communication
-from dstune.engine.construction import complete, stage_of
+from dstune.engine.construction import DTYPES, complete, construction, stage_of
 from dstune.engine.world import World
 from dstune.errors import ConfigError
 from tests.engine import tiny
@@ -53,6 +54,28 @@ def test_the_loss_curve_does_not_depend_on_the_split() -> None:
         drift = (torch.tensor(curve) / reference - 1).abs().max()
         assert 0 < drift < (1e-5 if case["dtype"] == "fp32" else 1e-3), case
         assert reference[-1] < reference[0] - 0.5
+
+
+def _precisions() -> dict[tuple[int, str], set[torch.dtype]]:
+    """What parameters are made of for each stage and precision, on a processor that cannot compute fp16, as most cannot."""
+    world = World()
+    world.init(60)
+    found = {}
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda accelerator: False):
+        for stage in (1, 3):
+            for name in ("fp32", "bf16"):
+                with construction(tiny.ds_config(stage), DTYPES[name]):
+                    weight: Any = torch.nn.Linear(4, 4).weight
+                found[stage, name] = {weight.dtype, getattr(weight, "ds_tensor", weight).dtype}
+    world.close()
+    return found
+
+
+@pytest.mark.dist
+def test_weights_have_the_precision_that_was_asked_for_whatever_the_processor_computes() -> None:
+    """DeepSpeed made bf16 of fp32, without a word, wherever fp16 was missing."""
+    (found,) = run_workers(_precisions, 1)
+    assert found == {key: {DTYPES[key[1]]} for key in found} and len(found) == 4
 
 
 POISONED: dict[str, dict[str, Any]] = {
