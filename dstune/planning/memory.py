@@ -180,7 +180,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
     made = _UPDATE_COPIES.get(work.optimizer, 0) if place.offload_optimizer == "none" else int(process.retains)
     update = _FP32 * min(share, place.sub_group) * made if place.stage == 3 else 0
     activations = _activations(shape, work, process)
-    logits = _logits(shape, work, size)
+    logits = _logits(shape, work, size, process)
     arriving = _arriving(shape, place, work, process, size)
     workspace = int(_workspace(shape, place, work, process) * 2 / size * work.own_tokens)
     if process.retains:
@@ -330,7 +330,7 @@ def _arriving(shape: ModelShape, place: Placement, work: Work, process: Process,
     gathered = _gathered(shape, place, work, process, size)
     bucket = min(gathered, size * place.prefetch)
     rest = bucket / max(1, size * shape.parameters)
-    later = int(rest * _activations(shape, work, process)) + sum(_logits(shape, work, size))
+    later = int(rest * _activations(shape, work, process)) + sum(_logits(shape, work, size, process))
     return max(0, bucket - later)
 
 
@@ -364,10 +364,11 @@ def _apart(shape: ModelShape, work: Work) -> int:
     return shape.attention_result + doubled
 
 
-def _logits(shape: ModelShape, work: Work, size: int) -> list[int]:
+def _logits(shape: ModelShape, work: Work, size: int, process: Process) -> list[int]:
     """Logits and their gradient, and a chunk in fp32; fused, one chunk that turns into its gradient, and the head's gradient: each tensor.
 
-    The fused loss sums the head's gradient in fp32 where several chunks add up to it (`model.kernels.linear_cross_entropy`).
+    The fused loss sums the head's gradient in fp32 where several chunks add up to it; where less room does, a processor makes it in the
+    logits' own (`model.kernels.linear_cross_entropy`).
     """
     logits = size * work.own_supervised * shape.vocabulary
     head = shape.vocabulary * shape.layer_input // size if shape.head_trained else 0
@@ -375,5 +376,8 @@ def _logits(shape: ModelShape, work: Work, size: int) -> list[int]:
     if not work.fused_loss:
         chunk = min(_CHUNK_TOKENS, work.own_supervised) * shape.vocabulary * _FP32
         return [logits, logits, chunk, chunk, second]
-    alone = _FUSED_CHUNK + head * (_FP32 - size)
-    return [logits, size * head, second] if logits <= alone else [_FUSED_CHUNK, _FP32 * head, second]
+    several = [_FUSED_CHUNK, _FP32 * head, second]
+    if logits + size * head <= sum(several[:2]):
+        return [logits, size * head, second]
+    overlaid = process.retains and 2 * size * head <= logits <= sum(several[:2])
+    return [logits, second] if overlaid else several

@@ -316,12 +316,13 @@ def test_recomputing_keeps_the_layers_inputs_and_one_layer():
 def test_logits_follow_the_targets_and_vanish_when_fused():
     half = estimate(BILLION, Placement(stage=3), work(supervised=2048), CPU_PROCESS).device["logits"]
     whole = estimate(BILLION, Placement(stage=3), work(supervised=4096), CPU_PROCESS).device["logits"]
-    fused, more = (
+    overlaid, more, most = (
         estimate(BILLION, Placement(stage=3), work(supervised=count, fused_loss=True), CPU_PROCESS).device["logits"]
-        for count in (8192, 65_536)
+        for count in (5000, 8192, 65_536)
     )
     assert whole - half == 2 * 2 * 2048 * 32_000
-    assert fused == more < whole
+    assert overlaid == 2 * 5000 * 32_000  # the head's gradient goes into it
+    assert overlaid < more == most == (128 << 20) + 4 * 2048 * 32_000 < whole
 
 
 def test_a_placement_is_read_from_a_deepspeed_config():

@@ -107,11 +107,16 @@ class _Work:
         self.of_weight = self._weight_sum() if wanted[1] else None
         self.of_bias = weight.new_zeros(len(weight), dtype=torch.float32) if wanted[2] else None
 
-    def _weight_sum(self) -> torch.Tensor:
-        """fp32 where chunks add up to it; where there is one, its product is summed in fp32 and rounded once anyhow."""
+    def _weight_sum(self) -> torch.Tensor | None:
+        """fp32 where chunks add up to it; where there is one, its product is summed in fp32 and rounded once anyhow.
+
+        None where it will be made in the memory of the logits.
+        """
         if not self.chunks:
             return torch.zeros_like(self.weight)
-        return torch.empty_like(self.weight, dtype=self.weight.dtype if len(self.chunks) == 1 else torch.float32)
+        if len(self.chunks) > 1:
+            return torch.empty_like(self.weight, dtype=torch.float32)
+        return None if _is_overlaid(len(self.hidden), self.weight) else torch.empty_like(self.weight)
 
     def run(self) -> torch.Tensor:
         size = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
@@ -129,6 +134,8 @@ class _Work:
                 torch.mm(values, self.weight, out=self.of_hidden[chunk])
             if self.of_weight is not None:
                 self._add_to_weight(values, hidden, first=chunk.start == 0)
+            elif self.wanted[1]:
+                self.of_weight = self._overlay(values, hidden)
         return total
 
     def _differentiate_(self, values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -179,6 +186,18 @@ class _Work:
             else:
                 into += torch.mm(part, hidden)
 
+    def _overlay(self, derivative: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The weight's gradient, in the memory of the `derivative` [at least 2 * width, vocabulary] that it is made of.
+
+        Each block of columns makes way for its part of the gradient, transposed, in the uppermost rows; the next ones take it upright.
+        """
+        width = hidden.shape[1]
+        across, upright = derivative[:width], derivative[width : 2 * width].view(-1, width)
+        transposed = hidden.t().contiguous()
+        for rows in _blocks(self.weight):
+            across[:, rows] = torch.mm(transposed, derivative[:, rows])
+        return upright.copy_(across.t())
+
     def gradients(self, upstream: torch.Tensor) -> list[torch.Tensor | None]:
         """Of the hidden states, the weight and the bias, for the loss's own gradient `upstream`."""
         scale = upstream / self.factor
@@ -191,15 +210,32 @@ class _Work:
 
 
 def _chunks(count: int, weight: torch.Tensor, summed: bool) -> Iterator[slice]:
-    """Equal parts of `count` tokens.
-
-    One alone, as long as its logits take no more room than the fp32 sum would that several need (`summed`: that they add up to).
-    """
-    size = max(1, _CHUNK_BYTES // (weight.shape[0] * weight.itemsize))
-    alone = size + weight.shape[1] * (4 - weight.itemsize) // weight.itemsize if summed else size
-    number = 1 if count <= alone else -(-count // size)
+    """Equal parts of `count` tokens, or one where that takes no more memory; `summed`: they add up to the weight's gradient."""
+    size = _short(weight)
+    number = 1 if count <= size or (summed and _held(count, weight) <= _held_by_several(weight)) else -(-count // size)
     size = _up(-(-count // number), weight)
     yield from (slice(start, min(start + size, count)) for start in range(0, count, max(1, size)))
+
+
+def _short(weight: torch.Tensor) -> int:
+    """Tokens of one of several chunks, at most."""
+    return max(1, _CHUNK_BYTES // (weight.shape[0] * weight.itemsize))
+
+
+def _held_by_several(weight: torch.Tensor) -> int:
+    """What a short chunk takes together with the fp32 sum of `weight`'s gradients; counted in tokens' logits."""
+    return _short(weight) + weight.shape[1] * torch.float32.itemsize // weight.itemsize
+
+
+def _held(count: int, weight: torch.Tensor) -> int:
+    """What a single chunk of `count` tokens takes together with `weight`'s gradient."""
+    return count if _is_overlaid(count, weight) else count + weight.shape[1]
+
+
+def _is_overlaid(count: int, weight: torch.Tensor) -> bool:
+    """Whether such a chunk holds `weight`'s gradient twice, and would be too large beside it. On an accelerator that is one product."""
+    width = weight.shape[1]
+    return not weight.is_cuda and count >= 2 * width and count + width > _held_by_several(weight)
 
 
 def _evened(hidden: torch.Tensor) -> torch.Tensor:
