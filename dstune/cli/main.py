@@ -113,7 +113,9 @@ def _setting(parser: argparse.ArgumentParser, option: str) -> str | None:
         return None
     from dstune.config import names, schema
 
-    found = names.in_sections(schema.RunConfig, option.removeprefix("--").replace("-", "_"))
+    key = option.removeprefix("--").replace("-", "_")
+    alone = key in names.fields_at(schema.RunConfig, ()) and not names.fields_at(schema.RunConfig, (key,))
+    found = [key] if alone else names.in_sections(schema.RunConfig, key)
     return " or ".join(f"{each}=…" for each in found) or None
 
 

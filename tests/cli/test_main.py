@@ -46,6 +46,7 @@ def test_a_typo_names_its_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
             ["train", "run.yaml", "--workers", "2"],
             "no option '--workers'; settings have no dashes: data.workers=… or cluster.workers=…",
         ),
+        (["train", "run.yaml", "--name", "mine"], "settings have no dashes: name=…"),
         (["train", "run.yaml", "--learning-rate=1e-4"], "settings have no dashes: train.lr=…"),
         (["status", "run", "--fast"], "no option '--fast'; see --help"),
     ],
