@@ -14,7 +14,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32": {"stage": 3, "dtype": "fp32"},
     "offloaded": {"stage": 3, "offload": True},
     "many buckets": {"stage": 3, "zero": {"reduce_bucket_size": 5_000}},
-    "sums in bf16": {"stage": 3, "data_types": {"grad_accum_dtype": "bf16"}},
+    # Clipped by a norm that differs in its eighth digit, a sum in bf16 is rounded up here and down there.
+    "sums in bf16": {"stage": 3, "data_types": {"grad_accum_dtype": "bf16"}, "gradient_clipping": 0.0},
 }
 
 
