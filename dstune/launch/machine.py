@@ -66,10 +66,8 @@ def processor(cores: int, workers: int) -> hardware.Device:
     with contextlib.suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    flops = next(rate for flag, rate in hardware.CORE_FLOPS.items() if flag in flags or not flag)
-    return hardware.cpu(
-        min(cores, (os.cpu_count() or 1) / workers), memory_bytes(), flops, cuda_build=_built_for_cuda()
-    )
+    core = next(core for flag, core in hardware.CORES.items() if flag in flags or not flag)
+    return hardware.cpu(min(cores, (os.cpu_count() or 1) / workers), memory_bytes(), core, cuda_build=_built_for_cuda())
 
 
 def _built_for_cuda() -> bool:

@@ -15,8 +15,6 @@ from dstune.planning.shapes import ModelShape
 _REACHED = 0.55
 """Share of the peak that a well-fed training step reaches on current GPUs, causally counted; a bf16 product alone reaches 0.8."""
 _REACHED_CPU = 0.35
-_FP32_SHARE = 1 / 8
-"""Of the 16-bit rate that products in fp32 reach: a seventh with AMX, a fifteenth on an H100 without TF32."""
 _HIDDEN = 0.5
 """Share of the traffic that runs behind arithmetic."""
 _COMPILED = 0.93
@@ -92,7 +90,7 @@ def step_seconds(
     filled = 1.0 if device.is_cpu else tokens / (tokens + _HALF_TOKENS)
     tiles = 2.0 * shape.tiled * tokens  # their forward pass comes twice
     one = flops(shape, tokens, tokens * squares_per_token, work.recompute) + tiles
-    size, rate = (4, device.flops * _FP32_SHARE) if work.dtype == "fp32" else (2, device.flops)
+    size, rate = (4, device.flops * device.fp32_share) if work.dtype == "fp32" else (2, device.flops)
     arithmetic = faster(work.compiled, work.fp8, device.is_cpu) * one / (rate * reached * filled)
     compute = micro_batches * (_LAUNCH_SECONDS + _beside_calls(arithmetic, shape, work, device.is_cpu))
     communication = _communication(shape, place, work, cluster, size, micro_batches) if cluster.workers > 1 else 0.0

@@ -29,6 +29,8 @@ class Device:
     is_cpu: bool = False
     fp8: bool = True
     """Whether it multiplies 8-bit floats of the formats that `model.fp8` takes."""
+    fp32_share: float = 1 / 8
+    """Of the 16-bit rate, what products in fp32 reach: a fifteenth on an H100 without TF32."""
     cuda_build: bool = False
     """Of a CPU: whether the torch that computes on it was built for CUDA, whose libraries it loads all the same."""
 
@@ -38,8 +40,24 @@ class Device:
         return "cpu" if self.is_cpu else "cuda"
 
 
-CORE_FLOPS: Mapping[str, float] = {"amx_bf16": 0.6e12, "avx512_bf16": 0.15e12, "": 0.05e12}
-"""A flag of a processor -> bf16 FLOP/s of one of its cores: with AMX half of what a product alone reached; the others are guessed."""
+@dataclass(frozen=True)
+class Core:
+    """Of a processor."""
+
+    flops: float
+    """16-bit FLOP/s of which a step reaches a third (`cost.step_seconds`)."""
+    fp32_share: float
+    """As of a `Device`."""
+
+
+CORES: Mapping[str, Core] = {
+    "amx_bf16": Core(0.6e12, 1 / 8),
+    "avx512_bf16": Core(0.5e12, 0.6),
+    "": Core(0.05e12, 1.0),
+}
+"""A flag of a processor -> what that makes of a core. Measured on an Intel with AMX, whose products alone reach 1.2e12, and on an AMD
+without, whose products reach 0.21e12 and steps nearly all of it; the last is guessed.
+"""
 _CORE_BANDWIDTH = 12 * GB
 _LOOPBACK = 0.7 * GB
 """gloo between processes of one machine."""
@@ -139,8 +157,15 @@ def recognised(name: str, memory: int) -> Device:
     return replace(DEVICES["a100-80gb"], memory=memory, fp8=True)  # a worker finds out
 
 
-def cpu(cores: float, memory: int, core_flops: float = CORE_FLOPS["amx_bf16"], *, cuda_build: bool = False) -> Device:
+def cpu(cores: float, memory: int, core: Core = CORES["amx_bf16"], *, cuda_build: bool = False) -> Device:
     """The share of a machine's CPU that one worker has: so many cores, or less than one."""
     return Device(
-        memory, core_flops * cores, _CORE_BANDWIDTH * cores, math.inf, _LOOPBACK, is_cpu=True, cuda_build=cuda_build
+        memory,
+        core.flops * cores,
+        _CORE_BANDWIDTH * cores,
+        math.inf,
+        _LOOPBACK,
+        is_cpu=True,
+        fp32_share=core.fp32_share,
+        cuda_build=cuda_build,
     )

@@ -325,6 +325,17 @@ def test_logits_follow_the_targets_and_vanish_when_fused():
     assert overlaid < more == most == (128 << 20) + 4 * 2048 * 32_000 < whole
 
 
+@pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16"])
+def test_fp32_takes_as_many_times_longer_as_the_processors_products(flag):
+    device = hardware.cpu(1, 10**10, hardware.CORES[flag])
+    here = hardware.Cluster(nodes=1, per_node=1, device=device, host_memory=10**10)
+    half, whole = (
+        cost.step_seconds(BILLION, Placement(stage=3), work(dtype=dtype, world_size=1), here, 1, 500.0).compute
+        for dtype in ("bf16", "fp32")
+    )
+    assert whole / half == pytest.approx(1 / device.fp32_share, rel=0.05)
+
+
 def test_a_placement_is_read_from_a_deepspeed_config():
     zero = {"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 7}
     found = Placement.of({"zero_optimization": zero})
