@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dstune.engine import pinned
 from dstune.engine.control import ControlGroup
 from dstune.engine.quiet import prepare_environment, start_deepspeed
 from dstune.errors import Problem, UsageError
@@ -73,6 +74,7 @@ class World:
         prepare_environment(self.device.type)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            pinned.take_no_more_than_asked()
         if not dist.is_initialized():
             self._join(timedelta(seconds=timeout_seconds))
             # NOTE: a process that exits with the group's threads alive is now and then aborted by the C++ runtime.

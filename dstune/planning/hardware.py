@@ -31,6 +31,8 @@ class Device:
     """Whether it multiplies 8-bit floats of the formats that `model.fp8` takes."""
     fp32_share: float = 1 / 8
     """Of the 16-bit rate, what products in fp32 reach: a fifteenth on an H100 without TF32."""
+    product: int = 0
+    """Bytes of a matrix product that a CPU's library compiles and keeps."""
     cuda_build: bool = False
     """Of a CPU: whether the torch that computes on it was built for CUDA, whose libraries it loads all the same."""
 
@@ -48,15 +50,18 @@ class Core:
     """16-bit FLOP/s of which a step reaches a third (`cost.step_seconds`)."""
     fp32_share: float
     """As of a `Device`."""
+    product: int
+    """The same."""
 
 
 CORES: Mapping[str, Core] = {
-    "amx_bf16": Core(0.6e12, 1 / 8),
-    "avx512_bf16": Core(0.5e12, 0.6),
-    "": Core(0.05e12, 1.0),
+    "amx_bf16": Core(0.6e12, 1 / 8, 1 << 20),
+    "avx512_bf16": Core(0.5e12, 0.6, 614 << 10),
+    "": Core(0.05e12, 1.0, 1 << 20),
 }
 """A flag of a processor -> what that makes of a core. Measured on an Intel with AMX, whose products alone reach 1.2e12, and on an AMD
-without, whose products reach 0.21e12 and steps nearly all of it; the last is guessed.
+without, whose products reach 0.21e12 and steps nearly all of it; the last is guessed. A compiled product: a mixture's run measured with
+oneDNN's cache and without.
 """
 _CORE_BANDWIDTH = 12 * GB
 _LOOPBACK = 0.7 * GB
@@ -167,5 +172,6 @@ def cpu(cores: float, memory: int, core: Core = CORES["amx_bf16"], *, cuda_build
         _LOOPBACK,
         is_cpu=True,
         fp32_share=core.fp32_share,
+        product=core.product,
         cuda_build=cuda_build,
     )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dstune.planning.placement import Placement
+from dstune.planning.placement import ROUNDED_PINNED, Placement
 from dstune.planning.process import NOT_ALLOCATED, Process
 from dstune.planning.shapes import ModelShape
 
@@ -122,7 +122,7 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
         **(_states(shape, place, work, process) if place.offload_optimizer == "none" else {}),
         **_passing(shape, place, work, process, size),
         "process": process.fixed + (process.compiler if work.compiled else 0),
-        "experts' compiled products": min(process.each_expert * shape.experts, process.compiled_products),
+        "experts' compiled products": process.product * min(process.expert_products * shape.experts, process.products),
     }
     device = {name: count for name, count in device.items() if count}
     device["fragments"] = int(process.fragments * sum(device.values()))
@@ -283,9 +283,7 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
         held["swap buffers"] = _FP32 * group * buffers
         pinned[_FP32 * group] += buffers
     if process.pins:
-        held["rounding of pinned memory"] = sum(
-            number * (_power_of_two(count) - count) for count, number in pinned.items()
-        )
+        held["rounding of pinned memory"] = sum(number * (_rounded(count) - count) for count, number in pinned.items())
     return held
 
 
@@ -297,9 +295,9 @@ def _weight_buffers(shape: ModelShape, place: Placement, world: int, size: int) 
     return size * (place.weight_buffers * each + written)
 
 
-def _power_of_two(count: int) -> int:
-    """The next one: what torch's CachingHostAllocator takes for a tensor of `count` bytes."""
-    return 1 << max(0, count - 1).bit_length()
+def _rounded(count: int) -> int:
+    """What torch's CachingHostAllocator takes for a tensor of `count` bytes: the next power of two, of a large one no more."""
+    return 1 << max(0, count - 1).bit_length() if count <= ROUNDED_PINNED else count
 
 
 def _weights(shape: ModelShape, place: Placement, world: int, size: int) -> int:

@@ -6,6 +6,9 @@ from typing import Any
 
 _SWAP_BUFFERS = 4
 """DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
+ROUNDED_PINNED = 2 << 30
+"""Bytes of a piece of pinned memory up to which torch rounds it up to a power of two and keeps it for the next one: inputs of layers that
+wait on the host come and go in such pieces. Larger ones take what was asked for (`engine.pinned`)."""
 WEIGHT_BUFFERS = 8
 """What the engine takes for weights on NVMe, a piece in each, where it is told no number: a layer's frozen matrices and one."""
 

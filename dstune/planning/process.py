@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from dstune.planning.hardware import Device
+from dstune.planning.hardware import CORES, Device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,16 @@ class Process:
     """The same where layers are computed again."""
     compiled_workspace: float = 1.0
     """`workspace` where torch compiles the layers, in the activations that such a layer keeps."""
-    each_expert: int = 0
-    """Bytes that the library of matrix products keeps of an expert's: it compiles them for each number of rows that it meets."""
-    compiled_products: int = 0
-    """Bytes of all that it keeps, at most: a thousand products."""
+    expert_products: int = 0
+    """That the library of matrix products keeps of an expert's: it compiles one for each number of rows that it meets."""
+    products: int = 0
+    """That it keeps in all, at most."""
+    product: int = 0
+    """Bytes of one."""
     compiler: int = 0
     """Bytes that the compiler takes, once loaded."""
     pins: bool = False
-    """Whether offloaded tensors are pinned: torch rounds each one's room up to a power of two."""
+    """Whether offloaded tensors are pinned: torch rounds the room of each up to a power of two, of large ones not (`engine.pinned`)."""
 
 
 CPU_PROCESS = Process(
@@ -49,8 +51,9 @@ CPU_PROCESS = Process(
     workspace_frozen=2.0,
     workspace_recomputed=1.1,
     compiled_workspace=2.0,
-    each_expert=27 << 20,
-    compiled_products=1000 << 20,
+    expert_products=27,
+    products=1000,
+    product=CORES["amx_bf16"].product,
     compiler=60 << 20,
     fragments=0.0,
     whole_buckets=False,
@@ -80,4 +83,5 @@ def of_worker(device: Device, *, by_ray: bool) -> Process:
     more = _RAY if by_ray else 0
     if not device.is_cpu:
         return replace(GPU_PROCESS, host=GPU_PROCESS.host + more)
-    return replace(CPU_PROCESS, fixed=CPU_PROCESS.fixed + more + (_CUDA_BUILD if device.cuda_build else 0))
+    fixed = CPU_PROCESS.fixed + more + (_CUDA_BUILD if device.cuda_build else 0)
+    return replace(CPU_PROCESS, fixed=fixed, product=device.product)

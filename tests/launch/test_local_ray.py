@@ -135,6 +135,13 @@ def test_an_address_where_no_ray_is():
 
 def test_what_may_pass_to_workers():
     passed = passed_environment(
-        {"HF_HOME": "a", "HF_TOKEN": "s", "NCCL_DEBUG": "b", "AWS_SECRET_ACCESS_KEY": "s", "PATH": "p"}
+        {
+            "HF_HOME": "a",
+            "HF_TOKEN": "s",
+            "NCCL_DEBUG": "b",
+            "PYTORCH_ALLOC_CONF": "c",
+            "AWS_SECRET_ACCESS_KEY": "s",
+            "PATH": "p",
+        }
     )
-    assert passed == {"HF_HOME": "a", "NCCL_DEBUG": "b"}
+    assert passed == {"HF_HOME": "a", "NCCL_DEBUG": "b", "PYTORCH_ALLOC_CONF": "c"}

@@ -54,10 +54,12 @@ def cluster(memory_gb: int, host_gb: int = 1000, nodes: int = 1) -> hardware.Clu
     return hardware.Cluster(nodes=nodes, per_node=4, device=device, host_memory=host_gb * GB)
 
 
-def test_a_torch_built_for_cuda_is_more_of_a_processors_worker():
+def test_a_processors_worker_depends_on_its_kind_and_on_the_build_of_torch():
     one, other = hardware.cpu(1, 10**10), hardware.cpu(1, 10**10, cuda_build=True)
     assert of_worker(other, by_ray=True).fixed - of_worker(one, by_ray=True).fixed == 320 << 20
     assert of_worker(one, by_ray=False) == CPU_PROCESS
+    amd = hardware.cpu(1, 10**10, hardware.CORES["avx512_bf16"])
+    assert of_worker(amd, by_ray=False).product < CPU_PROCESS.product, "a library compiles shorter ones for it"
 
 
 def test_a_table_is_gathered_whole_however_large_it_is():
@@ -139,10 +141,13 @@ def test_weights_on_nvme_leave_their_buffers_in_memory():
     )
 
 
-def test_pinned_memory_is_rounded_to_powers_of_two():
+def test_pinned_memory_is_rounded_to_powers_of_two_unless_it_is_large():
     one = estimate(BILLION, Placement(stage=3, offload_optimizer="cpu", sub_group=10**8), work(), GPU_PROCESS).host
     # 250 million gradients a worker: their sums in one tensor of 2^30 bytes, and three groups of at most 100 million, 2^29 bytes each.
     assert one["rounding of pinned memory"] == (2**30 - 10**9) + 3 * (2**29 - 4 * 10**8)
+    larger = replace(BILLION, trained=10**10)
+    sums = estimate(larger, Placement(stage=3, offload_optimizer="cpu", sub_group=10**8), work(), GPU_PROCESS).host
+    assert sums["rounding of pinned memory"] == 25 * (2**29 - 4 * 10**8), "the sums are too large to be rounded"
 
 
 def test_a_copy_within_machines_is_the_weights_over_its_workers():
@@ -272,8 +277,8 @@ def test_experts_products_are_compiled_and_kept_on_a_cpu():
     dense, few, many = (
         estimate(replace(BILLION, experts=n), Placement(stage=3), work(), CPU_PROCESS).peak for n in (0, 8, 96)
     )
-    assert few - dense == 8 * CPU_PROCESS.each_expert
-    assert many - dense == CPU_PROCESS.compiled_products  # a thousand products are kept, no more
+    assert few - dense == 8 * CPU_PROCESS.expert_products * CPU_PROCESS.product
+    assert many - dense == CPU_PROCESS.products * CPU_PROCESS.product  # a thousand are kept, no more
     assert not any(
         "experts" in name
         for name in estimate(replace(BILLION, experts=96), Placement(stage=3), work(), GPU_PROCESS).device
