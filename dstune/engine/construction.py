@@ -40,6 +40,8 @@ DEFAULTS: Mapping[str, Any] = {
     # Gradients of micro-batches and workers are summed in fp32: the loss curve does not depend on the split.
     "data_types": {"grad_accum_dtype": "fp32"},
     "communication_data_type": "fp32",
+    # Or its class for ZeRO-1 keeps all gradients of a backward pass in 16 bits as well until the update.
+    "bf16": {"immediate_grad_update": True},
     # It would have every forward pass wait until the GPU has done all that it was asked before.
     "timers": {"throughput": {"enabled": False}},
 }

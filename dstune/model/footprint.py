@@ -62,13 +62,15 @@ def footprint(model: ModelSection, base: Path, freeze: Sequence[str] = (), devic
     seen = _count(module, config, layers)
     tiles = _tiles(module, config, layers, model, seen)
     head: Any = module.get_output_embeddings()
+    active, frozen = _active(module, text)
     return ModelShape(
         kind=config.model_type,
         sizes=Counter(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         tables=sum(table.numel() for table in _tables(module)),
         hidden=_hidden(module, head),
-        active=_active(module, text),
+        active=active,
+        frozen_active=frozen,
         layers=len(layers),
         experts=_experts(text)[0] * len(layers),
         attention_width=_attention_width(text),
@@ -305,11 +307,13 @@ def _size(text: PretrainedConfig, *keys: str) -> int:
     return max(numbers(text, *keys), default=0)
 
 
-def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
-    """Elements that a token is multiplied with: matrices, of experts a token's own; an embedding only where it is the head too."""
+def _active(module: PreTrainedModel, text: PretrainedConfig) -> tuple[int, int]:
+    """Elements that a token is multiplied with, and those of them that are frozen: matrices, of experts a token's own; an embedding only
+    where it is the head too.
+    """
     embedding: Any = module.get_input_embeddings()
     head: Any = module.get_output_embeddings()
-    total = 0
+    total = frozen = 0
     experts, visited = _experts(text)
     beside = text_side.beside(module)
     for name, parameter in module.named_parameters():
@@ -320,8 +324,10 @@ def _active(module: PreTrainedModel, text: PretrainedConfig) -> int:
         ):
             continue
         share = (visited or experts) / experts if experts and ".experts." in f".{name}." else 1.0
-        total += int(parameter.numel() * share)
-    return total
+        count = int(parameter.numel() * share)
+        total += count
+        frozen += 0 if parameter.requires_grad else count
+    return total, frozen
 
 
 def _experts(text: PretrainedConfig) -> tuple[int, int]:

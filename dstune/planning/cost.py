@@ -70,12 +70,13 @@ class Seconds:
 def flops(shape: ModelShape, tokens: float, squares: float, recompute: bool) -> float:
     """FLOPs of the forward and backward passes over `tokens`; `squares`: the sum of the squared lengths of their examples.
 
-    6 for each active parameter and token, and causal attention's 6 L d (squares / tokens); a recomputed forward pass adds a third
-    (Kaplan et al. 2020; counted causally).
+    6 for each active parameter and token, 4 where it is frozen, and causal attention's 6 L d (squares / tokens); recomputing comes to
+    another forward pass, a third of 6 (Kaplan et al. 2020; counted causally).
     """
-    matmul = 6.0 * shape.active * tokens
-    attention = 6.0 * shape.layers * shape.attention_width * squares
-    return (matmul + attention) * (4 / 3 if recompute else 1.0)
+    attention = 2.0 * shape.layers * shape.attention_width * squares
+    forward = 2.0 * shape.active * tokens + attention
+    backward = 2.0 * (2 * shape.active - shape.frozen_active) * tokens + 2 * attention
+    return forward * (2 if recompute else 1) + backward
 
 
 def step_seconds(
@@ -99,7 +100,7 @@ def step_seconds(
     if device.is_cpu and place.stage == 3 and cluster.workers > 1:
         exposed += micro_batches * _COLLECTIVES_SECONDS_CPU
     exposed += _sequence_traffic(shape, work, cluster, size, micro_batches) + cut
-    hidden_offload = max(0.0, offload - _HIDDEN * compute)
+    hidden_offload = max(0.0, offload - (_HIDDEN * compute if place.overlaps else 0.0))
     if work.offload_inputs and not device.is_cpu:  # on the stream that computes: nothing of it hides
         hidden_offload += 2 * micro_batches * tokens * shape.layer_input * shape.layers / device.host_link
     if place.offload_param == "nvme":  # read when they are wanted, for either pass
@@ -141,9 +142,9 @@ def _communication(
         wide = min(wide, _NETWORK_SHARE * cluster.network * cluster.per_node)
     weights = size * shape.parameters * (_QUANTIZED_WEIGHTS if place.quantized_weights else 1.0)
     gradients = _FP32 * shape.trained * (_QUANTIZED_GRADIENTS if place.quantized_gradients else 1.0)
-    if place.stage < 3:
-        reductions = micro_batches if place.stage == 2 else 2  # stage 1: one reduction of everything, to every worker
-        return others * (weights + gradients * reductions) / wide
+    if place.stage < 3:  # reductions of everything, to every worker: stage 2's too, of each bucket
+        reductions = micro_batches if place.stage == 2 else 1
+        return others * (size * shape.trained + 2 * gradients * reductions) / wide
     backward = micro_batches if shape.parameters > place.max_live else 1
     near = device.node_link if place.copies > 1 else wide
     return others * ((weights * micro_batches + gradients * micro_batches) / wide + weights * backward / near)
@@ -178,11 +179,14 @@ def _offload(
 
     An update reads master, moments and gradient and writes all but the last: 28 bytes an element with AdamW, whose rate the memory's
     bandwidth sets, or the worker's cores (Ren et al. 2021, "ZeRO-Offload", section 5). On NVMe the same numbers are read and written,
-    and the gradient both.
+    and the gradient both. The gradients' sums wait on the host: DeepSpeed adds each micro-batch's to them on the device, which takes them
+    there and back, and copies them once more for the update.
     """
     share = shape.trained / work.world_size
     lasting = lasting_bytes(shape, work)
     touched = 2 * lasting + _FP32 * share
+    if place.offload_optimizer != "none" and not cluster.device.is_cpu:
+        touched += 2 * _FP32 * share  # clipped there, whatever the norm
     if cluster.device.is_cpu or place.offload_optimizer == "none":
         update = touched / cluster.device.bandwidth
     else:
@@ -194,5 +198,5 @@ def _offload(
         if place.offload_param != "none":
             moved += 2 * micro_batches * size * shape.parameters / work.world_size
         if place.offload_optimizer != "none":
-            moved += (_FP32 + size) * share
+            moved += ((2 * micro_batches + 1) * _FP32 + size) * share
     return moved / cluster.device.host_link, update

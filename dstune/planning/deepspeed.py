@@ -87,7 +87,10 @@ def make(config: RunConfig, base: Path) -> dict[str, Any]:
         raise ConfigError(problems)
     policy.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     policy.setdefault("communication_data_type", "fp32")
-    precision = {"bf16": {"enabled": config.model.dtype == "bf16"}, "fp16": {"enabled": config.model.dtype == "fp16"}}
+    precision = {
+        "bf16": {"enabled": config.model.dtype == "bf16", "immediate_grad_update": True},
+        "fp16": {"enabled": config.model.dtype == "fp16"},
+    }
     return policy | precision | {
         # The loop feeds the engine forward passes of its own size and weighs them itself (plan.json has the sizes).
         "train_micro_batch_size_per_gpu": 1,

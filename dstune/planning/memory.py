@@ -128,7 +128,10 @@ def estimate(shape: ModelShape, place: Placement, work: Work, process: Process) 
     device["fragments"] = int(process.fragments * sum(device.values()))
     swapped = lasting_bytes(shape, work) + _FP32 * share if place.offload_optimizer == "nvme" else 0
     host = _host(shape, place, work, process, weights)
-    if work.drawn and work.world_size < workers:  # in the host's memory, before they are cut
+    if place.stage < 3 and not process.retains:  # stages 1 and 2 build it on the host, a cut one's part
+        loaded = loaded if work.drawn else weights
+        host["whole model, at first"] = max(0, loaded + host["process"] - sum(host.values()))
+    elif work.drawn and work.world_size < workers:  # before it is cut
         first = device if process.retains else host
         first["whole model, at first"] = max(0, loaded + first["process"] - sum(first.values()))
     return Memory(
@@ -194,8 +197,9 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
             "workspace": workspace,
             "gradients on their way": sent,
         }
-    copies = _FP32 * _copies_of_bucket(place, work.world_size)
-    sent = {1: 0, 2: copies, 3: copies + size}.get(place.stage, 0) * waiting  # stage 3 has them in 16 bits as well
+    if place.stage == 1 and work.dtype == "bf16":
+        bucket = 0
+    sent = _reduced_on_gpu(shape, place, work, bucket, size)
     forward = activations + arriving + max(sum(logits), workspace)
     # The first bucket is full, and sent, when so much of the backward pass is over.
     left = int(activations * max(0.0, 1 - bucket / max(1, trained)))
@@ -260,8 +264,16 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
     """What is offloaded there. DeepSpeed keeps the gradients' sums, and beside them the gradients that an update reads."""
     share = -(-shape.trained // work.world_size)
     group = min(share, place.sub_group) if place.stage == 3 else share
-    held = {"process": process.host, "weights": weights if place.offload_param == "cpu" else 0}
-    pinned = Counter([weights] if place.offload_param == "cpu" else [])
+    held = {"process": process.host}
+    pinned: Counter[int] = Counter()
+    if place.offload_param == "cpu":
+        held["weights"] = weights
+        if (
+            process.pins
+        ):  # one by one, and those that are trained once more, in one piece; torch keeps the room of the first
+            size = DTYPE_BYTES[work.dtype]
+            pinned.update({size * -(-count // work.world_size): number for count, number in shape.sizes.items()})
+            held["weights in one piece"] = size * share
     if place.offload_param == "nvme":
         size = DTYPE_BYTES[work.dtype]
         kept = size * min(share, place.weights_in_host)
@@ -280,8 +292,8 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
         pinned[_FP32 * group] += -(-share // max(1, group))
     if place.offload_optimizer == "nvme":
         buffers = place.swap_buffers + work.ema
-        held["swap buffers"] = _FP32 * group * buffers
-        pinned[_FP32 * group] += buffers
+        # Pinned by DeepSpeed itself, as they are; a group ends behind the parameter that makes it full.
+        held["swap buffers"] = _FP32 * min(share, group + -(-shape.largest // work.world_size)) * buffers
     if process.pins:
         held["rounding of pinned memory"] = sum(number * (_rounded(count) - count) for count, number in pinned.items())
     return held
@@ -332,11 +344,19 @@ def _arriving(shape: ModelShape, place: Placement, work: Work, process: Process,
     return max(0, bucket - later)
 
 
-def _copies_of_bucket(place: Placement, world: int) -> int:
-    """fp32 copies of a bucket while it is reduced: the result, and under ZeRO-3 with several workers the pieces for each of them."""
-    if place.stage == 3:
-        return 1 if world == 1 else 2
-    return 1
+def _reduced_on_gpu(shape: ModelShape, place: Placement, work: Work, bucket: int, size: int) -> int:
+    """Bytes of the tensors that there are, beside the bucket, only while gradients are reduced.
+
+    DeepSpeed's class for ZeRO-1 in bf16 has no bucket: it adds each gradient to the sums, by way of a copy in fp32. Stage 2 copies its
+    bucket in fp32. Stage 3 does to put it in the workers' order; a gradient that is larger than the bucket goes alone, and with a
+    copy in fp32.
+    """
+    largest = min(shape.largest, shape.trained)
+    alone = (size + (_FP32 if size < _FP32 else 0)) * largest
+    if place.stage == 1:
+        return alone if work.dtype == "bf16" else 0
+    waiting = _FP32 * min(bucket, shape.trained)
+    return max(waiting, alone if largest > bucket else 0)
 
 
 def _activations(shape: ModelShape, work: Work, process: Process) -> int:

@@ -32,6 +32,8 @@ class Placement:
     """Elements that ZeRO-3 gathers at once, ahead of the modules that want them."""
     persistence: int = 100_000
     """Parameters of at most so many elements stay whole on every worker under ZeRO-3."""
+    overlaps: bool = True
+    """Whether gradients are reduced, and sent to the host, beside the backward pass (`overlap_comm`)."""
     copies: int = 1
     """Workers that keep one copy of all weights between them, beside the partition over all (ZeRO++'s hpZ); 1: no such copy."""
     quantized_weights: bool = False
@@ -65,6 +67,7 @@ class Placement:
         }
         return cls(
             stage=int(zero.get("stage", 0)),
+            overlaps=zero.get("overlap_comm") is not False,
             offload_optimizer=optimizer.get("device", "none"),
             offload_param=weights.get("device", "none"),
             quantized_weights=bool(zero.get("zero_quantized_weights")),

@@ -24,6 +24,8 @@ class ModelShape:
     """Those of them in matrices that are neither embeddings nor the head: what Muon treats."""
     active: int
     """Elements that take part in a matrix product for each token: no input embedding, of experts those that a token visits."""
+    frozen_active: int = 0
+    """Those of them that are not updated: a product less in the backward pass."""
     layers: int
     experts: int = 0
     """Of all layers together."""
@@ -96,6 +98,7 @@ class ModelShape:
             trained=self.trained * smaller.parameters // max(1, self.parameters),
             hidden=self.hidden // members,
             active=table + max(0, self.active - table) // members,
+            frozen_active=self.frozen_active // members,
             attention_width=self.attention_width // members,
             largest_layer=self.largest_layer // members,
             layer_activations=_cut(self.layer_activations, whole, members),

@@ -224,7 +224,7 @@ def test_standing_still_for_another_worker_is_counted(both: list[Any]) -> None:
 
 def test_dstunes_own_settings_are_filled_in() -> None:
     config = complete({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}, torch.bfloat16)
-    assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": True} and config["fp16"] == {"enabled": False}
     assert config["gradient_accumulation_steps"] == 1
     assert config["data_types"] == {"grad_accum_dtype": "bf16"}
     assert config["communication_data_type"] == "fp32"

@@ -123,7 +123,12 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_device():
         "masters and moments": 12 * share,
         "gradients of the update": 4 * share,
     }
-    assert nvme.host == {"gradient sums": 4 * share, "swap buffers": 4 * 4 * 10**7} and nvme.nvme == 16 * share
+    buffers = (
+        4 * 4 * (10**7 + BILLION.largest // 4)
+    )  # a group of the update ends behind the parameter that makes it full
+    assert nvme.host == {"gradient sums": 4 * share, "swap buffers": buffers} and nvme.nvme == 16 * share
+    pinned = estimate(BILLION, Placement(stage=3, offload_optimizer="nvme", sub_group=10**7), work(), GPU_PROCESS)
+    assert pinned.host["swap buffers"] == buffers, "DeepSpeed pins them itself, as they are"
     on_gpu = estimate(BILLION, Placement(stage=3, offload_optimizer="cpu"), work(), GPU_PROCESS)
     assert plain.peak - on_gpu.peak > 16 * share and set(plain.host) == {"process"}
 
@@ -160,11 +165,43 @@ def test_a_copy_within_machines_is_the_weights_over_its_workers():
 def test_what_a_gpu_frees_is_used_again():
     """Gradients are sent when most activations are gone, or hardly any, as the bucket is large or small beside the model."""
     process = Process(fixed=0, workspace=1.0, fragments=0.0, whole_buckets=True)
-    for bucket, sent in ((10**9, 10 * 10**9), (10**8, 10**9)):
-        found = estimate(BILLION, Placement(stage=3, reduce_bucket=bucket), work(), process).device
+    few = work(tokens=512, supervised=1)
+    for bucket in (10**9, 5 * 10**8):
+        found = estimate(BILLION, Placement(stage=3, reduce_bucket=bucket), few, process).device
         kept, passing = found["activations"], found["logits or workspace"]
-        assert kept == 4096 * (20 * 100_000 + 10_000) and passing == 4096 * 100_000
-        assert found["gradients on their way"] == sent - kept * bucket // 10**9
+        assert kept == 512 * (20 * 100_000 + 10_000) and passing == 512 * 100_000
+        beside = found["gradients on their way"] + found["weights on their way"]  # of the forward pass, gone by then
+        assert beside == 4 * bucket - kept * bucket // 10**9
+
+
+def test_a_gpu_reduces_a_gradient_that_is_larger_than_the_bucket_alone():
+    process = Process(fixed=0, workspace=1.0, fragments=0.0, whole_buckets=True)
+    table = replace(BILLION, sizes={2 * 10**8: 1, 10**6: 800})
+    found = estimate(table, Placement(stage=3, reduce_bucket=1), work(tokens=1, supervised=1), process).device
+    # Some of their room had weights on their way, in the forward pass.
+    whole = found["gradients on their way"] + found["weights on their way"]
+    assert whole == pytest.approx(6 * 2 * 10**8, rel=0.02), "in 16 bits, and in fp32"
+
+
+def test_stage_1_in_bf16_adds_each_gradient_to_the_sums_as_it_comes():
+    few = work(tokens=1, supervised=1)
+    one = estimate(BILLION, Placement(stage=1), few, GPU_PROCESS).device
+    assert "gradient bucket" not in one and one["gradient sums"] == 4 * BILLION.trained
+    assert one["gradients on their way"] < 7 * BILLION.largest
+
+
+def test_stages_1_and_2_build_the_model_on_the_host():
+    host = estimate(BILLION, Placement(stage=2), work(), GPU_PROCESS).host
+    assert host["whole model, at first"] == 2 * BILLION.parameters
+    assert "whole model, at first" not in estimate(BILLION, Placement(stage=3), work(), GPU_PROCESS).host
+    assert "whole model, at first" not in estimate(BILLION, Placement(stage=2), work(), CPU_PROCESS).device
+
+
+def test_weights_on_the_host_are_pinned_piece_by_piece_and_once_more_where_they_are_trained():
+    shape = replace(BILLION, sizes={3 * 2**20: 100}, trained=3 * 2**20)
+    host = estimate(shape, Placement(stage=3, offload_param="cpu"), work(), GPU_PROCESS).host
+    assert host["weights"] == 2 * 100 * 3 * 2**18 and host["weights in one piece"] == 2 * 3 * 2**18
+    assert host["rounding of pinned memory"] == 100 * (2**21 - 2 * 3 * 2**18)
 
 
 def test_inputs_that_wait_on_the_host_leave_two_on_the_device():
@@ -415,6 +452,8 @@ def test_flops_are_six_a_parameter_and_token_and_attention_counted_causally():
     attention = cost.flops(BILLION, 1000, 1000 * 200, recompute=False) - cost.flops(BILLION, 1000, 0, recompute=False)
     assert attention == 6 * 20 * 2048 * 1000 * 200
     assert cost.flops(BILLION, 10, 0, recompute=True) == pytest.approx(8 * 900_000_000 * 10)
+    adapted = replace(BILLION, active=910_000_000, frozen_active=900_000_000)
+    assert cost.flops(adapted, 10, 0, recompute=False) == (4 * 910_000_000 + 2 * 10_000_000) * 10
 
 
 def test_the_best_interval_is_youngs_and_no_other_does_better():
@@ -523,7 +562,8 @@ def test_what_members_hold_between_them_they_hold_in_parts() -> None:
         assert halves.device[name] == whole.device[name]
     assert whole.device["activations"] / 2 < halves.device["activations"] < whole.device["activations"]
     assert (halves.checkpoint_bytes, halves.checkpoint_copy) == (whole.checkpoint_bytes, whole.checkpoint_copy)
-    assert halves.host_peak == whole.host_peak
+    assert halves.host["process"] == whole.host["process"]
+    assert halves.host["whole model, at first"] == whole.host["whole model, at first"] / 2
     # Of random weights each worker has all for a moment, before they are cut.
     drawn = estimate(BILLION, Placement(stage=2), work(tensor_parallel=2, drawn=True), GPU_PROCESS)
     assert drawn.host_peak == max(2 * BILLION.parameters + GPU_PROCESS.host, whole.host_peak)

@@ -111,7 +111,7 @@ def test_presets_and_overrides_become_a_whole_deepspeed_config() -> None:
     )
     assert value["zero_optimization"]["stage"] == 2
     assert value["zero_optimization"]["overlap_comm"] is False
-    assert value["bf16"] == {"enabled": True}
+    assert value["bf16"]["enabled"]
     assert value["gradient_clipping"] == 1.0
     assert deepspeed.make(config(), Path("/"))["zero_optimization"]["stage"] == 3
 
