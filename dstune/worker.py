@@ -277,10 +277,9 @@ def _put_in(config: RunConfig, module: Any, device: torch.device) -> Callable[[A
 
 def _utilisation(config: RunConfig, base: Path, world: World) -> Utilisation | None:
     """Worker 0 counts for all."""
-    if world.rank != 0:
+    if world.rank != 0 or (peak := peak_flops(world.device, DTYPES[config.model.dtype])) is None:
         return None
-    shape = footprint(config.model, base, config.train.freeze)
-    return Utilisation(shape, peak_flops(world.device, DTYPES[config.model.dtype]))
+    return Utilisation(footprint(config.model, base, config.train.freeze), peak)
 
 
 def _validator(

@@ -61,7 +61,9 @@ class Muon(Sliced):
                 whole[piece.offset : piece.offset + piece.length] = update.narrow(0, piece.start, piece.length)
                 sending.reduce(whole, dst=owner)
                 if owner == rank:
-                    own = orthogonal(whole.view(piece.shape)).float().flatten()
+                    own = whole
+            if rank < len(turn):  # behind all the sums, or each worker's would wait for the one before to compute
+                own = orthogonal(own.view(turn[rank].shape)).float().flatten()
             for owner, piece in enumerate(turn):
                 direction = own if owner == rank else torch.empty(math.prod(piece.shape), device=self.device)
                 sending.broadcast(direction, src=owner)

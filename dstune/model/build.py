@@ -214,6 +214,8 @@ def checkpoint_activations(module: PreTrainedModel, offload: bool = False) -> No
     module.activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload and torch.accelerator.is_available()
     )
+    # Or the embeddings' result wants a gradient, and the backward pass goes through all frozen layers below the trained ones.
+    module.disable_input_require_grads()
 
 
 def require_recomputing(module: PreTrainedModel) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dstune.errors import Problem, UsageError
+from dstune.loggers import get_logger
+
+log = get_logger(__name__)
 
 GB = 10**9
 GIB = 1 << 30
@@ -75,11 +78,18 @@ DEVICES: Mapping[str, Device] = {
     "h100-nvl": Device(93 * GIB, 835e12, 3900 * GB, 55 * GB, 250 * GB),
     "gh200": Device(95 * GIB, 989e12, 4000 * GB, 400 * GB, 400 * GB),
     "h200": Device(140 * GIB, 989e12, 4800 * GB),
+    "h800": Device(80 * GIB, 989e12, 3350 * GB, 55 * GB, 180 * GB),
     "h20": Device(95 * GIB, 148e12, 4000 * GB),
     "b200": Device(178 * GIB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
+    "gb200": Device(184 * GIB, 2500e12, 8000 * GB, 400 * GB, 750 * GB),
+    "b300": Device(267 * GIB, 2250e12, 8000 * GB, 55 * GB, 750 * GB),
+    "a800-80gb": Device(80 * GIB, 312e12, 2039 * GB, 24 * GB, 180 * GB, fp8=False),
     "l40s": Device(45 * GIB, 362e12, 864 * GB, 24 * GB, 24 * GB),
     "l40": Device(45 * GIB, 181e12, 864 * GB, 24 * GB, 24 * GB),
     "a10g": Device(22 * GIB, 70e12, 600 * GB, 24 * GB, 24 * GB, fp8=False),
+    "a10": Device(22 * GIB, 125e12, 600 * GB, 24 * GB, 24 * GB, fp8=False),
+    "l20": Device(45 * GIB, 119e12, 864 * GB, 24 * GB, 24 * GB),
+    "rtx-a6000": Device(47 * GIB, 155e12, 768 * GB, 24 * GB, 24 * GB, fp8=False),
     "l4": Device(22 * GIB, 121e12, 300 * GB, 24 * GB, 24 * GB),
     "rtx-3090": Device(24 * GIB, 71e12, 936 * GB, 24 * GB, 24 * GB, fp8=False),
     "rtx-4090": Device(24 * GIB, 165e12, 1008 * GB, 24 * GB, 24 * GB),
@@ -155,11 +165,19 @@ def find_device(name: str, memory: int | None = None) -> Device:
 
 def recognised(name: str, memory: int) -> Device:
     """The device that a driver calls `name` (`NVIDIA H100 80GB HBM3`), with its memory; an unknown one is reckoned as an A100."""
+    found = known(name, memory)
+    if found is None:
+        log.warning("%s is no GPU that dstune knows: reckoned as an a100-80gb; `cluster.gpu` names another", name)
+    return found or replace(DEVICES["a100-80gb"], memory=memory, fp8=True)  # a worker finds out
+
+
+def known(name: str, memory: int) -> Device | None:
+    """The same; None for an unknown one."""
     words = name.lower().replace("-", " ").split()
-    for key, known in DEVICES.items():
+    for key, device in DEVICES.items():
         if all(any(re.match(rf"{part}(?!\d)", word) for word in words) for part in key.split("-")):
-            return replace(known, memory=memory)
-    return replace(DEVICES["a100-80gb"], memory=memory, fp8=True)  # a worker finds out
+            return replace(device, memory=memory)
+    return None
 
 
 def cpu(cores: float, memory: int, core: Core = CORES["amx_bf16"], *, cuda_build: bool = False) -> Device:

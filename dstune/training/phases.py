@@ -63,14 +63,16 @@ class Utilisation:
         return flops(self.shape, tokens, squares, recompute=False) / (seconds * world_size * self.peak)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of `device` at best: as its maker states them for 16 bits, of a CPU as a product of two large matrices reaches them now.
 
-    A CPU's figure is that of the threads that torch may use. It takes some hundredths of a second.
+    None for a GPU that nobody knows: another one's figure would say nothing. A CPU's is that of the threads that torch may use. It takes
+    some hundredths of a second.
     """
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        return hardware.recognised(found.name, found.total_memory).flops
+        device_known = hardware.known(found.name, found.total_memory)
+        return device_known.flops if device_known else None
     one, other = (torch.ones(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
     times: list[float] = []
     for _ in range(_TRIALS):

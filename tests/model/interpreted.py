@@ -53,7 +53,10 @@ def _packed(name: str, found: dict[str, str | None]) -> float:
     batch = collate(Prepared(), [0, 1], "packed", pad_id=0)
     wanted = proof.gradients(module, summed_token_loss(module, batch)[0])
     choices = [choice.Choice(kernel, reason is None, reason or "Liger") for kernel, reason in found.items()]
+    file = vars(sys.modules[type(module).__module__])
+    before = dict(file)
     loss = choice.put_in(choices, module, "cuda")
+    assert all(file[key] is value for key, value in before.items()), "other models of the file would start kernels"
     return proof.difference(proof.gradients(module, loss(module, batch)[0]), wanted)
 
 

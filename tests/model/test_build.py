@@ -307,6 +307,18 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path, single_worker):
         assert torch.equal(kept, again) and torch.equal(kept, offloaded)
 
 
+def test_what_is_frozen_below_all_that_is_trained_is_not_computed_again():
+    module = tiny("llama").train()
+    layers: Any = module.base_model
+    layers.embed_tokens.requires_grad_(False)
+    layers.layers[0].requires_grad_(False)
+    checkpoint_activations(module)
+    wants: list[bool] = []
+    layers.layers[0].register_forward_hook(lambda *given: wants.append(given[-1].requires_grad))
+    module(input_ids=torch.arange(9)[None], use_cache=False).logits.sum().backward()
+    assert wants == [False]
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_layers_inputs_leave_the_gpu_where_there_is_one(gpu, monkeypatch):
     module, asked = tiny("llama"), []

@@ -501,10 +501,22 @@ def test_the_table_shows_every_preset_once_at_least_and_what_a_refused_one_would
         ("NVIDIA H100 NVL", "h100-nvl"),
         ("NVIDIA GH200 480GB", "gh200"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA H800", "h800"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A800-SXM4-80GB", "a800-80gb"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
     ],
 )
 def test_a_device_is_recognised_by_its_drivers_name(driver, name):
     assert hardware.recognised(driver, 7) == hardware.find_device(name, 7)
+
+
+def test_a_device_that_nobody_knows_is_no_other_one():
+    assert hardware.known("NVIDIA X1000", 7) is None
+    assert hardware.recognised("NVIDIA X1000", 7).memory == 7
 
 
 def test_the_fastest_leads_unless_it_is_a_tight_fit():

@@ -238,6 +238,7 @@ def rates(
     """Of a side's steps: tokens a second and causal FLOP utilisation, with the limits that the device's large product sets."""
     used = flops(shape, tokens, squares, recompute=False)
     peak = peak_flops(device, torch.bfloat16)
+    assert peak is not None, "a GPU that dstune does not know has no peak to compare with"
     product = product_limit(device.type)
     return {
         "tokens_per_step": tokens,

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dstune.errors import first_line
 from dstune.model import isolation
 from dstune.model.failures import of_kernels
-from dstune.model.kernels import proof
+from dstune.model.kernels import proof, rotation
 from dstune.model.kernels.kernel import Finding, TokenLoss, shows_on_gpu
 from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cross_entropy
 from dstune.model.loss import IGNORED, summed_token_loss
@@ -21,8 +21,6 @@ from dstune.model.remembered import Remembered
 
 _TOLERANCE = 1e-3
 """As `proof.TOLERANCE`, for layers that sum in another order."""
-_ROTARY = "apply_rotary_pos_emb"
-"""The function of a model's file that the rotary kernel takes the place of."""
 
 
 def missing() -> str | None:
@@ -79,17 +77,19 @@ class LigerLayers:
         return Finding(reason is None, reason or "Liger")
 
     def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
-        """NOTE: Liger puts classes into the model's file as well, for models built later: taken out again. The rotary function is
-        looked up there by every model of the file, and stays.
+        """NOTE: Liger puts classes and the rotary function into the model's file, for models built later: taken out again. A model without
+        storage would start its kernels on the GPU, which end the process.
         """
         patch = self._patch(model.config.model_type)
         assert patch is not None
         file = sys.modules[type(model).__module__]
         before = dict(vars(file))
         patch(model)
+        turn = vars(file).get(rotation.FUNCTION)
         for name, value in before.items():
-            if name != _ROTARY:
-                setattr(file, name, value)
+            setattr(file, name, value)
+        if turn is not None and turn is not before.get(rotation.FUNCTION):
+            rotation.have_called(model, lambda _: turn)
         return loss
 
     def keep(self, model: PreTrainedModel, device: str) -> None:
@@ -118,8 +118,6 @@ def _disproof(config: PretrainedConfig, layers: LigerLayers, device: str) -> str
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         model: Any = isolation.instance(small, "eager")
-        file: Any = sys.modules[type(model).__module__]
-        rotary = getattr(file, _ROTARY, None)
         try:
             batch = proof.small_batch(small, device)
             model.to(device)
@@ -128,7 +126,4 @@ def _disproof(config: PretrainedConfig, layers: LigerLayers, device: str) -> str
             difference = proof.difference(proof.gradients(model, proof.plain_loss(model, batch)), wanted)
         except of_kernels() as error:
             return f"its small model fails with it ({first_line(error)})"
-        finally:
-            if rotary is not None:
-                setattr(file, _ROTARY, rotary)
     return None if difference <= _TOLERANCE else f"it changes the gradients of a small model by {difference:.0e}"

@@ -203,7 +203,7 @@ class _Work:
         scale = upstream / self.factor
         bias = self.bias
         return [
-            None if self.of_hidden is None else self.of_hidden[: len(self.targets)].mul_(scale),
+            None if self.of_hidden is None else _times(self.of_hidden[: len(self.targets)], scale),
             None if self.of_weight is None else _scaled(self.of_weight, scale, self.weight.dtype),
             None if self.of_bias is None or bias is None else (self.of_bias * scale).to(bias.dtype),
         ]
@@ -255,13 +255,18 @@ def _blocks(weight: torch.Tensor) -> Iterator[slice]:
     yield from (slice(start, start + size) for start in range(0, len(weight), size))
 
 
+def _times(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`values` in place, rounded once. NOTE: CUDA rounds a factor without dimensions to the other one's dtype first."""
+    return torch.mul(values, scale.reshape(1), out=values) if values.is_cuda else values.mul_(scale)
+
+
 def _scaled(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`values` * `scale`, rounded to `dtype` once, in the memory that `values` has: its front where `dtype` is shorter.
 
     NOTE: number i of n bytes goes to i * n, and is read from i * 4 or behind: nothing is overwritten that is still to be read.
     """
     if values.dtype is dtype:
-        return values.mul_(scale)
+        return _times(values, scale)
     source = values.flatten()
     result = source.view(dtype)[: source.numel()]
     for start in range(0, len(source), _RESIDENT_ELEMENTS >> 4):

@@ -16,7 +16,7 @@ from dstune.model.failures import FAILURES
 from dstune.model.kernels.kernel import Finding, TokenLoss
 from dstune.model.kernels.method import method
 
-_FUNCTION = "apply_rotary_pos_emb"
+FUNCTION = "apply_rotary_pos_emb"
 """What transformers calls it in the file of each architecture that has it, where attention layers look it up."""
 _PARAMETERS = ["q", "k", "cos", "sin", "unsqueeze_dim"]
 _TOLERANCE = 1e-6
@@ -59,18 +59,25 @@ class Rotation:
     def find(self, model: PreTrainedModel, device: str) -> Finding:
         kinds = {plain for _, plain in _calls(model)}
         if not kinds:
-            return Finding(False, f"no layer of {type(model).__name__} calls {_FUNCTION}")
+            return Finding(False, f"no layer of {type(model).__name__} calls {FUNCTION}")
         if not all(map(_is_known, kinds)):
-            return Finding(False, f"its {_FUNCTION} is none that is known here")
+            return Finding(False, f"its {FUNCTION} is none that is known here")
         return Finding(True, "torch, without copies of halves")
 
     def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
-        for part, plain in _calls(model):
-            part.forward = types.MethodType(_calling(type(part).forward, plain), part)
+        have_called(model, _turn)
         return loss
 
     def keep(self, model: PreTrainedModel, device: str) -> None:
         """The angles, as transformers' steps do."""
+
+
+def have_called(model: PreTrainedModel, instead: Callable[[Turn], Turn]) -> None:
+    """Have each attention layer of `model` call what `instead` gives for the function of its file, which stays as it is: other models of
+    the file call it, such as those without storage that are counted.
+    """
+    for part, plain in _calls(model):
+        part.forward = types.MethodType(_calling(type(part).forward, instead(plain)), part)
 
 
 def _calls(model: PreTrainedModel) -> list[tuple[Any, Turn]]:
@@ -80,15 +87,15 @@ def _calls(model: PreTrainedModel) -> list[tuple[Any, Turn]]:
         forward = type(part).forward
         if "forward" in part.__dict__ or not isinstance(forward, types.FunctionType):
             continue
-        if _FUNCTION in forward.__code__.co_names and callable(plain := forward.__globals__.get(_FUNCTION)):
+        if FUNCTION in forward.__code__.co_names and callable(plain := forward.__globals__.get(FUNCTION)):
             found.append((part, plain))
     return found
 
 
 @functools.cache
-def _calling(forward: types.FunctionType, plain: Turn) -> Callable[..., Any]:
-    """`forward` that finds the kernel where it looks `plain` up: its file, and with it every other model, keeps its own."""
-    names = forward.__globals__ | {_FUNCTION: _Turn(plain)}
+def _calling(forward: types.FunctionType, turn: Turn) -> Callable[..., Any]:
+    """`forward` that finds `turn` where it looks the function of its file up."""
+    names = forward.__globals__ | {FUNCTION: turn}
     own = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__ = forward.__kwdefaults__
     return method(forward, own)
@@ -109,6 +116,11 @@ class _Turn:
         if not (_covers(q, wide) and _covers(k, wide)):
             return self.plain(q, k, cos, sin, unsqueeze_dim)
         return _Turned.apply(q, wide, high), _Turned.apply(k, wide, high)
+
+
+@functools.cache
+def _turn(plain: Turn) -> _Turn:
+    return _Turn(plain)
 
 
 def _covers(x: torch.Tensor, angles: torch.Tensor) -> bool:
