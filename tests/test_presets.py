@@ -21,7 +21,7 @@ from dstune.errors import ConfigError, Problem
 from dstune.paths import shared_files
 from dstune.planning import deepspeed as planning
 from dstune.planning import zero_settings
-from dstune.planning.reachable import STREAMED, fitted, left_out, small_buffers
+from dstune.planning.reachable import STREAMED, fitted, left_out, small_buffers, uneven_pieces
 
 NAMES = preset_names()
 SECTIONS: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_deepspeed_knows_every_key(name: str) -> None:
 def test_a_preset_makes_a_whole_config(name: str) -> None:
     made = planning.make(config(name), shared_files("ds_configs"))
     assert made["zero_optimization"]["stage"] == (3 if name == "zero++" else int(name[4]))
-    assert made["bf16"] == {"enabled": True}
+    assert made["bf16"]["enabled"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -259,6 +259,13 @@ def test_a_piece_of_the_largest_weight_has_to_go_into_a_buffer() -> None:
     assert not said(2_500_000, 4) and not said(10**6, 10)
     assert not said(1, 20)  # pieces below a mebibyte stay in memory
     assert not said(10**6, 4, aio={"block_size": 8 << 20})
+
+
+def test_pieces_of_weights_go_into_8_bits_by_eights() -> None:
+    sizes, on = [4096 * 4096, 4096, 128], {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
+    (problem,) = uneven_pieces(on, sizes, 32)
+    assert problem.came == "is on, and a worker's piece of 128 elements has 4 (32 workers)"
+    assert not uneven_pieces(on, sizes, 16) and not uneven_pieces({}, sizes, 32)
 
 
 def test_copies_within_machines_are_planned_for_where_there_will_be_any() -> None:

@@ -78,6 +78,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     if (network := machines["network_bytes_per_second"]) is not None:
         assumed = " (assumed: --network)" if machines["network_assumed"] else ""
         yield f"{'network':<22} {network / _GIGABIT:,.0f} Gbit/s from each machine to the others{assumed}"
+    on_host = machines["device"] != "cpu" and "masters and moments" in plan["this_run"]["host_parts"]
+    if on_host and machines["cores_per_worker"] == 1:
+        yield f"{'cores':<22} 1 a worker, for updates on the host: as many as there are is faster (cluster.cpus_per_worker)"
     for kernel in plan["kernels"]:
         yield f"{'kernel':<22} {kernel['name']}: {'on' if kernel['on'] else 'off'} ({kernel['why']})"
     yield ""

@@ -126,7 +126,7 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
     named = policies.get(config.deepspeed.preset, {})
     if cluster.device.is_cpu and (problems := without_gpus(named)):
         raise ConfigError(problems)
-    require_buffers(config, named or policies[deepspeed.AUTO_PRESET], sizes, cluster.workers)
+    require_pieces(config, named or policies[deepspeed.AUTO_PRESET], sizes, cluster.workers)
     path = nvme_path(config)
 
     def usable(preset: str) -> str:
@@ -162,10 +162,13 @@ def forecast(run: LoadedRun, sizes: Sizes, rows: Rows, cluster: Cluster) -> Fore
     )
 
 
-def require_buffers(config: RunConfig, ds_config: Mapping[str, Any], sizes: Sizes, workers: int) -> None:
-    """Raises ConfigError where weights on NVMe would not go into the buffers that the run file gives them."""
+def require_pieces(config: RunConfig, ds_config: Mapping[str, Any], sizes: Sizes, workers: int) -> None:
+    """Raises ConfigError where weights on NVMe would not go into the buffers that the run file gives them, or pieces of weights not into
+    8 bits.
+    """
     size = DTYPE_BYTES[config.model.dtype]
-    if problems := reachable.small_buffers(ds_config, sizes.shape.largest, workers, size):
+    problems = reachable.small_buffers(ds_config, sizes.shape.largest, workers, size)
+    if problems := problems + reachable.uneven_pieces(ds_config, sizes.shape.sizes, workers):
         raise ConfigError(problems)
 
 

@@ -269,6 +269,7 @@ def _machines(cluster: hardware.Cluster, config: RunConfig, asked: Asked) -> dic
         "network_bytes_per_second": None if cluster.nodes == 1 else cluster.network * cluster.per_node,
         "network_assumed": cluster.network_assumed,
         "nvme_bytes": cluster.nvme,
+        "cores_per_worker": cluster.cores,
     }
 
 

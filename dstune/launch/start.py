@@ -144,7 +144,7 @@ def finished_at(run: LoadedRun, paths: RunPaths) -> int | None:
 
 def check(run: LoadedRun) -> None:
     """Find what is wrong with a run before anything slow is done for it. Raises ConfigError, FitError."""
-    _check_buffers(run, deepspeed.make(run.config, run.base))
+    _check_pieces(run, deepspeed.make(run.config, run.base))
     if not isinstance(run.config.model.kernels, str):
         from dstune.model.kernels import choice
 
@@ -174,11 +174,12 @@ def check(run: LoadedRun) -> None:
         footprint(model, run.base, freeze)
 
 
-def _check_buffers(run: LoadedRun, ds_config: Mapping[str, Any]) -> None:
+def _check_pieces(run: LoadedRun, ds_config: Mapping[str, Any]) -> None:
     """As far as it is known here how many workers there will be at most; each attempt's plan looks again."""
-    if "buffer_size" in (ds_config["zero_optimization"].get("offload_param") or {}):
+    zero = ds_config["zero_optimization"]
+    if "buffer_size" in (zero.get("offload_param") or {}) or zero.get(reachable.QUANTIZED_WEIGHTS):
         most = workers_range(run.config.cluster, local_gpus() or 1)[1]
-        forecast.require_buffers(run.config, ds_config, sizes(run.config, run.base, "cpu"), most)
+        forecast.require_pieces(run.config, ds_config, sizes(run.config, run.base, "cpu"), most)
 
 
 def require_sharing(run: LoadedRun) -> None:

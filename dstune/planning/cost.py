@@ -38,7 +38,6 @@ _HALF_TOKENS = 900
 """Tokens of a micro-batch at which a GPU reaches half of what it reaches with many."""
 _FP32 = 4
 _QUANTIZED_WEIGHTS = 0.5
-_QUANTIZED_GRADIENTS = 0.25
 """What ZeRO++ leaves of the bytes (Wang et al. 2023)."""
 
 
@@ -141,7 +140,7 @@ def _communication(
     if cluster.nodes > 1:
         wide = min(wide, _NETWORK_SHARE * cluster.network * cluster.per_node)
     weights = size * shape.parameters * (_QUANTIZED_WEIGHTS if place.quantized_weights else 1.0)
-    gradients = _FP32 * shape.trained * (_QUANTIZED_GRADIENTS if place.quantized_gradients else 1.0)
+    gradients = _FP32 * shape.trained
     if place.stage < 3:  # reductions of everything, to every worker: stage 2's too, of each bucket
         reductions = micro_batches if place.stage == 2 else 1
         return others * (size * shape.trained + 2 * gradients * reductions) / wide

@@ -38,8 +38,6 @@ class Placement:
     """Workers that keep one copy of all weights between them, beside the partition over all (ZeRO++'s hpZ); 1: no such copy."""
     quantized_weights: bool = False
     """Weights travel in 8 bits (ZeRO++)."""
-    quantized_gradients: bool = False
-    """Gradients travel in 4 bits (ZeRO++)."""
     swap_buffers: int = _SWAP_BUFFERS
     weight_buffers: int = WEIGHT_BUFFERS
     """Of weights on NVMe."""
@@ -71,6 +69,5 @@ class Placement:
             offload_optimizer=optimizer.get("device", "none"),
             offload_param=weights.get("device", "none"),
             quantized_weights=bool(zero.get("zero_quantized_weights")),
-            quantized_gradients=bool(zero.get("zero_quantized_gradients")),
             **{key: int(value) for key, value in found.items() if isinstance(value, int | float)},
         )

@@ -8,7 +8,7 @@ read transposed; at stage 2 it is a wrong model from the first pass on; its proc
 asserts that there is CUDA; its masters stay in the worker, and nobody has shown on such a machine that they are whole after each step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dstune.config.declined import WHY_NO_DEEPCOMPILE
@@ -25,8 +25,11 @@ _ELSEWHERE: Mapping[str, tuple[Any, str]] = {
 
 HPZ = "zero_hpz_partition_size"
 """ZeRO++: workers of a machine that keep a copy of the weights between them. The states are cut as without it."""
-QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
-"""ZeRO++: what travels in 8 bits or fewer, by kernels for GPUs. The states are as without it."""
+QUANTIZED_WEIGHTS = "zero_quantized_weights"
+QUANTIZED = (QUANTIZED_WEIGHTS, "zero_quantized_nontrainable_weights")
+"""ZeRO++: what travels in 8 bits, by kernels for GPUs. The states are as without it."""
+_QUANTIZED_TOGETHER = 8
+"""Numbers that DeepSpeed's kernel for weights takes at once."""
 
 STREAMED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 """What is zero where weights are on NVMe (`streamed`)."""
@@ -35,11 +38,14 @@ _UNREACHABLE: Mapping[str, str] = {
     "zenflow": "updates 16-bit weights that have no master, by gradients that are not clipped, in skipped steps too, and stops on several "
     "workers when it selects again (DeepSpeed 0.19.8): no run of it could be trusted, with `checkpoint.weights_only` neither",
     "mics_shard_size": f"partitions parameters over a part of the workers: {_NO_CHECKPOINT}",
+    "zero_quantized_gradients": "hands gradients to a kernel that reads them as fp16, which they are not (DeepSpeed 0.19.8): on several "
+    "machines a run would learn noise",
 }
 _OFF: Mapping[str, Any] = {"mics_shard_size": -1}
 _INSTEAD: Mapping[str, str] = {
     "zenflow": " The preset zero3-offload-optimizer keeps the states in main memory too.",
     "mics_shard_size": f" {HPZ} (preset zero++) keeps copies within a machine.",
+    "zero_quantized_gradients": f" {QUANTIZED_WEIGHTS} is sound.",
     "super_offload": " The preset zero3-offload-optimizer keeps the states in main memory too.",
 }
 
@@ -183,6 +189,21 @@ def small_buffers(ds_config: Mapping[str, Any], largest: int, world_size: int, e
     came = f"{size:,.0f}, and a worker's piece of the largest weight has {piece:,} elements ({world_size} workers)"
     do = "Without it, buffers are as large as they have to be."
     return [Problem(f"{_WHERE}offload_param.buffer_size", came, f"{piece:,} or more", do)]
+
+
+def uneven_pieces(ds_config: Mapping[str, Any], sizes: Iterable[int], world_size: int) -> list[Problem]:
+    """What is wrong with weights in 8 bits for a model whose parameters have so many elements each: DeepSpeed stops in the first forward
+    pass where a worker's piece of one does not divide.
+    """
+    if not (ds_config.get("zero_optimization") or {}).get(QUANTIZED_WEIGHTS):
+        return []
+    pieces = {size: -(-size // world_size) for size in sizes}
+    size = next((size for size, piece in sorted(pieces.items()) if piece % _QUANTIZED_TOGETHER), None)
+    if size is None:
+        return []
+    came = f"is on, and a worker's piece of {size:,} elements has {pieces[size]:,} ({world_size} workers)"
+    do = f"overrides: {{zero_optimization: {{{QUANTIZED_WEIGHTS}: false}}}} leaves the rest of the preset on"
+    return [Problem(_WHERE + QUANTIZED_WEIGHTS, came, f"a multiple of {_QUANTIZED_TOGETHER}", do)]
 
 
 def _parameters(zero: Mapping[str, Any]) -> list[Problem]:

@@ -15,9 +15,7 @@ from tests.spawn import run_workers
 pytestmark = pytest.mark.dist
 
 ON_A_CPU = ["zero1", "zero2", "zero3", "zero3-offload-optimizer", "zero3-offload-all", "zero++"]
-_OVERRIDES: dict[str, dict[str, Any]] = {
-    "zero++": {"zero_hpz_partition_size": 2, "zero_quantized_weights": False, "zero_quantized_gradients": False}
-}
+_OVERRIDES: dict[str, dict[str, Any]] = {"zero++": {"zero_hpz_partition_size": 2, "zero_quantized_weights": False}}
 
 
 def _steps() -> dict[str, list[float]]:

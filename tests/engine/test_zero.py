@@ -271,7 +271,9 @@ def test_copies_are_left_out_where_the_workers_do_not_divide_into_their_groups(m
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have the kernels")
 def test_what_wants_a_gpu_is_refused_without_one() -> None:
     zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True}
-    with pytest.raises(ConfigError, match=r"(?s)weights: is on, and there is no GPU.*gradients: is on"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)gradients: True; expected off.*reads them as fp16.*weights: is on, and there is no GPU"
+    ):
         complete({"zero_optimization": zero}, torch.bfloat16)
 
 

@@ -57,7 +57,7 @@ def test_what_fits_nowhere_is_not_started_unless_its_preset_is_named(tmp_path, m
 
 def test_what_gpus_alone_can_do_is_refused_for_processors(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: ())
-    with pytest.raises(ConfigError, match=r"(?s)quantized_weights: is on, and there is no GPU.*quantized_gradients"):
+    with pytest.raises(ConfigError, match=r"quantized_weights: is on, and there is no GPU"):
         planner(tmp_path / "here", deepspeed={"preset": "zero++"})(1, 2, None, 0)
     assert planner(tmp_path / "there", elsewhere=True, deepspeed={"preset": "zero++"})(1, 2, None, 0).preset == "zero++"
 
