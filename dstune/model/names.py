@@ -7,13 +7,15 @@ many in the files). transformers knows the rules; a plan here says, for all name
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -43,6 +45,24 @@ class Conversion:
     @property
     def is_renaming(self) -> bool:
         return self.converter is None
+
+    def of_rows(self, first: int, last: int, count: int) -> "Conversion | None":
+        """What makes rows `first` to `last` (not with it) alone of a tensor of `count` rows, each of which has its own sources (an expert's
+        matrices); None where it is not made so.
+        """
+        merging, *joining = getattr(self.converter, "operations", [None])
+        if not isinstance(merging, MergeModulelist) or merging.dim != 0:
+            return None
+        if not all(isinstance(one, Concatenate) and one.dim > 0 for one in joining):
+            return None
+        lists: dict[str, list[str]] = {}
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            lists.setdefault(pattern, []).append(source)
+        if any(len(rows) != count for rows in lists.values()):
+            return None
+        kept = {source for rows in lists.values() for source in rows[first:last]}
+        pairs = [pair for pair in zip(self.sources, self.patterns, strict=True) if pair[0] in kept]
+        return replace(self, sources=tuple(name for name, _ in pairs), patterns=tuple(pattern for _, pattern in pairs))
 
     def run(self, read: Read, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The new tensors by name; `read` gives each source whole."""

@@ -217,6 +217,8 @@ def _lacks_rows(found: tuple[int, ...], wanted: tuple[int, ...], new: range) -> 
 
 
 def _load_converted(conversion: Conversion, files: WeightFiles, state: _Destination, module: PreTrainedModel) -> None:
+    if _load_rows(conversion, files, state, module):
+        return
     try:
         made = conversion.run(files.read, module)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
@@ -228,6 +230,28 @@ def _load_converted(conversion: Conversion, files: WeightFiles, state: _Destinat
             with local_piece(tensor) as piece:
                 piece.tensor.copy_(value.reshape(-1)[piece.start : piece.stop])
             state.mark(name)
+
+
+def _load_rows(conversion: Conversion, files: WeightFiles, state: _Destination, module: PreTrainedModel) -> bool:
+    """Read of a mixture's experts those that this worker's piece lies in; False where the tensor is not made of one after the other."""
+    tensor = state.find(conversion.target)
+    shape = () if tensor is None else full_shape(tensor)
+    if tensor is None or len(shape) < 2:
+        return False
+    each = _product(shape[1:])
+    with local_piece(tensor) as piece:
+        first, last = piece.start // each, -(-piece.stop // each)
+        if (part := conversion.of_rows(first, last, shape[0])) is None:
+            return False
+        if first < last:
+            try:
+                made = part.run(files.read, module)[conversion.target]
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
+                return False  # which says more where all of it is read
+            _check_shape(conversion.target, (shape[0], *made.shape[1:]), shape, files.directory)
+            piece.tensor.copy_(made.reshape(-1)[piece.start - first * each : piece.stop - first * each])
+    state.mark(conversion.target)
+    return True
 
 
 def _load_whole(module: PreTrainedModel, state: _Destination, directory: Path, reason: str) -> None:
