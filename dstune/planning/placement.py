@@ -6,7 +6,7 @@ from typing import Any
 
 _SWAP_BUFFERS = 4
 """DeepSpeed's own number where its config is silent: the master, two moments, the gradient."""
-ROUNDED_PINNED = 2 << 30
+ROUNDED_PINNED = 4 << 30
 """Bytes of a piece of pinned memory up to which torch rounds it up to a power of two and keeps it for the next one: inputs of layers that
 wait on the host come and go in such pieces. Larger ones take what was asked for (`engine.pinned`)."""
 WEIGHT_BUFFERS = 8

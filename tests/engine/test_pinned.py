@@ -35,8 +35,8 @@ def _run(script: str, **environment: str) -> str:
 @pytest.mark.parametrize(
     ("own", "all_of_them"),
     [
-        ({}, "pinned_max_cached_size_mb:2048"),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "expandable_segments:True,pinned_max_cached_size_mb:2048"),
+        ({}, "pinned_max_cached_size_mb:4096"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "expandable_segments:True,pinned_max_cached_size_mb:4096"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "pinned_max_cached_size_mb:64"}, "pinned_max_cached_size_mb:64"),
     ],
 )

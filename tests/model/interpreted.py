@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 import triton.language as tl
-from transformers import PretrainedConfig
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PretrainedConfig, PreTrainedModel
 from triton.language.extra import libdevice
 from triton.runtime import autotuner, interpreter
 
@@ -27,6 +27,7 @@ from tests.test_batch import Prepared
 
 def main(names: Sequence[str]) -> int:
     _complete_the_interpreter()
+    _require_alone(_seeing())
     ran = _heard_of()
     for name in names:
         found = {kernel.name: _disproof(tiny_config(name), kernel) for kernel in choice.KERNELS}
@@ -53,11 +54,35 @@ def _packed(name: str, found: dict[str, str | None]) -> float:
     batch = collate(Prepared(), [0, 1], "packed", pad_id=0)
     wanted = proof.gradients(module, summed_token_loss(module, batch)[0])
     choices = [choice.Choice(kernel, reason is None, reason or "Liger") for kernel, reason in found.items()]
-    file = vars(sys.modules[type(module).__module__])
-    before = dict(file)
+    files = _files(module)
     loss = choice.put_in(choices, module, "cuda")
-    assert all(file[key] is value for key, value in before.items()), "other models of the file would start kernels"
+    assert _files(module) == files, "other models of the files would start kernels"
     return proof.difference(proof.gradients(module, loss(module, batch)[0]), wanted)
+
+
+def _files(module: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """What each name in the files of its layers stands for."""
+    names = {type(part).__module__ for part in module.modules()}
+    return {name: {key: id(value) for key, value in vars(sys.modules[name]).items()} for name in names}
+
+
+def _seeing() -> PreTrainedModel:
+    """A model whose language model has a file of its own."""
+    eyes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = tiny_config("qwen2").to_dict()
+    config = InternVLConfig(
+        text_config=text, vision_config=eyes | {"image_size": [28, 28], "patch_size": [14, 14]}, image_token_id=5
+    )
+    return InternVLForConditionalGeneration(config)
+
+
+def _require_alone(module: PreTrainedModel) -> None:
+    """Of such a model one kernel puts in itself alone, and nothing into the files."""
+    files = _files(module)
+    liger.LigerLayers("rms-norm", ("rms_norm",)).put_in(module, "cuda", summed_token_loss)
+    assert _files(module) == files
+    patched = {type(part).__name__ for part in module.modules() if "forward" in part.__dict__}
+    assert patched == {"Qwen2RMSNorm"}, patched
 
 
 def _complete_the_interpreter() -> None:

@@ -19,6 +19,8 @@ from dstune.model.kernels.linear_cross_entropy import Logits, summed_linear_cros
 from dstune.model.loss import IGNORED, summed_token_loss
 from dstune.model.remembered import Remembered
 
+_OF_LANGUAGE_MODELS = ("rope", "swiglu", "geglu")
+"""Switches that are on unless they are said to be off."""
 _TOLERANCE = 1e-3
 """As `proof.TOLERANCE`, for layers that sum in another order."""
 
@@ -77,19 +79,19 @@ class LigerLayers:
         return Finding(reason is None, reason or "Liger")
 
     def put_in(self, model: PreTrainedModel, device: str, loss: TokenLoss) -> TokenLoss:
-        """NOTE: Liger puts classes and the rotary function into the model's file, for models built later: taken out again. A model without
-        storage would start its kernels on the GPU, which end the process.
+        """NOTE: Liger puts classes and the rotary function into the model's file, and of a model that sees into its language model's, for
+        models built later: taken out again. A model without storage would start its kernels on the GPU, which end the process.
         """
         patch = self._patch(model.config.model_type)
         assert patch is not None
-        file = sys.modules[type(model).__module__]
-        before = dict(vars(file))
+        names = {type(part).__module__ for part in model.modules()}
+        before = [(vars(sys.modules[name]), dict(vars(sys.modules[name]))) for name in names]
         patch(model)
-        turn = vars(file).get(rotation.FUNCTION)
-        for name, value in before.items():
-            setattr(file, name, value)
-        if turn is not None and turn is not before.get(rotation.FUNCTION):
-            rotation.have_called(model, lambda _: turn)
+        turns = {was.get(rotation.FUNCTION): now.get(rotation.FUNCTION) for now, was in before}
+        for now, was in before:
+            now.update(was)
+        if any(turn is not plain for plain, turn in turns.items()):
+            rotation.have_called(model, lambda plain: turns.get(plain, plain))
         return loss
 
     def keep(self, model: PreTrainedModel, device: str) -> None:
@@ -106,7 +108,16 @@ class LigerLayers:
         if not any(switch in known for switch in self._switches):
             return None
         settings = {name: name in self._switches for name, one in known.items() if isinstance(one.default, bool)}
+        if any(
+            one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()
+        ):  # of a model that sees: its language model's
+            settings |= {name: name in self._switches for name in _OF_LANGUAGE_MODELS}
         return lambda model: function(model=model, **settings)
+
+
+def _forwards(model: torch.nn.Module) -> list[Any]:
+    """What each layer calls in place of its class's own forward pass."""
+    return [part.__dict__.get("forward") for part in model.modules()]
 
 
 @Remembered
@@ -122,7 +133,10 @@ def _disproof(config: PretrainedConfig, layers: LigerLayers, device: str) -> str
             batch = proof.small_batch(small, device)
             model.to(device)
             wanted = proof.gradients(model, proof.plain_loss(model, batch))
+            before = _forwards(model)
             layers.put_in(model, device, summed_token_loss)
+            if _forwards(model) == before:
+                return "Liger changes none of its layers"
             difference = proof.difference(proof.gradients(model, proof.plain_loss(model, batch)), wanted)
         except of_kernels() as error:
             return f"its small model fails with it ({first_line(error)})"
