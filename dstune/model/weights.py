@@ -236,7 +236,11 @@ def _load_rows(conversion: Conversion, files: WeightFiles, state: _Destination, 
     """Read of a mixture's experts those that this worker's piece lies in; False where the tensor is not made of one after the other."""
     tensor = state.find(conversion.target)
     shape = () if tensor is None else full_shape(tensor)
-    if tensor is None or len(shape) < 2:
+    # By the files' heads, which all workers read alike: what does not fit is said by all of them.
+    alike = {
+        (pattern, files.shape(name)) for name, pattern in zip(conversion.sources, conversion.patterns, strict=True)
+    }
+    if tensor is None or len(shape) < 2 or len(alike) != len(set(conversion.patterns)):
         return False
     each = _product(shape[1:])
     with local_piece(tensor) as piece:

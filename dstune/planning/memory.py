@@ -197,7 +197,7 @@ def _passing(shape: ModelShape, place: Placement, work: Work, process: Process, 
             "workspace": workspace,
             "gradients on their way": sent,
         }
-    if place.stage == 1 and work.dtype == "bf16":
+    if _sums_as_they_come(place, work):
         bucket = 0
     sent = _reduced_on_gpu(shape, place, work, bucket, size)
     forward = activations + arriving + max(sum(logits), workspace)
@@ -268,11 +268,11 @@ def _host(shape: ModelShape, place: Placement, work: Work, process: Process, wei
     pinned: Counter[int] = Counter()
     if place.offload_param == "cpu":
         held["weights"] = weights
-        if (
-            process.pins
-        ):  # one by one, and those that are trained once more, in one piece; torch keeps the room of the first
+        if process.pins:
+            # One by one; those that are trained once more, in one piece, and torch keeps the room of the first.
             size = DTYPE_BYTES[work.dtype]
-            pinned.update({size * -(-count // work.world_size): number for count, number in shape.sizes.items()})
+            for count, number in shape.sizes.items():
+                pinned[size * -(-count // work.world_size)] += number
             held["weights in one piece"] = size * share
     if place.offload_param == "nvme":
         size = DTYPE_BYTES[work.dtype]
@@ -344,17 +344,21 @@ def _arriving(shape: ModelShape, place: Placement, work: Work, process: Process,
     return max(0, bucket - later)
 
 
+def _sums_as_they_come(place: Placement, work: Work) -> bool:
+    """Whether DeepSpeed takes its class for ZeRO-1 in bf16, which has no bucket."""
+    return place.stage == 1 and work.dtype == "bf16" and place.offload_optimizer == "none"
+
+
 def _reduced_on_gpu(shape: ModelShape, place: Placement, work: Work, bucket: int, size: int) -> int:
     """Bytes of the tensors that there are, beside the bucket, only while gradients are reduced.
 
-    DeepSpeed's class for ZeRO-1 in bf16 has no bucket: it adds each gradient to the sums, by way of a copy in fp32. Stage 2 copies its
-    bucket in fp32. Stage 3 does to put it in the workers' order; a gradient that is larger than the bucket goes alone, and with a
-    copy in fp32.
+    ZeRO-1 in bf16 adds each gradient to the sums, by way of a copy in fp32. Stage 2 copies its bucket in fp32. Stage 3 does to put it in
+    the workers' order; a gradient that is larger than the bucket goes alone, and with a copy in fp32.
     """
     largest = min(shape.largest, shape.trained)
     alone = (size + (_FP32 if size < _FP32 else 0)) * largest
     if place.stage == 1:
-        return alone if work.dtype == "bf16" else 0
+        return alone if _sums_as_they_come(place, work) else 0
     waiting = _FP32 * min(bucket, shape.trained)
     return max(waiting, alone if largest > bucket else 0)
 

@@ -45,7 +45,7 @@ _OFF: Mapping[str, Any] = {"mics_shard_size": -1}
 _INSTEAD: Mapping[str, str] = {
     "zenflow": " The preset zero3-offload-optimizer keeps the states in main memory too.",
     "mics_shard_size": f" {HPZ} (preset zero++) keeps copies within a machine.",
-    "zero_quantized_gradients": f" {QUANTIZED_WEIGHTS} is sound.",
+    "zero_quantized_gradients": f" Take it out; {QUANTIZED_WEIGHTS} is sound.",
     "super_offload": " The preset zero3-offload-optimizer keeps the states in main memory too.",
 }
 

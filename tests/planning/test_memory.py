@@ -202,6 +202,9 @@ def test_weights_on_the_host_are_pinned_piece_by_piece_and_once_more_where_they_
     host = estimate(shape, Placement(stage=3, offload_param="cpu"), work(), GPU_PROCESS).host
     assert host["weights"] == 2 * 100 * 3 * 2**18 and host["weights in one piece"] == 2 * 3 * 2**18
     assert host["rounding of pinned memory"] == 100 * (2**21 - 2 * 3 * 2**18)
+    near = replace(shape, sizes={3 * 2**20: 60, 3 * 2**20 - 1: 40})  # whose pieces are as large
+    again = estimate(near, Placement(stage=3, offload_param="cpu"), work(), GPU_PROCESS).host
+    assert again["rounding of pinned memory"] == host["rounding of pinned memory"]
 
 
 def test_inputs_that_wait_on_the_host_leave_two_on_the_device():
