@@ -44,6 +44,11 @@ def test_large_pinned_pieces_are_not_rounded_and_a_persons_own_settings_stay(own
     assert _run(SETTINGS, **own) == all_of_them
 
 
+def test_an_older_torch_is_left_as_it_is():
+    older = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.11.0+cu130')\n"
+    assert _run(older + SETTINGS) == ""
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 def test_a_large_piece_takes_what_was_asked_for():
     assert int(_run(PINS)) < 1 << 20
