@@ -225,6 +225,7 @@ def work(run: str | Path, overrides: Sequence[str] = ()) -> int:
     compute_here(1)  # worker 0 plans in this thread, and trains in another
     world = worker.joining_world()
     if world.rank != 0:
+        bare.take_environment(run, overrides)
         return worker.follow(world)
     paths = rundir.find(run) if bare.exists(run) else _create(_loaded(run, overrides))
     loaded = rundir.load(paths)

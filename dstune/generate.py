@@ -191,8 +191,8 @@ class _Sampling(LogitsProcessor):
         uniform = torch.stack(
             [torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self._generators]
         )
-        noise = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
-        return scores + noise.to(scores.device, torch.float32)
+        noise = -torch.log(-torch.log(uniform.to(scores.device).clamp_min(1e-300)))
+        return scores + noise.float()
 
 
 def _limited(scores: torch.Tensor, settings: Settings) -> torch.Tensor:

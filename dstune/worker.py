@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 from dstune import loggers
-from dstune.atomic import write_json, write_text
+from dstune.atomic import write_json
 from dstune.batch import Batch, Share
 from dstune.checkpoint.home import Home
 from dstune.checkpoint.loading import Loading
@@ -29,9 +27,9 @@ from dstune.data.tokenize import load_tokenizer
 from dstune.engine import communication, leaves, swapping
 from dstune.engine.construction import DTYPES
 from dstune.engine.threads import compute_here
-from dstune.engine.world import World
+from dstune.engine.world import World, joined
 from dstune.engine.zero import ZeroEngine
-from dstune.errors import EXIT_DONE, EXIT_STOPPED, DstuneError, Problem
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DstuneError, Problem
 from dstune.exporting.merged import whole_model
 from dstune.exporting.tensors import Masters
 from dstune.model import (
@@ -58,6 +56,7 @@ from dstune.paths import CheckpointPaths, RunPaths
 from dstune.planning.plan import Plan
 from dstune.protocols import MODEL_STATES, WEIGHTS, Control, Slice
 from dstune.training.books import RunBooks
+from dstune.training.last_words import leave_failure
 from dstune.training.loop import Loop, LoopEnd, require_targets
 from dstune.training.phases import Utilisation, peak_flops
 from dstune.training.profiling import Trace
@@ -67,11 +66,8 @@ from dstune.training.validation import Validator
 
 log = loggers.get_logger(__name__)
 
-_RENDEZVOUS_SECONDS = 1800.0
-"""Workers wait so long for worker 0 to prepare the data, where nobody did so before."""
-
-_COLLATERAL_MARKS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "NCCL")
-"""What a worker says whose neighbour is gone: never the root of a failure."""
+_ARRIVAL_SECONDS = 6 * 3600.0
+"""Workers wait so long for worker 0, which may have data to prepare and a checkpoint to check; when it fails, its launcher ends them."""
 
 
 def main(run_directory: str | Path, attempt: int) -> None:
@@ -94,7 +90,7 @@ def joining_world() -> World:
 def lead(world: World, run_directory: str, attempt: int) -> None:
     """Worker 0's part where torchrun or srun started the workers: tell them what was planned, then work."""
     with _accounted(RunPaths(Path(run_directory)), attempt, world):
-        world.init(_RENDEZVOUS_SECONDS)
+        world.init(arrival_seconds=_ARRIVAL_SECONDS)
         control = world.control()
         control.broadcast([str(Path(run_directory).absolute()), attempt])
         _work(RunPaths(Path(run_directory)), attempt, world, control)
@@ -102,12 +98,17 @@ def lead(world: World, run_directory: str, attempt: int) -> None:
 
 def follow(world: World) -> int:
     """The other workers' part: hear from worker 0 what to work on. The exit status."""
-    world.init(_RENDEZVOUS_SECONDS)
+    world.init(arrival_seconds=_ARRIVAL_SECONDS)
     control = world.control()
     run_directory, attempt = control.broadcast(["", 0])
     paths = RunPaths(Path(str(run_directory)))
-    with _accounted(paths, int(attempt), world):
-        end = _work(paths, int(attempt), world, control)
+    try:
+        with _accounted(paths, int(attempt), world):
+            end = _work(paths, int(attempt), world, control)
+    except Exception as error:
+        if not joined():
+            raise
+        return error.exit_status if isinstance(error, DstuneError) else EXIT_FAILED  # it is written down
     return EXIT_DONE if end.state == "succeeded" else EXIT_STOPPED
 
 
@@ -119,38 +120,19 @@ def _accounted(paths: RunPaths, attempt: int, world: World) -> Iterator[None]:
         yield
     except BaseException as error:
         leave_failure(paths, attempt, world.rank, error)
+        world.abandon()
         raise
+    else:
+        world.close()
     finally:
         swapping.remove_folders()
-        world.close()
-
-
-def leave_failure(paths: RunPaths, attempt: int, rank: int, error: BaseException) -> None:
-    """Write the traceback for a person, and the facts for the driver (the earliest non-collateral failure is the cause)."""
-    text = "".join(traceback.format_exception(error))
-    log.error("%s", text)
-    write_text(paths.rank_error(rank), text)
-    facts = {
-        "time": time.time(),
-        "rank": rank,
-        "node": socket.gethostname(),
-        "kind": type(error).__name__,
-        "message": str(error),
-        "collateral": _is_collateral(error),
-        "exit_status": error.exit_status if isinstance(error, DstuneError) and error.final else None,
-    }
-    write_json(paths.rank_failure(attempt, rank), facts)
-
-
-def _is_collateral(error: BaseException) -> bool:
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _COLLATERAL_MARKS)
 
 
 def _work(paths: RunPaths, attempt: int, world: World, control: Control) -> LoopEnd:
     plan = Plan.read(paths.plan(attempt))
     config = plan.settle(load_run(paths.config).config)
+    if plan.gpus:
+        world.require_gpu()
     if world.world_size != plan.world_size:
         came = f"{world.world_size} workers were started"
         raise DstuneError(Problem(str(paths.plan(attempt)), came, f"{plan.world_size}, as planned"))

@@ -1,6 +1,7 @@
 """One worker of a run. Ray, torchrun or srun start it on each rank; under the latter two, worker 0 also plans the attempt."""
 
 import argparse
+import os
 import sys
 
 
@@ -16,5 +17,11 @@ def run(args: argparse.Namespace) -> int:
     if not start.local_gpus() and "worker" in sys.orig_argv:  # or somebody else's program would begin again
         heap.start_again()
     from dstune import api
+    from dstune.engine import world
 
-    return api.work(args.run, args.overrides)
+    status = api.work(args.run, args.overrides)
+    if world.joined():  # after a failure: the libraries' own way out waits for workers that wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

@@ -3,6 +3,8 @@
 import atexit
 import os
 import re
+import resource
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,11 +16,16 @@ import torch.distributed as dist
 from dstune.engine import pinned
 from dstune.engine.control import ControlGroup
 from dstune.engine.quiet import prepare_environment, start_deepspeed
-from dstune.errors import Problem, UsageError
+from dstune.errors import ConfigError, Problem, UsageError, first_line
 
 _FIRST_PORT = 15000
 """Below Linux's ephemeral range (32768), so that a port derived from a job id is not some client's by chance."""
 _NUM_PORTS = 15000
+_BACKEND = "backend"
+"""In the store: worker 0's, when it is here."""
+_MOST_FILES = 1 << 16
+_DOCUMENTATION_ADDRESS = "192.0.2.1"
+"""Of nobody (RFC 5737): the way there is the way to other machines. Nothing is sent."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +72,22 @@ class World:
         """torch.distributed's backend for the training's own collectives."""
         return "nccl" if self.device.type == "cuda" else "gloo"
 
-    def init(self, timeout_seconds: float = 600.0) -> None:
+    def init(self, timeout_seconds: float = 600.0, arrival_seconds: float | None = None) -> None:
         """Choose the device and join the group of all workers; a group that is there already (Ray Train's) is used.
 
-        A collective that waits longer than `timeout_seconds` raises. Blocks until all workers are here.
+        Blocks until all workers are here, at most `arrival_seconds` (None: as the next); afterwards a collective that waits longer than
+        `timeout_seconds` raises.
         """
         self._export()
+        _allow_a_socket_for_each_worker()
+        if self.world_size > self.local_world_size:
+            _name_gloo_an_interface(self.master_address)
         prepare_environment(self.device.type)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             pinned.take_no_more_than_asked()
         if not dist.is_initialized():
-            self._join(timedelta(seconds=timeout_seconds))
+            self._join(timedelta(seconds=timeout_seconds), timedelta(seconds=arrival_seconds or timeout_seconds))
             # NOTE: a process that exits with the group's threads alive is now and then aborted by the C++ runtime.
             atexit.register(self.close)
         if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
@@ -85,6 +96,13 @@ class World:
                 Problem("environment", f"torch.distributed says {found}", f"{self.rank} of {self.world_size}")
             )
         start_deepspeed(self.backend, timedelta(seconds=timeout_seconds))
+
+    def require_gpu(self) -> None:
+        """Raises ConfigError where torch sees no GPU: training on a processor that was planned for GPUs is a waste nobody asked for."""
+        if self.device.type == "cpu":
+            came = f"torch sees none on {socket.gethostname()}: {_why_no_gpu()}"
+            do = "Mend the driver or take the build of torch for it; CUDA_VISIBLE_DEVICES= trains on processors."
+            raise ConfigError(Problem("the GPUs that were planned with", came, do=do))
 
     def control(self, timeout_seconds: float = 1800.0) -> ControlGroup:
         """A gloo group of its own, on the CPU. A collective call: every worker makes it once, at the same point."""
@@ -99,8 +117,19 @@ class World:
 
     def close(self) -> None:
         """Leave the group of all workers."""
-        if dist.is_initialized():
+        if joined():
             dist.destroy_process_group()
+
+    def abandon(self) -> None:
+        """Leave it after a failure here, of which the others do not know.
+
+        NOTE: NCCL's groups end when all that is in flight has, and the others are in a collective that waits for this worker: it would
+        hang in its own clean-up, and nobody hear of the failure. There the end of this process, by a signal or `os._exit`, ends them.
+        """
+        if self.backend == "nccl":
+            atexit.unregister(self.close)
+        else:
+            self.close()
 
     def _export(self) -> None:
         """Tell libraries below what they look for in the environment (torch's names, and DeepSpeed's for the machine).
@@ -120,15 +149,78 @@ class World:
             CROSS_SIZE=str(-(-self.world_size // self.local_world_size)),
         )
 
-    def _join(self, timeout: timedelta) -> None:
-        device = self.device if self.device.type == "cuda" else None
+    def _join(self, timeout: timedelta, arrival: timedelta) -> None:
         if self.world_size == 1:
             # No port is opened where there is nobody to talk to.
             dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(
-                self.backend, rank=self.rank, world_size=self.world_size, timeout=timeout, device_id=device
-            )
+            return
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=arrival))
+        store.set_timeout(arrival)
+        # Worker 0 comes last where it prepares the data; the groups below wait for each other no longer than for a collective.
+        if self.rank == 0:
+            store.set(_BACKEND, self.backend)
+        if (others := store.get(_BACKEND).decode()) != self.backend:
+            came = f"{socket.gethostname()}: {_devices(self.backend)}, and worker 0 {_devices(others)}"
+            raise ConfigError(Problem("the workers' machines", came, "the same on all"))
+        dist.init_process_group(
+            self.backend,
+            store=dist.PrefixStore("group", store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+            device_id=self.device if self.device.type == "cuda" else None,
+        )
+
+
+def joined() -> bool:
+    """Whether this process is in the group of all workers."""
+    return dist.is_initialized()
+
+
+def _devices(backend: str) -> str:
+    return "has GPUs" if backend == "nccl" else f"has none ({_why_no_gpu()})"
+
+
+def _why_no_gpu() -> str:
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # the first: a build without CUDA
+        return first_line(error)
+    return "no device"
+
+
+def _allow_a_socket_for_each_worker() -> None:
+    """A gloo group holds a connection to every other worker, and there are several: 512 workers need more than the usual 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft not in (-1, resource.RLIM_INFINITY) and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _name_gloo_an_interface(master_address: str) -> None:
+    """Where this machine's name means itself alone (Ubuntu's 127.0.1.1), have gloo listen where the other machines can reach it."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    try:
+        ours = socket.gethostbyname(socket.gethostname())
+    except OSError:  # nobody knows the name: gloo would not either
+        ours = "127.0.0.1"
+    if ours.startswith("127.") and (name := _interface_to(master_address) or _interface_to(_DOCUMENTATION_ADDRESS)):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _interface_to(address: str) -> str | None:
+    """By which network interface `address` is reached, unless it is the machine's own loop; None where none leads there."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except OSError:
+            return None
+        ours = probe.getsockname()[0]
+    names = (name for name, kept in psutil.net_if_addrs().items() if any(one.address == ours for one in kept))
+    return None if ours.startswith("127.") else next(names, None)
 
 
 def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:

@@ -1,12 +1,14 @@
 """A run whose workers torchrun or srun started, without Ray: worker 0's process drives, and every process works."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from dstune.config.load import load_run
 from dstune.errors import DstuneError
-from dstune.launch import rundir
+from dstune.launch import rundir, start
 from dstune.protocols import AttemptOutcome
 
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -46,6 +48,16 @@ class JoinedExecutor:
 def restarted() -> bool:
     """Whether the workers' own launcher started them again after a failure: then an existing run is gone on with."""
     return any(os.environ.get(name, "0") not in ("", "0") for name in _RESTART_COUNTS)
+
+
+def take_environment(run: str | Path, overrides: Sequence[str]) -> None:
+    """Put what the run's site file sets for every worker into this process's environment, before it joins the others.
+
+    What is wrong with the run is worker 0's to say.
+    """
+    with contextlib.suppress(DstuneError):
+        loaded = rundir.load(rundir.find(run)) if exists(run) else load_run(run, overrides)
+        os.environ.update(start.site_of(loaded).env)
 
 
 def exists(run: str | Path) -> bool:

@@ -66,6 +66,8 @@ class HostSettings:
     workers: int
     """The embedded Ray has room for so many, however few cores there are."""
     cpus_per_worker: int
+    gpus: bool
+    """A worker takes a GPU also while no machine with one is in the cluster."""
     temporary: str
     """An embedded Ray's directory; short, for a Unix socket's path has at most 107 characters."""
 
@@ -87,12 +89,13 @@ class RayExecutor:
         self,
         workers: int,
         cpus_per_worker: int = 1,
+        gpus: bool = False,
         address: str | None = None,
         log_directory: Path | None = None,
         entry: str = "dstune.worker:main",
     ) -> None:
         """`entry` names `module:function(run_directory, attempt)`, which every worker runs. Nothing starts before it is needed."""
-        self._workers, self._cpus, self._address = workers, cpus_per_worker, address
+        self._workers, self._cpus, self._gpus, self._address = workers, cpus_per_worker, gpus, address
         self._logs, self._entry = log_directory, entry
         self._host: _HostProcess | None = None
         self._starting = threading.Lock()
@@ -149,7 +152,7 @@ class RayExecutor:
                     self._host.close()
                     self._host = None
                 _require_listener(self._address)
-                self._host = _HostProcess(self._address, self._workers, self._cpus, self._logs)
+                self._host = _HostProcess(self._address, self._workers, self._cpus, self._gpus, self._logs)
             return self._host
 
     def _drop_host(self) -> None:
@@ -162,11 +165,11 @@ class RayExecutor:
 class _HostProcess:
     """The other end of `ray_host`: starts it, asks it, ends it and all that it started."""
 
-    def __init__(self, address: str | None, workers: int, cpus: int, logs: Path | None) -> None:
+    def __init__(self, address: str | None, workers: int, cpus: int, gpus: bool, logs: Path | None) -> None:
         self._address, self._logs = address, logs
         self._temporary = Path(tempfile.mkdtemp(prefix="dstune-", dir=_short_temporary()))
         # Ray opens its directory to everybody: it gets one below ours, which is private.
-        settings = HostSettings(address, workers, cpus, str(self._temporary / "ray"))
+        settings = HostSettings(address, workers, cpus, gpus, str(self._temporary / "ray"))
         self._channel, theirs = socket.socketpair()
         self._answers: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {0: queue.SimpleQueue()}
         self._lock = threading.Lock()

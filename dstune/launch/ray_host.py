@@ -109,6 +109,7 @@ class Host:
         self._writing = threading.Lock()
         self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._embedded = settings.address is None
+        self._gpus = settings.gpus
 
     def serve(self) -> None:
         """Read requests until the driver closes."""
@@ -154,8 +155,9 @@ class Host:
         )
 
     def _resources(self) -> dict[str, float]:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        return {"CPU": float(self._settings.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
+        # Once there was one, workers wait for GPUs that went away: on the head's processor a run would take years.
+        self._gpus = self._gpus or bool(ray.cluster_resources().get("GPU", 0))
+        return {"CPU": float(self._settings.cpus_per_worker)} | ({"GPU": 1.0} if self._gpus else {})
 
     def _available(self) -> int:
         """Workers that fit on each node, summed: a worker does not spread over nodes."""
@@ -217,7 +219,8 @@ def _why_dead(error: Exception) -> str:
         return f"out of memory ({first_line(error)})"
     if "node" in text and "terminated" in text:
         return "its node went away"
-    return "it was killed (signal 9; out of memory?) or crashed in native code; its last words are in logs/ray"
+    why = "it was killed (signal 9; out of memory?), or NCCL gave up waiting for another worker, or native code crashed"
+    return f"{why}; its last words are in logs/ray, or on that node in Ray's own logs"
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ class Planner:
             store_owner=rundir.environment(self.paths).get("store_owner"),
             resume_from=resume_from,
             start_step=start_step,
+            gpus=not seen.cluster.device.is_cpu if seen else config.cluster.gpus_per_node is not None,
             why=seen.why if seen else _UNKNOWN,
             predicted=seen.predicted(steps) if seen else None,
         )
@@ -288,7 +289,11 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
     address = address or cluster.address
     least, most = workers_range(cluster, local_gpus() or 1)
     executor = RayExecutor(
-        workers=most, cpus_per_worker=cluster.cpus_per_worker, address=address, log_directory=paths.logs / "ray"
+        workers=most,
+        cpus_per_worker=cluster.cpus_per_worker,
+        gpus=address is not None and (cluster.gpu is not None or cluster.gpus_per_node is not None),
+        address=address,
+        log_directory=paths.logs / "ray",
     )
     with executor:
         if address is not None and cluster.workers == "auto" and cluster.nodes is None:

@@ -63,6 +63,8 @@ class Plan:
     resume_from: str | None
     start_step: int
     cpus_per_worker: int
+    gpus: bool = False
+    """Whether each worker is to have one: then none trains without."""
     preset: str = AUTO_PRESET
     """What `deepspeed.preset` came to; the whole config is beside the plan."""
     activation_checkpointing: bool | Literal["offload"] = False
@@ -106,6 +108,7 @@ def make(
     store_owner: str | None = None,
     resume_from: Path | None,
     start_step: int,
+    gpus: bool = False,
     why: str = "",
     predicted: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -140,6 +143,7 @@ def make(
         resume_from=str(resume_from) if resume_from else None,
         start_step=start_step,
         cpus_per_worker=config.cluster.cpus_per_worker,
+        gpus=gpus,
         preset=usual_preset(config),
         activation_checkpointing=again if (again := config.model.activation_checkpointing) != "auto" else False,
         why=why,

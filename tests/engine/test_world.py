@@ -1,6 +1,7 @@
 """Worlds from torchrun's and srun's variables; the control group; what DeepSpeed may not do."""
 
 import os
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dstune import worker
+from dstune.engine import world as worlds
 from dstune.engine.quiet import start_deepspeed
 from dstune.engine.world import World, expand_hosts, tasks_per_node
-from dstune.errors import UsageError
+from dstune.errors import ConfigError, UsageError
+from dstune.paths import RunPaths
 from tests.spawn import free_port, run_workers, start_worker
 
 
@@ -153,3 +157,87 @@ def test_a_world_of_one_needs_no_port_and_says_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not (tmp_path / "extensions").exists()
+
+
+@pytest.mark.parametrize(("backend", "left"), [("gloo", True), ("nccl", False)])
+def test_who_fails_does_not_wait_in_its_own_clean_up_for_workers_that_wait_for_it(
+    backend: str, left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's groups end when all that is in flight has; gloo's, on processors, end at once."""
+    paths, ended = RunPaths(tmp_path), list[str]()
+    paths.make()
+    paths.attempt(1).mkdir(parents=True)
+    monkeypatch.setattr(World, "backend", backend)
+    monkeypatch.setattr(worlds.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(worlds.dist, "destroy_process_group", lambda: ended.append("waited"))
+    with pytest.raises(RuntimeError, match="out of memory"), worker._accounted(paths, 1, World()):
+        raise RuntimeError("out of memory")
+    assert paths.rank_failure(1, 0).is_file() and bool(ended) == left
+    ended.clear()
+    with worker._accounted(paths, 1, World()):
+        pass
+    assert ended == ["waited"]
+
+
+def test_a_machine_whose_gpus_do_not_work_is_named_before_anybody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker would train on the processor over gloo, the others wait for it in NCCL."""
+    store = torch.distributed.HashStore()
+    store.set("backend", "nccl")
+    monkeypatch.setattr(World, "backend", "gloo")
+    monkeypatch.setattr(worlds.dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    world = World(rank=1, world_size=2, local_rank=1, local_world_size=2)
+    with pytest.raises(ConfigError, match=f"{socket.gethostname()}: has none .*, and worker 0 has GPUs"):
+        world._join(timedelta(seconds=1), timedelta(seconds=1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants none")
+def test_what_was_planned_for_gpus_does_not_train_on_processors() -> None:
+    with pytest.raises(ConfigError, match=r"torch sees none on .*: .+"):
+        World().require_gpu()
+
+
+def test_there_are_files_for_a_connection_to_each_of_many_workers() -> None:
+    code = (
+        "import resource as r\nfrom dstune.engine.world import _allow_a_socket_for_each_worker as allow\n"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]\nr.setrlimit(r.RLIMIT_NOFILE, (256, hard)); allow()\n"
+        "most = 65536 if hard == r.RLIM_INFINITY else min(hard, 65536)\nassert r.getrlimit(r.RLIMIT_NOFILE) == (most, hard)\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (hard, hard)); allow(); assert r.getrlimit(r.RLIMIT_NOFILE) == (hard, hard)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "set_before", "ways", "named"),
+    [
+        ("127.0.1.1", None, {"n0": "eth1"}, "eth1"),
+        ("127.0.1.1", None, {"192.0.2.1": "eth0"}, "eth0"),  # worker 0's machine, whose own name leads to its loop
+        ("127.0.1.1", None, {}, None),
+        ("127.0.1.1", "ib0", {"n0": "eth1"}, "ib0"),
+        ("10.0.0.5", None, {"n0": "eth1"}, None),
+    ],
+)
+def test_gloo_listens_where_other_machines_reach_it(
+    ours: str, set_before: str | None, ways: dict[str, str], named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ubuntu writes a machine's own name into its hosts file as 127.0.1.1, and gloo offers that to the others."""
+    monkeypatch.setattr(os, "environ", {} if set_before is None else {"GLOO_SOCKET_IFNAME": set_before})
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: ours)
+    monkeypatch.setattr(worlds, "_interface_to", ways.get)
+    worlds._name_gloo_an_interface("n0")
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == named
+
+
+def test_an_interface_is_found_by_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    assert worlds._interface_to("127.0.0.1") is None
+    address = next(
+        (
+            a.address
+            for kept in psutil.net_if_addrs().values()
+            for a in kept
+            if a.family == socket.AF_INET and not a.address.startswith("127.")
+        ),
+        None,
+    )
+    assert address is None or worlds._interface_to(address) in psutil.net_if_addrs()

@@ -40,12 +40,14 @@ def test_gpus_that_are_named_decide_although_they_are_not_here(tmp_path):
     made = make(1, 2, None, 0)
     assert made.why and made.predicted is not None
     assert made.predicted["peak_memory_bytes"] < GIB  # no process on the host, nothing but tensors
+    assert made.gpus
 
 
 def test_machines_that_nobody_knows_get_zero3(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: ())
     made = planner(tmp_path, elsewhere=True)(1, 2, None, 0)
     assert made.preset == "zero3" and made.predicted is None and "cluster.gpu" in made.why
+    assert not made.gpus
 
 
 def test_what_fits_nowhere_is_not_started_unless_its_preset_is_named(tmp_path, monkeypatch):
