@@ -230,8 +230,8 @@ class ClusterSection(Section):
     """What they are (h100-80gb, a100-40gb, …), for the planner where it cannot look at them: on a laptop, or a head without GPUs."""
     host_memory: Annotated[int, BeforeValidator(size_bytes)] | None = None
     """Of one machine (`1TB`), likewise."""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """Cores, and so threads, of a worker."""
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    """Cores, and so threads, of a worker; default: one, and of this machine's GPUs each an equal part of its cores."""
     max_failures: int = Field(default=3, ge=0)
     """Automatic restarts after failures that made no new commit in between."""
     address: str | None = None

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dstune.config.schema import RunConfig
+from dstune.config.schema import ClusterSection, RunConfig
 from dstune.launch.forecast import nodes_of, nvme_path
 from dstune.planning import hardware
 
@@ -58,6 +58,17 @@ def usable() -> tuple[Gpu, ...]:
 def _gpu(line: str) -> Gpu:
     name, _, mebibytes = line.rpartition(",")
     return Gpu(name.strip(), int(mebibytes) << 20)
+
+
+def cores_of_worker(section: ClusterSection, elsewhere: bool = False) -> int:
+    """Cores of a worker: as the run file says, else those of a machine with GPUs divided among them, else one.
+
+    `elsewhere`: workers may be on other machines, of whose cores nobody knows here; one then.
+    """
+    if section.cpus_per_worker is not None:
+        return section.cpus_per_worker
+    count = 0 if elsewhere or not usable() else len(gpus())
+    return max(1, len(os.sched_getaffinity(0)) // count) if count else 1
 
 
 def processor(cores: int, workers: int) -> hardware.Device:
@@ -109,7 +120,7 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool, by_ray: bool) -
     elif elsewhere or section.gpus_per_node is not None:
         return None
     else:
-        device = processor(section.cpus_per_worker, workers)
+        device = processor(section.cpus_per_worker or 1, workers)
     nodes, per_node = nodes_of(workers, section.gpus_per_node or len(here) or workers)
     is_here = bool(here) or device.is_cpu
     assumed = section.host_memory is None and not is_here
@@ -121,7 +132,7 @@ def cluster_of(config: RunConfig, workers: int, elsewhere: bool, by_ray: bool) -
         host_memory=host,
         nvme=nvme_bytes(config),
         host_assumed=assumed,
-        cores=section.cpus_per_worker,
+        cores=cores_of_worker(section, elsewhere),
         by_ray=by_ray,
     )
 

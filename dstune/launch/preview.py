@@ -204,7 +204,7 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
     elif section.gpus_per_node is not None or asked.gpus_per_node is not None:
         device, is_here = hardware.find_device(_ASSUMED), False
     else:
-        device = machine.processor(section.cpus_per_worker, per_node)
+        device = machine.processor(section.cpus_per_worker or 1, per_node)
     said = asked.host_memory or section.host_memory
     assumed = hardware.assumed_host_memory(device, per_node)
     return hardware.Cluster(
@@ -216,7 +216,7 @@ def _cluster(config: RunConfig, asked: Asked) -> hardware.Cluster:
         network=asked.network / per_node if asked.network else hardware.NETWORK,
         network_assumed=asked.network is None,
         nvme=asked.nvme or machine.nvme_bytes(config),
-        cores=section.cpus_per_worker,
+        cores=machine.cores_of_worker(section, elsewhere=not is_here),
     )
 
 

@@ -73,6 +73,7 @@ class Planner:
             store_owner=rundir.environment(self.paths).get("store_owner"),
             resume_from=resume_from,
             start_step=start_step,
+            cpus_per_worker=machine.cores_of_worker(config.cluster, self.elsewhere),
             gpus=not seen.cluster.device.is_cpu if seen else config.cluster.gpus_per_node is not None,
             why=seen.why if seen else _UNKNOWN,
             predicted=seen.predicted(steps) if seen else None,
@@ -290,7 +291,7 @@ def start(run: LoadedRun, paths: RunPaths, prepared: Prepared, address: str | No
     least, most = workers_range(cluster, local_gpus() or 1)
     executor = RayExecutor(
         workers=most,
-        cpus_per_worker=cluster.cpus_per_worker,
+        cpus_per_worker=machine.cores_of_worker(cluster, elsewhere=address is not None),
         gpus=address is not None and (cluster.gpu is not None or cluster.gpus_per_node is not None),
         address=address,
         log_directory=paths.logs / "ray",

@@ -12,7 +12,7 @@ from typing import Any
 from dstune.atomic import write_json
 from dstune.config.schema import RunConfig, SiteConfig
 from dstune.errors import Problem, UsageError, first_line
-from dstune.launch import control, fence, ray_job, slurm
+from dstune.launch import control, fence, machine, ray_job, slurm
 from dstune.launch.status import ACTIVE, FINAL, StatusFile, driver_lives, read_status
 from dstune.loggers import get_logger
 from dstune.paths import RunPaths
@@ -64,13 +64,14 @@ def submit(paths: RunPaths, config: RunConfig, to: str, site: SiteConfig, addres
 def allocation(config: RunConfig) -> slurm.Allocation:
     """What the run asks Slurm for: its nodes, and on each the cores (and GPUs) of its workers."""
     cluster = config.cluster
+    cores = machine.cores_of_worker(cluster, elsewhere=True)
     if cluster.nodes is not None:
         per_node = cluster.gpus_per_node or 1
-        return slurm.Allocation(cluster.nodes, per_node * cluster.cpus_per_worker, cluster.gpus_per_node or 0)
+        return slurm.Allocation(cluster.nodes, per_node * cores, cluster.gpus_per_node or 0)
     most = (
         1 if cluster.workers == "auto" else cluster.workers if isinstance(cluster.workers, int) else cluster.workers[1]
     )
-    return slurm.Allocation(1, most * cluster.cpus_per_worker)
+    return slurm.Allocation(1, most * cores)
 
 
 def submission(paths: RunPaths) -> dict[str, Any] | None:

@@ -84,6 +84,20 @@ def test_gpus_that_cuda_hides_take_no_workers(tmp_path, monkeypatch, named, coun
     assert not machine.cluster_of(config, 8, elsewhere=True, by_ray=True).device.is_cpu
 
 
+@pytest.mark.parametrize(
+    ("gpus", "said", "elsewhere", "cores"),
+    [(8, None, False, 12), (8, 3, False, 3), (0, None, False, 1), (8, None, True, 1), (100, None, False, 1)],
+)
+def test_gpus_share_their_machines_cores(tmp_path, monkeypatch, gpus, said, elsewhere, cores):
+    """With one core of 96, updates on the host would take what twelve would in a twelfth of the time."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "gpus", lambda: (machine.Gpu("NVIDIA H200", 143771 << 20),) * gpus)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(96))
+    make = planner(tmp_path, elsewhere=elsewhere, cluster={"cpus_per_worker": said})
+    assert machine.cores_of_worker(make.run.config.cluster, elsewhere) == cores
+    assert make(1, 2, None, 0).cpus_per_worker == cores
+
+
 def test_rays_libraries_are_counted_where_ray_starts_the_workers(tmp_path):
     make = planner(tmp_path)
     by_ray, by_torchrun = make(1, 2, None, 0), dataclasses.replace(make, by_ray=False)(2, 2, None, 0)

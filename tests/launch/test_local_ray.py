@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from dstune.errors import UsageError
 from dstune.launch.driver import DriveLimits, drive
-from dstune.launch.local import RayExecutor, passed_environment
+from dstune.launch.local import HostSettings, RayExecutor, passed_environment
 from tests.launch.process_executor import events, lines, planner, steps, stub_run
 from tests.launch.slurm_cluster import ticks
 
@@ -145,3 +146,15 @@ def test_what_may_pass_to_workers():
         }
     )
     assert passed == {"HF_HOME": "a", "NCCL_DEBUG": "b", "PYTORCH_ALLOC_CONF": "c"}
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(False, [None, 1.0, 1.0]), (True, [1.0, 1.0, 1.0])])
+def test_workers_wait_for_gpus_that_went_away(wanted, expected, monkeypatch):
+    """A head's processors would take the run while the machines with GPUs are replaced, and keep it."""
+    from dstune.launch import ray_host
+
+    seen = iter([{"CPU": 8.0}, {"CPU": 16.0, "GPU": 8.0}, {"CPU": 8.0}])
+    monkeypatch.setattr(ray_host.ray, "cluster_resources", lambda: next(seen))
+    settings = HostSettings(address="auto", workers=2, cpus_per_worker=1, gpus=wanted, temporary="")
+    host = ray_host.Host(settings, socket.socketpair()[0])
+    assert [host._resources().get("GPU") for _ in range(3)] == expected
