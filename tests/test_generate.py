@@ -292,6 +292,15 @@ def test_a_device_that_is_not_here(tmp_path: Path):
         open_model(str(folder), device="gpu")
 
 
+def test_a_model_that_is_larger_than_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 70.00 GiB")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(RunFailed, match=r"do not fit on cpu: CUDA out of memory.*70\.00 GiB"):
+        open_model(str(save_llama(tmp_path)), device="cpu")
+
+
 def _weights_of_training(name: str) -> dict[str, torch.Tensor]:
     world = World.from_environment()
     world.init()

@@ -21,7 +21,7 @@ from dstune.config.train import TrainSection
 from dstune.data import tokenizer_files
 from dstune.data.conversation import Conversation, Example, Message, Refused
 from dstune.data.tokenize import Encoder, load_tokenizer, resolve_template
-from dstune.errors import ConfigError, Problem, RunFailed, UsageError
+from dstune.errors import ConfigError, Problem, RunFailed, UsageError, first_line
 from dstune.model import adapter_files, new_rows
 from dstune.model.adapter_files import AdapterFiles
 from dstune.model.build import initialise
@@ -116,7 +116,7 @@ def open_model(
     module = _module(section, directory, config, dtype)
     if adapter is not None:
         _make_room(module, len(tokenizer))  # for the rows of new tokens, which the adapter brings
-    module = (module if adapter is None else adapter_files.put_into(module, adapter)).to(where).eval()
+    module = _on(where, module if adapter is None else adapter_files.put_into(module, adapter), model).eval()
     stop_ids = _stop_ids(tokenizer, module, encoder)
     _plain_generation(module)
     pad = tokenizer.pad_token_id
@@ -204,6 +204,18 @@ def _device(written: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(Problem("device", f"{written} is not here: {torch.cuda.device_count()} GPUs are visible"))
     return device
+
+
+def _on(device: torch.device, module: Any, model: str) -> Any:
+    """Raises RunFailed where the GPU is too small for the model."""
+    try:
+        return module.to(device)
+    except torch.OutOfMemoryError as error:
+        came = f"its weights do not fit on {device}: {first_line(error)}"
+        do = (
+            "`--device cpu` (of `chat`) computes here, slowly; an inference server spreads an export over several GPUs."
+        )
+        raise RunFailed(Problem(model, came, do=do)) from None
 
 
 def _module(section: ModelSection, directory: Path, config: PretrainedConfig, dtype: str) -> Any:
